@@ -1,0 +1,108 @@
+"""What a block is: a way to move some sites of every chain, all others held fixed."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from inference.density import Density
+
+__all__ = ["Block", "Current", "Move", "is_certified", "metropolised"]
+
+
+class Current(NamedTuple):
+    """Where the chains are: all latent sites, site to (chain, *site), and log p(values, data), (chain,)."""
+
+    values: dict[str, Tensor]
+    log_joint: Tensor
+
+
+class Move(NamedTuple):
+    """What a block did: ``acceptance`` (chain,), and for a block that claims to be exact its ``log_ratio`` (chain,)."""
+
+    acceptance: Tensor
+    log_ratio: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block(abc.ABC):
+    """A way to update sites; ``bind`` ties it to them.
+
+    Args:
+        sites: Names of the sites; filled in by ``bind``.
+    """
+
+    sites: tuple[str, ...] = ()
+
+    @property
+    @abc.abstractmethod
+    def update(self) -> str:
+        """What a plan prints."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every proposal should be accepted."""
+        return False
+
+    def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
+        """The block for these sites.
+
+        Args:
+            sites: Their names.
+            density: The densities of the program.
+            trials: A few settings of all sites, to try the update on.
+
+        Raises:
+            Unsupported: If the block does not fit the sites.
+        """
+        return replace(self, sites=tuple(sites))
+
+    @abc.abstractmethod
+    def init(self, density: Density, current: Current) -> Any:
+        """The block's own state: tensors only."""
+
+    @abc.abstractmethod
+    def step(self, state: Any, density: Density, current: Current, warmup: int) -> tuple[Any, Current, Move]:
+        """Moves every chain.
+
+        Args:
+            state: The block's state.
+            density: The densities of the program.
+            current: Where the chains are.
+            warmup: Length of the warm-up while it lasts, then 0: nothing adapts any more.
+        """
+
+
+def metropolised(
+    current: Current, proposed: dict[str, Tensor], log_q: Tensor, log_q_present: Tensor, density: Density
+) -> tuple[Current, Move]:
+    """Accepts or rejects a proposal q that does not look at the present values of its sites.
+
+        log ratio = log p(proposed) − log p(present) − log q(proposed) + log q(present)
+
+    For an exact conditional it is 0 up to rounding, whatever the values: that is the certificate.
+    """
+    values = {**current.values, **proposed}
+    log_joint = density.joint(values)
+    log_ratio = (log_joint - current.log_joint) - (log_q - log_q_present)
+    log_ratio = log_ratio.nan_to_num(nan=-torch.inf)
+    accepted = torch.rand_like(log_ratio).log() < log_ratio
+    kept = {
+        name: torch.where(accepted.reshape(-1, *(1,) * (value.dim() - 1)), value, current.values[name])
+        for name, value in proposed.items()
+    }
+    moved = Current({**current.values, **kept}, torch.where(accepted, log_joint, current.log_joint))
+    return moved, Move(log_ratio.clamp(max=0.0).exp(), log_ratio)
+
+
+def is_certified(move: Move, *log_joints: Tensor) -> bool:
+    """Whether a log ratio is 0 up to the rounding of the log-joints that it was computed from."""
+    assert move.log_ratio is not None
+    size = sum(log_joint.abs() for log_joint in log_joints)
+    precision = 1e-10 if move.log_ratio.dtype == torch.float64 else 1e-4
+    return bool((move.log_ratio.abs() <= precision * (100.0 + size)).all())

@@ -1,0 +1,93 @@
+"""A site drawn from its conditional, whose family and parameters are read off the gradient of the log-joint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from inference.blocks.block import Block, Current, Move, is_certified, metropolised
+from inference.contract import Unsupported
+from inference.density import Density
+from inference.messages import Conditional, Family, Points, candidates, kind_of
+
+__all__ = ["Conjugate"]
+
+
+def message(family: Family, site: str, points: Points, density: Density, values: dict[str, Tensor]) -> Conditional:
+    """The conditional of ``site`` given all other sites, in ``family``, from gradients near ``points``."""
+    at = family.at(points)
+    gradients = density.gradients(site)(at.movedim(0, 1).contiguous(), values)
+    return family.solve(at, gradients.movedim(1, 0))
+
+
+@dataclass(frozen=True)
+class Conjugate(Block):
+    """An exact draw from a conjugate conditional.
+
+    The points of differentiation are the last conditional's mean and spread during warm-up, and frozen after it: they
+    never look at the value that is being replaced, so that a wrong family would be rejected, not sampled from.
+
+    Args:
+        sites: Name of the one site; filled in by ``bind``.
+        family: The family of its conditional; None tries those that live on its support.
+    """
+
+    family: Family | None = None
+
+    @property
+    def update(self) -> str:
+        return self.family.name if self.family else "Conjugate"
+
+    @property
+    def is_exact(self) -> bool:
+        return True
+
+    def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
+        if len(sites) != 1:
+            raise Unsupported(f"Conjugate() updates one site, but was given {', '.join(sites)}.")
+        site = density.program.latents[sites[0]]
+        if not site.is_continuous:
+            raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
+        for family in [self.family] if self.family else candidates(site.support, site.shape):
+            bound = replace(self, sites=(site.name,), family=family)
+            points = bound.init(density, trials)
+            for _ in range(2):
+                points, moved, move = bound.step(points, density, trials, 0)
+                if not is_certified(move, trials.log_joint, moved.log_joint):
+                    break
+            else:
+                return bound
+        where = kind_of(site.support) or str(site.support)
+        raise Unsupported(f"The conditional of '{site.name}' is in no known family on its support ({where}).")
+
+    def init(self, density: Density, current: Current) -> Points:
+        assert self.family is not None
+        points = self.family.initial(current.values[self.sites[0]])
+        for _ in range(2):
+            conditional = message(self.family, self.sites[0], points, density, current.values)
+            points = _merged(conditional, points)
+        return points
+
+    def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
+        assert self.family is not None
+        site = self.sites[0]
+        conditional = message(self.family, site, state, density, current.values)
+        proposal = conditional.sample()
+        log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(current.values[site])
+        log_q = torch.where(conditional.is_proper, log_q, torch.inf)
+        moved, move = metropolised(current, {site: proposal}, log_q, log_q_present, density)
+        return _merged(conditional, state) if warmup else state, moved, move
+
+
+def _merged(conditional: Conditional, points: Points) -> Points:
+    """The points that a conditional suggests, where it is proper and they are finite."""
+    suggested = conditional.points()
+    is_good = conditional.is_proper.reshape(-1, *(1,) * (points.location.dim() - 1))
+    is_good = is_good & suggested.location.isfinite() & suggested.spread.isfinite()
+    return Points(
+        torch.where(is_good, suggested.location, points.location), torch.where(is_good, suggested.spread, points.spread)
+    )

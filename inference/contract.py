@@ -1,0 +1,147 @@
+"""The vocabulary: what a back-end is, what it is given and what it hands back. Read this first.
+
+A model is two Pyro programs, a back-end is three functions, ``fit`` is the only loop:
+
+    state = backend.init(program)                  a place to start
+    state, info = backend.step(state, program)     improve: an optimiser step, a sweep, a warm-up move
+    state, draw = backend.sample(state, program)   read out, adapting nothing
+
+A *state* is what the next call needs, an *info* what a reader needs; both are named tuples of tensors with a leading
+chain axis. Random numbers come from torch's global generator, which ``fit`` seeds and gives back.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from inference.fit import Optimise, Sample
+    from inference.plan import Plan
+    from inference.posterior import Posterior
+    from inference.program import Program
+
+__all__ = ["Backend", "Draw", "Guided", "Prepared", "Programmed", "Unsupported"]
+
+S = TypeVar("S")
+I = TypeVar("I", bound=NamedTuple)  # noqa: E741
+
+
+class Unsupported(ValueError):
+    """A program and a back-end that do not go together; the message says why, and what to use instead."""
+
+
+class Draw(NamedTuple):
+    """One reading of every chain: ``values`` maps a site to (chain, *site), constrained; ``stats`` a name to (chain,)."""
+
+    values: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+@runtime_checkable
+class Programmed(Protocol):
+    """A model object: its generative story is the method ``model``."""
+
+    def model(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """A model that brings a guess at what was hidden, as a Pyro program of the same signature."""
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A model whose prior is scaled to the data: every fit calls ``prepare`` once, with all the data, before it looks."""
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(abc.ABC, Generic[S, I]):
+    """A way to know what a program hides. Subclasses add their hyper-parameters and write ``init``, ``step``, ``sample``.
+
+    Args:
+        seed: Seed of the run; None takes a fresh one and records it in ``posterior.info``. The caller's generators
+            (torch, numpy, ``random``) are left as they were.
+        progress: Whether to show a progress bar (and, for samplers with a plan, the plan).
+        device: Where to run; None follows the data.
+        dtype: Floating type of the run; None is float64 for samplers and EM, unless the program has weights, whose
+            type then rules.
+        keep: Names of the sites whose draws are kept; None keeps all that fit into 1 GiB together.
+        keep_warmup: Whether a sampler's warm-up draws are kept too.
+        start: Where to start: site to constrained value, with or without a leading chain axis, or a Posterior.
+        callbacks: Functions of ``(step, info)``, called after every step; one that returns True ends the phase.
+    """
+
+    kind: ClassVar[str] = "samples"
+    follows_data: ClassVar[bool] = False
+
+    seed: int | None = None
+    progress: bool = True
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    keep: Collection[str] | None = None
+    keep_warmup: bool = False
+    start: Mapping[str, Any] | Posterior | None = None
+    callbacks: tuple[Callable[[int, Any], bool | None], ...] = field(default=())
+
+    @property
+    @abc.abstractmethod
+    def schedule(self) -> Optimise | Sample:
+        """How many times to improve, and how many times to read out."""
+
+    @abc.abstractmethod
+    def init(self, program: Program) -> S:
+        """A place to start, for every chain.
+
+        Raises:
+            Unsupported: If this back-end cannot run the program.
+        """
+
+    @abc.abstractmethod
+    def step(self, state: S, program: Program) -> tuple[S, I]:
+        """One improvement of every chain."""
+
+    @abc.abstractmethod
+    def sample(self, state: S, program: Program) -> tuple[S, Draw]:
+        """One reading of every chain; nothing adapts here."""
+
+    @abc.abstractmethod
+    def values(self, state: S, program: Program) -> dict[str, Tensor]:
+        """Where the chains are: site to (chain, *site), constrained."""
+
+    def plan(self, state: S, program: Program) -> Plan | None:
+        """Which site is updated how, as far as the state knows."""
+        return None
+
+    def weights(self, state: S, program: Program) -> dict[str, Tensor]:
+        """The weights that the run trained or held fixed."""
+        return {name: weight.detach().clone() for name, weight in program.weights.items()}
+
+    @final
+    def fit(self, model: Callable[..., Any] | Programmed, *args: Any, **kwargs: Any) -> Posterior:
+        """Infers what ``model`` hides. Everything after ``model`` goes to the program.
+
+        Args:
+            model: A Pyro program, or a model object with the method ``model``.
+            *args: The program's arguments. Floating tensors are cast to the dtype of the run.
+            **kwargs: The program's keyword arguments.
+
+        Returns:
+            The posterior. Ctrl-C returns what there is so far, with a finding that says so.
+
+        Raises:
+            Unsupported: Before the first step, if this back-end cannot run the program.
+            ValueError: Before the first step, if the data do not suit the program.
+        """
+        from inference.fit import run
+
+        return run(self, model, args, kwargs)

@@ -1,0 +1,363 @@
+"""A function of one chain, run for all chains at once: vectorised, staged into a graph, compiled, each rung checked.
+
+    looped     one chain after the other, Pyro's handlers at every call
+    vmapped    all chains at once (``torch.func.vmap``), Pyro's handlers at every call
+    staged     all chains at once, recorded once as a graph of tensor operations: no Pyro, no Python of the program
+    compiled   that graph, compiled to machine code
+
+A run climbs as far as its configuration pays for: the rung follows from the number of evaluations that the configuration
+asks for and the size of the graph alone. ``PYRO_GENMODELS_RUNG`` set to one of the names forbids the rungs above it. A
+rung is trusted after its values have equalled those of the rung below at two different inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Hashable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import grad, grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from inference.contract import Unsupported
+from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
+from inference.program import Program
+
+__all__ = ["RUNGS", "Density", "Staged", "Unconstrained"]
+
+RUNGS = ("looped", "vmapped", "staged", "compiled")
+_CHECKS = 2
+_LARGEST_COMPILED = 400  # nodes; larger graphs stay staged (compile time grows faster than the gain)
+_LARGEST_STAGED = 100_000
+_SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
+_SECONDS_TO_COMPILE = (8.0, 0.03)  # constant and per node, measured on two cores
+
+_log = logging.getLogger("inference")
+
+_REFUSALS = (
+    (".item()", "turns a latent value into a Python number (.item(), float(), int() or a loop bound)"),
+    ("data-dependent control flow", "branches in Python on a latent value (if, while, assert, bool())"),
+    ("data pointer", "hands a latent value to numpy"),
+    ("numpy()", "hands a latent value to numpy"),
+    ("randomness", "draws random numbers outside pyro.sample"),
+)
+
+
+def _translated(error: Exception, name: str) -> Exception:
+    text = str(error)
+    for mark, reason in _REFUSALS:
+        if mark in text:
+            return Unsupported(
+                f"{name} {reason}, which cannot be differentiated or run for many chains at once. Use torch operations "
+                "instead, for example torch.where."
+            )
+    return error
+
+
+class Staged:
+    """``function`` of one chain, called with a leading chain axis.
+
+    Args:
+        function: Takes trees of tensors without the chain axis, returns a tree of tensors.
+        batched: For each argument, whether it has a chain axis.
+        name: Of the program, for errors.
+        evaluations: How many calls the run's configuration asks for.
+        rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
+
+    Attributes:
+        rung: The rung that the last call ran on.
+        nodes: Size of its graph, 0 if there is none.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        batched: tuple[bool, ...],
+        *,
+        name: str = "The program",
+        evaluations: int = 0,
+        rung: str | None = None,
+    ) -> None:
+        self.function, self.name, self.evaluations = function, name, evaluations
+        self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
+        limit = rung or os.environ.get("PYRO_GENMODELS_RUNG") or "compiled"
+        if limit not in RUNGS:
+            raise ValueError(f"PYRO_GENMODELS_RUNG is '{limit}', but must be one of {', '.join(RUNGS)}.")
+        self.limit = RUNGS.index(limit)
+        self.rung, self.nodes = "", 0
+        self._graphs: dict[Hashable, Callable[..., Any] | None] = {}
+        self._checked: dict[Hashable, int] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        leaves, structure = tree_flatten(inputs)
+        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
+        with torch.no_grad():
+            if self._checked.get(key, 0) > _CHECKS:
+                graph = self._graphs[key]
+                return self._reference(*inputs) if graph is None else graph(*leaves)
+            expected = self._reference(*inputs)
+            if key not in self._graphs:
+                self._graphs[key] = self._stage(leaves, structure)
+            graph = self._graphs[key]
+            if graph is not None and not _equal(graph(*leaves), expected):
+                _log.info("%s: a graph gave other values than the program; running without it.", self.name)
+                self._graphs[key], self.rung = None, "vmapped"
+            self._checked[key] = self._checked.get(key, 0) + 1
+            return expected
+
+    def _reference(self, *inputs: Any) -> Any:
+        if self.limit == 0:
+            self.rung = "looped"
+            return self._looped(*inputs)
+        try:
+            return vmap(self.function, in_dims=self.in_dims)(*inputs)
+        except Exception as error:
+            raise _translated(error, self.name) from error
+
+    def _looped(self, *inputs: Any) -> Any:
+        leaves = tree_flatten([i for i, dim in zip(inputs, self.in_dims, strict=True) if dim == 0])[0]
+        rows = [
+            self.function(
+                *(
+                    tree_map(lambda leaf, c=c: leaf[c], value) if dim == 0 else value
+                    for value, dim in zip(inputs, self.in_dims, strict=True)
+                )
+            )
+            for c in range(len(leaves[0]))
+        ]
+        return tree_map(lambda *parts: torch.stack(parts), *rows)
+
+    def _stage(self, leaves: list[Tensor], structure: Any) -> Callable[..., Any] | None:
+        self.rung = RUNGS[min(self.limit, 1)]
+        if self.limit < RUNGS.index("staged"):
+            return None
+
+        def flat(*flat_leaves: Tensor) -> Any:
+            return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
+
+        try:
+            graph = fold(make_fx(flat)(*leaves))
+        except Exception as error:
+            _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
+            return None
+        self.nodes = len(graph.graph.nodes)
+        if self.nodes > _LARGEST_STAGED:
+            return None
+        self.rung = "staged"
+        if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
+            return graph
+        try:
+            compiled = torch.compile(graph, dynamic=False, fullgraph=True)
+            compiled(*leaves)
+        except Exception as error:
+            _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
+            return graph
+        self.rung = "compiled"
+        return compiled
+
+    def _pays_to_compile(self) -> bool:
+        constant, per_node = _SECONDS_TO_COMPILE
+        saved = self.evaluations * self.nodes * _SECONDS_PER_NODE
+        has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+        return self.nodes <= _LARGEST_COMPILED and saved > constant + per_node * self.nodes and has_compiler
+
+
+def _equal(left: Any, right: Any) -> bool:
+    pairs = zip(tree_flatten(left)[0], tree_flatten(right)[0], strict=True)
+    return all(
+        torch.allclose(a, b, rtol=1e-9 if a.dtype == torch.float64 else 1e-4, atol=1e-9, equal_nan=True)
+        if a.is_floating_point()
+        else torch.equal(a, b)
+        for a, b in pairs
+    )
+
+
+def fold(graph: fx.GraphModule) -> fx.GraphModule:
+    """Evaluates once, in place, what does not depend on the inputs of a graph: data, constants and priors.
+
+    What an in-place operation may write to is left alone: a constant that is written to would remember.
+    """
+    mutable: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            frontier = [node, *node.all_input_nodes]
+            while frontier:
+                ancestor = frontier.pop()
+                if ancestor not in mutable:
+                    mutable.add(ancestor)
+                    frontier.extend(ancestor.all_input_nodes)
+    known: dict[fx.Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            known[node] = getattr(graph, node.target)
+        elif node.op == "call_function" and node not in mutable and all(i in known for i in node.all_input_nodes):
+            arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
+            known[node] = node.target(*arguments[0], **arguments[1])
+    for count, (node, value) in enumerate(known.items()):
+        needed = node.op == "call_function" and any(user not in known for user in node.users)
+        if needed and isinstance(value, Tensor):
+            name = f"_folded_{count}"
+            graph.register_buffer(name, value.contiguous(), persistent=False)
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(name))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+class Unconstrained:
+    """Coordinates: the values of some continuous sites as one vector of unconstrained numbers.
+
+    Args:
+        program: The program.
+        sites: Names of the sites, in the order of the vector.
+    """
+
+    def __init__(self, program: Program, sites: Collection[str]) -> None:
+        self.sites = tuple(sites)
+        self.transforms = {name: program.latents[name].transform for name in self.sites}
+        self.shapes = {name: self.transforms[name].inverse_shape(program.latents[name].shape) for name in self.sites}
+        self.sizes = [self.shapes[name].numel() for name in self.sites]
+        self.size = sum(self.sizes)
+
+    def values(self, position: Tensor) -> dict[str, Tensor]:
+        """(…, size) -> site to constrained value (…, *site)."""
+        parts = position.split(self.sizes, -1)
+        lead = position.shape[:-1]
+        return {
+            name: self.transforms[name](part.reshape(lead + self.shapes[name]))
+            for name, part in zip(self.sites, parts, strict=True)
+        }
+
+    def position(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Site to constrained value (chain, *site) -> (chain, size)."""
+        parts = [self.transforms[name].inv(values[name]) for name in self.sites]
+        return torch.cat([part.reshape(part.shape[0], -1) for part in parts], -1)
+
+    def log_jacobian(self, position: Tensor) -> Tensor:
+        """log |d values / d position| at a vector (size,); a scalar."""
+        total = position.new_zeros(())
+        for name, part in zip(self.sites, position.split(self.sizes, -1), strict=True):
+            unconstrained = part.reshape(self.shapes[name])
+            transform = self.transforms[name]
+            total = total + transform.log_abs_det_jacobian(unconstrained, transform(unconstrained)).sum()
+        return total
+
+
+class Density:
+    """The densities of a program over a leading chain axis.
+
+    Args:
+        program: The program.
+        evaluations: How many evaluations the run's configuration asks for; decides the rung.
+        rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
+    """
+
+    def __init__(self, program: Program, evaluations: int = 0, rung: str | None = None) -> None:
+        self.program, self.evaluations, self.limit = program, evaluations, rung
+        self.functions: dict[Hashable, Staged] = {}
+
+    def stage(self, key: Hashable, function: Callable[..., Any], batched: tuple[bool, ...]) -> Staged:
+        """``function`` for all chains; the same ``key`` gives the same staged function again."""
+        if key not in self.functions:
+            self.functions[key] = Staged(
+                function, batched, name=self.program.name, evaluations=self.evaluations, rung=self.limit
+            )
+        return self.functions[key]
+
+    @cached_property
+    def joint(self) -> Staged:
+        """Values of all latent sites, site to (chain, *site) -> log p(values, data), (chain,)."""
+        return self.stage("joint", lambda values: self.program.log_joint(values), (True,))
+
+    @cached_property
+    def deterministics(self) -> Staged:
+        """Values of all latent sites -> values of the ``pyro.deterministic`` statements, (chain, *site)."""
+        return self.stage("deterministics", lambda values: self.program.deterministics(values), (True,))
+
+    def marginal(self, enumerated: Collection[str]) -> Staged:
+        """Values of the other latent sites -> log p with the finite sites ``enumerated`` summed out, (chain,)."""
+        sites = tuple(enumerated)
+        return self.stage(("marginal", sites), lambda values: log_normalizer(self.program, values, sites), (True,))
+
+    def unconstrained(
+        self, coordinates: Unconstrained, enumerated: Collection[str] = (), gradient: bool = True
+    ) -> Staged:
+        """(position (chain, size), other values) -> log-density of the position, or (gradient, log-density)."""
+        sites = tuple(enumerated)
+
+        def log_density(position: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+            values = {**others, **coordinates.values(position)}
+            return log_normalizer(self.program, values, sites) + coordinates.log_jacobian(position)
+
+        key = ("unconstrained", coordinates.sites, sites, gradient)
+        return self.stage(key, grad_and_value(log_density) if gradient else log_density, (True, True))
+
+    def gradients(self, site: str) -> Staged:
+        """(points (chain, point, *site), values) -> gradient of the log-joint in ``site`` at each point, same shape."""
+
+        def at_points(points: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+            def log_joint(value: Tensor) -> Tensor:
+                return self.program.log_joint({**values, site: value})
+
+            return vmap(grad(log_joint))(points)
+
+        return self.stage(("gradients", site), at_points, (True, True))
+
+    def draw(self, sites: Collection[str]) -> Staged:
+        """(values of the other sites, site to uniforms (chain, *batch)) -> exact joint draw of finite ``sites``, log q."""
+        names = tuple(sites)
+
+        def drawn(values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+            return self._drawn(values, uniforms, names)[:2]
+
+        return self.stage(("draw", names), drawn, (True, True))
+
+    def redraw(self, sites: Collection[str]) -> Staged:
+        """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values."""
+        names = tuple(sites)
+
+        def redrawn(
+            values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor]
+        ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+            drawn, log_q, records = self._drawn(values, uniforms, names)
+            _, log_q_present = draw_back(
+                self.program, records, lambda site, logits: indices(self.program, site, values[site]).reshape(logits.shape[:-1])
+            )
+            return drawn, log_q, log_q_present
+
+        return self.stage(("redraw", names), redrawn, (True, True))
+
+    def _drawn(
+        self, values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor], sites: tuple[str, ...]
+    ) -> tuple[dict[str, Tensor], Tensor, Any]:
+        others = {name: value for name, value in values.items() if name not in sites}
+        found = factors(self.program, others, sites)
+        _, records = eliminate(found, plates_of(self.program, sites))
+
+        def pick(site: str, logits: Tensor) -> Tensor:
+            cumulative = logits.exp().cumsum(-1)
+            level = uniforms[site].reshape(logits.shape[:-1]).unsqueeze(-1) * cumulative[..., -1:]
+            return (cumulative < level).sum(-1)
+
+        picked, log_q = draw_back(self.program, records, pick)
+        drawn = {}
+        for site in sites:
+            choices = self.program.latents[site].choices
+            assert choices is not None
+            zeros = torch.zeros(self.program.latents[site].batch_shape, dtype=torch.long, device=choices.device)
+            drawn[site] = choices[picked.get(site, zeros)]
+        return drawn, log_q, records
+
+    def uniforms(self, sites: Collection[str], chains: int) -> dict[str, Tensor]:
+        """Fresh uniforms for ``draw`` and ``redraw``."""
+        shapes = {site: self.program.latents[site].batch_shape for site in sites}
+        device, dtype = self.program.device, self.program.dtype
+        return {site: torch.rand(chains, *shape, device=device, dtype=dtype) for site, shape in shapes.items()}

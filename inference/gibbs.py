@@ -1,0 +1,143 @@
+"""Gibbs sampling of any program: the plan picks a block for every site, a sweep makes one move with each.
+
+References:
+    S. Geman and D. Geman, Stochastic relaxation, Gibbs distributions and the Bayesian restoration of images (1984).
+    L. Tierney, Markov chains for exploring posterior distributions (1994): Metropolis steps within Gibbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inference.blocks import Block, Current
+from inference.contract import Backend, Draw
+from inference.fit import Sample
+from inference.plan import Plan, Update, assign
+from inference.program import Program
+from inference.start import starting_values
+
+__all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
+
+
+class GibbsState(NamedTuple):
+    """Where the chains are, and what each block remembers and has achieved since warm-up.
+
+    Attributes:
+        current: Values of all sites and their log-joint.
+        blocks: The blocks of the plan, in the order of a sweep.
+        notes: A note for each.
+        states: The state of each block.
+        acceptance: Sum of acceptance rates of each block over sweeps and chains, (block,).
+        certificate: Largest |log ratio| of each block, (block,); 0 for blocks that are not exact.
+        sweeps: Sweeps counted in the two above, ().
+    """
+
+    current: Current
+    blocks: tuple[Block, ...]
+    notes: tuple[str, ...]
+    states: tuple[Any, ...]
+    acceptance: Tensor
+    certificate: Tensor
+    sweeps: Tensor
+
+
+class GibbsInfo(NamedTuple):
+    """lp (chain,): log p(values, data) after the sweep; acceptance_rate (chain,): mean over the blocks."""
+
+    lp: Tensor
+    acceptance_rate: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gibbs(Backend[GibbsState, GibbsInfo]):
+    """Gibbs sampling with exact conditionals wherever the program has them, Metropolis or HMC moves elsewhere.
+
+    Finite discrete sites are drawn jointly by enumeration, conjugate sites from the conditional that the gradient of the
+    log-joint gives away, the rest by one HMC block. Each exact update is a Metropolis proposal that would be accepted
+    with certainty; how nearly so is its certificate (``posterior.plan``), and a wrong one cannot bias the draws.
+
+    Args:
+        chains: Number of chains, all advanced at once.
+        draws: Draws kept of each chain.
+        warmup: Sweeps before the first draw.
+        thin: Sweeps per draw.
+        blocks: Site, or tuple of sites that move together, to the block that moves them; None leaves all to the plan.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def coin(flips):
+        ...     fairness = pyro.sample("fairness", dist.Beta(2.0, 2.0))
+        ...     with pyro.plate("flip", len(flips)):
+        ...         pyro.sample("heads", dist.Bernoulli(fairness), obs=flips)
+        >>> Gibbs(seed=0, progress=False).fit(coin, torch.ones(10)).plan["fairness"].update
+        'Beta'
+    """
+
+    chains: int = 4
+    draws: int = 1000
+    warmup: int = 1000
+    thin: int = 1
+    blocks: Mapping[str | tuple[str, ...], Block] | None = None
+
+    @property
+    def schedule(self) -> Sample:
+        return Sample(self.chains, self.warmup, self.draws, self.thin)
+
+    def init(self, program: Program) -> GibbsState:
+        blocks, notes = assign(program, self.blocks)
+        density = program.density
+        values = starting_values(program, self.chains, self.start)
+        current = Current(values, density.joint(values))
+        states = tuple(block.init(density, current) for block in blocks)
+        zeros = current.log_joint.new_zeros(len(blocks))
+        return GibbsState(current, blocks, notes, states, zeros, zeros, zeros.new_zeros(()))
+
+    def step(self, state: GibbsState, program: Program) -> tuple[GibbsState, GibbsInfo]:
+        return self._sweep(state, program, self.warmup)
+
+    def sample(self, state: GibbsState, program: Program) -> tuple[GibbsState, Draw]:
+        for _ in range(self.thin):
+            state, info = self._sweep(state, program, 0)
+        return state, Draw(self.values(state, program), info._asdict())
+
+    def values(self, state: GibbsState, program: Program) -> dict[str, Tensor]:
+        return state.current.values
+
+    def _sweep(self, state: GibbsState, program: Program, warmup: int) -> tuple[GibbsState, GibbsInfo]:
+        current, states, rates, ratios = state.current, [], [], []
+        for block, memory in zip(state.blocks, state.states, strict=True):
+            memory, current, move = block.step(memory, program.density, current, warmup)
+            states.append(memory)
+            rates.append(move.acceptance)
+            ratio = torch.zeros_like(move.acceptance) if move.log_ratio is None else move.log_ratio
+            ratios.append(ratio.abs().amax())
+        rate = torch.stack(rates)
+        info = GibbsInfo(current.log_joint, rate.mean(0))
+        state = state._replace(current=current, states=tuple(states))
+        if not warmup:
+            state = state._replace(
+                acceptance=state.acceptance + rate.mean(1),
+                certificate=torch.maximum(state.certificate, torch.stack(ratios)),
+                sweeps=state.sweeps + 1,
+            )
+        return state, info
+
+    def plan(self, state: GibbsState, program: Program) -> Plan:
+        updates = []
+        for i, (block, note) in enumerate(zip(state.blocks, state.notes, strict=True)):
+            has_run = bool(state.sweeps > 0)
+            updates.append(
+                Update(
+                    sites=block.sites,
+                    update=block.update,
+                    acceptance=float(state.acceptance[i] / state.sweeps) if has_run else float("nan"),
+                    certificate=float(state.certificate[i]) if has_run and block.is_exact else None,
+                    note=note,
+                )
+            )
+        return Plan(tuple(updates))

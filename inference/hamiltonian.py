@@ -1,0 +1,67 @@
+"""Hamiltonian Monte Carlo, with one trajectory length for all chains.
+
+References:
+    S. Duane et al., Hybrid Monte Carlo (1987).
+    R. Neal, MCMC using Hamiltonian dynamics (2011).
+    M. Hoffman, A. Radul and P. Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo (2021).
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.marginal import MarginalSampler
+from inference.mcmc import HamiltonianAdaptation, HamiltonianInfo, HamiltonianKernel, HamiltonianState
+
+__all__ = ["HMC"]
+
+Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HMC(MarginalSampler):
+    """Hamiltonian Monte Carlo on the unconstrained continuous sites, finite discrete ones summed out and drawn back.
+
+    Warm-up sets the step size (dual averaging), the trajectory length (ChEES) and a diagonal mass matrix from all chains
+    together; afterwards nothing adapts. Trajectories have a length that is jittered by a sequence known in advance, so
+    that all chains take the same number of steps.
+
+    Args:
+        chains: Number of chains, all advanced at once.
+        draws: Draws kept of each chain.
+        warmup: Adaptive steps before the first draw.
+        thin: Steps per draw.
+        target: Acceptance rate that warm-up aims at, in (0, 1).
+        most_steps: Cap on the leapfrog steps of one trajectory.
+    """
+
+    target: float = 0.8
+    most_steps: int = 1024
+
+    @property
+    def update(self) -> str:
+        return "HMC"
+
+    @property
+    def needs_gradient(self) -> bool:
+        return True
+
+    def begin(self, position: Tensor, density: Gradient) -> tuple[HamiltonianState, HamiltonianAdaptation]:
+        one = position.new_ones(())
+        state = HamiltonianKernel(one, one, torch.ones_like(position[0]), one).init(position, density)
+        return state, HamiltonianAdaptation.start(state, density)
+
+    def move(
+        self, kernel: HamiltonianState, adaptation: HamiltonianAdaptation, density: Gradient, warmup: int
+    ) -> tuple[HamiltonianState, HamiltonianAdaptation, HamiltonianInfo]:
+        most_steps = self.most_steps
+        if warmup and int(adaptation.step) < warmup // 5:
+            most_steps = min(most_steps, 64)  # before the scale is known, long trajectories teach little
+        moved, info = adaptation.kernel(is_final=not warmup, most_steps=most_steps).step(kernel, density)
+        if warmup:
+            return moved, adaptation.update(kernel, moved, info, warmup, self.target), info
+        return moved, adaptation.advance(), info

@@ -1,0 +1,217 @@
+"""Handlers and contexts that let an unmodified Pyro program be run on given values, quietly and without a trace.
+
+Nothing here changes a global for longer than a ``with`` block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.distributions import ImproperUniform
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Distribution, biject_to
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Arithmetic", "Enumerated", "Rescale", "Substitute", "Weights", "base", "isolated", "quiet", "reproducible", "start_flat"]
+
+_PRODUCTS = frozenset(
+    {
+        torch.matmul, torch.mm, torch.mv, torch.bmm, torch.dot, torch.einsum, torch.addmm, torch.addmv, torch.tensordot,
+        torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.mv,
+        torch.Tensor.bmm, torch.Tensor.dot, torch.Tensor.addmm, torch.Tensor.addmv, torch.nn.functional.linear,
+    }
+)  # fmt: skip
+
+
+def base(distribution: Any) -> Any:
+    """The distribution inside ``Independent``, ``expand`` and ``mask`` wrappers."""
+    while type(distribution).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def start_flat(distribution: Any) -> Tensor:
+    """A starting value of a distribution that cannot be sampled: uniform on (-2, 2) after unconstraining."""
+    transform = biject_to(distribution.support)
+    shape = transform.inverse_shape(distribution.shape())
+    return transform(torch.empty(shape).uniform_(-2.0, 2.0))
+
+
+class Substitute(Messenger):
+    """Gives latent sites their values, marks others for enumeration and starts flat priors.
+
+    Args:
+        values: Site to value; a site that is not named is sampled.
+        enumerated: Sites that are enumerated in parallel; a program's own marks are overruled.
+        resampled: Observed sites that are sampled anew (posterior prediction).
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        enumerated: Collection[str] = (),
+        resampled: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.values, self.enumerated, self.resampled = values, frozenset(enumerated), frozenset(resampled)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        msg["infer"] = {key: value for key, value in msg["infer"].items() if key != "enumerate"}
+        if name in self.resampled:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+        elif msg["is_observed"]:
+            return
+        elif name in self.values:
+            msg["value"], msg["done"] = self.values[name], True
+        elif name in self.enumerated:
+            msg["infer"]["enumerate"] = "parallel"
+        elif isinstance(base(msg["fn"]), ImproperUniform):
+            msg["value"], msg["done"] = start_flat(msg["fn"]), True
+
+
+class Enumerated(EnumMessenger):
+    """Pyro's parallel enumeration, without the ``.data`` that ``vmap`` forbids."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if not isinstance(msg["fn"], TorchDistributionMixin) or value is None:
+            return
+        shape = value.shape[: value.dim() - msg["fn"].event_dim]
+        dim_to_id = msg["infer"].setdefault("_dim_to_id", {})
+        dim_to_id.update(self._param_dims.get(msg["name"], {}))
+        self._value_dims[msg["name"]] = {
+            dim: id_ for dim, id_ in dim_to_id.items() if len(shape) >= -dim and shape[dim] > 1
+        }
+
+
+class Weights(Messenger):
+    """Keeps ``pyro.param`` and ``pyro.module`` out of Pyro's global store: the weights live in ``table``.
+
+    Args:
+        table: Name to unconstrained leaf tensor; filled at the first run.
+    """
+
+    def __init__(self, table: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.table = table
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, *initial = msg["args"]
+        constraint = msg["kwargs"].get("constraint", torch.distributions.constraints.real)
+        transform = biject_to(constraint)
+        if name not in self.table:
+            value = initial[0]() if initial and callable(initial[0]) else (initial[0] if initial else None)
+            if value is None:
+                raise ValueError(f"pyro.param('{name}') has no initial value: give one as its second argument.")
+            if isinstance(value, torch.nn.Parameter):
+                self.table[name] = value
+            else:
+                self.table[name] = transform.inv(value.detach()).clone().requires_grad_()
+        msg["value"], msg["done"] = transform(self.table[name]), True
+
+
+class Rescale(Messenger):
+    """Scales the sites of the plates that hold the rows, when the program sees a mini-batch of them.
+
+    Args:
+        plates: Names of the plates that run over the rows.
+        scale: Rows in all by rows in the batch.
+    """
+
+    def __init__(self, plates: Collection[str], scale: float) -> None:
+        super().__init__()
+        self.plates, self.scale = frozenset(plates), scale
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if any(frame.name in self.plates for frame in msg["cond_indep_stack"]):
+            msg["scale"] = msg["scale"] * self.scale
+
+
+class Arithmetic(TorchFunctionMode):
+    """Two kindnesses to a program inside a run.
+
+    Matrix products may mix float32 constants of the program with the float64 values of the run. A matrix that has no
+    Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky) and not kwargs and len(args) == 1:
+            factor, failed = torch.linalg.cholesky_ex(args[0])
+            return torch.where((failed > 0)[..., None, None], torch.nan, factor)
+        if func in _PRODUCTS:
+            dtypes = {leaf.dtype for leaf in args if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+            if len(dtypes) > 1:
+                widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+                args = tuple(
+                    leaf.to(widest) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in args
+                )
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Argument validation off (it is data-dependent control flow, which ``vmap`` refuses), module-local weights on."""
+    validates = Distribution._validate_args  # type: ignore[attr-defined]
+    with pyro.validation_enabled(False), pyro.settings.context(module_local_params=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+        Distribution.set_default_validate_args(False)
+        try:
+            yield
+        finally:
+            Distribution.set_default_validate_args(validates)
+
+
+@contextlib.contextmanager
+def isolated(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seeds torch, numpy and ``random`` inside, and restores the caller's states of all three."""
+    states = np.random.get_state(), random.getstate()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
+
+
+@contextlib.contextmanager
+def reproducible(dtype: torch.dtype, device: torch.device | None = None) -> Iterator[None]:
+    """Default dtype and deterministic algorithms, both restored.
+
+    Without deterministic algorithms gathers on two threads differ from run to run. On a GPU an operation that has no
+    deterministic form runs all the same.
+    """
+    before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,158 @@
+"""Samplers in unconstrained space: finite discrete sites are summed out, moved without, and drawn back exactly."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inference.contract import Backend, Draw, Unsupported
+from inference.density import Unconstrained
+from inference.fit import Sample
+from inference.plan import Plan, Update
+from inference.program import Program
+from inference.start import ascended, starting_values
+
+__all__ = ["MarginalInfo", "MarginalSampler", "MarginalState"]
+
+
+class MarginalState(NamedTuple):
+    """The kernel's state, its adaptation, and what was achieved since warm-up.
+
+    ``certificate`` is the largest |log p(z, rest) − log q(z | rest) − log Z| of the finite sites drawn back.
+    """
+
+    kernel: Any
+    adaptation: Any
+    acceptance: Tensor
+    count: Tensor
+    certificate: Tensor
+
+
+class MarginalInfo(NamedTuple):
+    """lp (chain,): log-density of the unconstrained position; the rest by ArviZ's names."""
+
+    lp: Tensor
+    acceptance_rate: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginalSampler(Backend[MarginalState, MarginalInfo]):
+    """What random-walk and Hamiltonian sampling share.
+
+    Args:
+        chains: Number of chains, all advanced at once.
+        draws: Draws kept of each chain.
+        warmup: Adaptive steps before the first draw.
+        thin: Steps per draw.
+    """
+
+    chains: int = 4
+    draws: int = 1000
+    warmup: int = 1000
+    thin: int = 1
+
+    @property
+    def schedule(self) -> Sample:
+        return Sample(self.chains, self.warmup, self.draws, self.thin, cost=8 if self.needs_gradient else 1)
+
+    @property
+    @abc.abstractmethod
+    def update(self) -> str:
+        """What a plan prints."""
+
+    @property
+    @abc.abstractmethod
+    def needs_gradient(self) -> bool:
+        """Whether the kernel's density returns (gradient, value)."""
+
+    @abc.abstractmethod
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+        """The kernel's first state and its adaptation, at (chain, D)."""
+
+    @abc.abstractmethod
+    def move(
+        self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int
+    ) -> tuple[Any, Any, Any]:
+        """One move: new state, adaptation and info; ``warmup`` is its length while it lasts, then 0."""
+
+    def _parts(self, program: Program) -> tuple[Unconstrained, Callable[[Tensor], Any]]:
+        coordinates = Unconstrained(program, program.continuous)
+        staged = program.density.unconstrained(coordinates, program.finite, gradient=self.needs_gradient)
+        return coordinates, lambda position: staged(position, {})
+
+    def init(self, program: Program) -> MarginalState:
+        stuck = [name for name in program.latents if name not in (*program.continuous, *program.finite)]
+        if stuck:
+            raise Unsupported(
+                f"{type(self).__name__} sums discrete sites out, but '{stuck[0]}' ({program.latents[stuck[0]].family}) has "
+                "infinitely many values. Use Gibbs()."
+            )
+        if not program.continuous:
+            raise Unsupported(f"{type(self).__name__} needs a continuous site, but all are finite. Use Gibbs().")
+        coordinates, density = self._parts(program)
+        values = starting_values(program, self.chains, self.start)
+        certificate = self._certify(values, program)
+        position = coordinates.position(ascended(program, values) if self.start is None else values)
+        kernel, adaptation = self.begin(position, density)
+        zero = position.new_zeros(())
+        return MarginalState(kernel, adaptation, zero, zero, certificate)
+
+    def _certify(self, values: dict[str, Tensor], program: Program) -> Tensor:
+        """The identity log Z = log p − log q of the enumeration, at one draw for every chain."""
+        if not program.finite:
+            return torch.zeros((), dtype=program.dtype)
+        density = program.density
+        others = {name: values[name] for name in program.continuous}
+        drawn, log_q = density.draw(program.finite)(others, density.uniforms(program.finite, self.chains))
+        joint = density.joint({**others, **drawn})
+        error = (joint - log_q - density.marginal(program.finite)(others)).abs()
+        precision = 1e-10 if program.dtype == torch.float64 else 1e-4
+        if bool((error > precision * (100.0 + joint.abs())).any()):
+            raise Unsupported(
+                f"Summing out {', '.join(program.finite)} does not give the marginal of the program (log-density off by "
+                f"{float(error.max()):.1e}): elements of a plate are coupled. Use Gibbs()."
+            )
+        return error.amax()
+
+    def step(self, state: MarginalState, program: Program) -> tuple[MarginalState, MarginalInfo]:
+        _, density = self._parts(program)
+        kernel, adaptation, info = self.move(state.kernel, state.adaptation, density, self.warmup)
+        state = state._replace(kernel=kernel, adaptation=adaptation)
+        return state, MarginalInfo(kernel.log_density, info.acceptance_rate)
+
+    def sample(self, state: MarginalState, program: Program) -> tuple[MarginalState, Draw]:
+        _, density = self._parts(program)
+        rates = []
+        for _ in range(self.thin):
+            kernel, adaptation, info = self.move(state.kernel, state.adaptation, density, 0)
+            state = state._replace(kernel=kernel, adaptation=adaptation)
+            rates.append(info.acceptance_rate)
+        rate = torch.stack(rates).mean(0)
+        state = state._replace(acceptance=state.acceptance + rate.mean(), count=state.count + 1)
+        stats = {name: value for name, value in info._asdict().items() if value.shape == rate.shape}
+        stats |= {"lp": kernel.log_density, "acceptance_rate": rate}
+        return state, Draw(self.values(state, program), stats)
+
+    def values(self, state: MarginalState, program: Program) -> dict[str, Tensor]:
+        values = self._parts(program)[0].values(state.kernel.position)
+        if program.finite:
+            uniforms = program.density.uniforms(program.finite, self.chains)
+            values |= program.density.draw(program.finite)(values, uniforms)[0]
+        return {name: values[name] for name in program.latents}
+
+    def plan(self, state: MarginalState, program: Program) -> Plan:
+        rate = float(state.acceptance / state.count) if state.count > 0 else float("nan")
+        updates = [Update(program.continuous, self.update, rate)]
+        if program.finite:
+            updates.append(Update(
+                    program.finite,
+                    "Enumerate",
+                    certificate=float(state.certificate),
+                    note="summed out, then drawn back",
+                ))
+        return Plan(tuple(updates))

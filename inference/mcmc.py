@@ -1,0 +1,341 @@
+"""Kernels on a vector of unconstrained numbers, and their adaptation; every chain of a batch moves at once.
+
+A kernel is frozen: it never learns. An adaptation watches the moves of warm-up in a state of its own and hands out a new
+kernel; what is learnt from one chain serves all. Covariances are taken *within* chains and then pooled, so that chains in
+different modes (other labels of a mixture, say) do not widen each other's proposals.
+
+References:
+    M. Hoffman, A. Radul and P. Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo (2021).
+    M. Hoffman and A. Gelman, The No-U-Turn Sampler: adaptively setting path lengths in Hamiltonian Monte Carlo (2014).
+    H. Haario, E. Saksman and J. Tamminen, An adaptive Metropolis algorithm (2001).
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "HamiltonianAdaptation",
+    "HamiltonianInfo",
+    "HamiltonianKernel",
+    "HamiltonianState",
+    "Moments",
+    "RandomWalkAdaptation",
+    "RandomWalkInfo",
+    "RandomWalkKernel",
+    "RandomWalkState",
+    "window_ends",
+]
+
+DIVERGENT = 1000.0  # rise of the energy beyond which a trajectory has left the exact one (Stan's threshold)
+
+
+def window_ends(warmup: int) -> tuple[int, ...]:
+    """Steps of warm-up at which the scale of the proposal is set anew: windows that double, then a last quiet stretch."""
+    return tuple(int(warmup * share) for share in (0.05, 0.1, 0.2, 0.4, 0.8))
+
+
+class Moments(NamedTuple):
+    """Running mean and scatter of every chain (Welford): count (), mean (chain, D), scatter (D, D), pooled within chains."""
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def like(cls, position: Tensor) -> Moments:
+        width = position.shape[-1]
+        return cls(position.new_zeros(()), torch.zeros_like(position), position.new_zeros(width, width))
+
+    def update(self, position: Tensor) -> Moments:
+        count = self.count + 1
+        before = position - self.mean
+        mean = self.mean + before / count
+        return Moments(count, mean, self.scatter + before.T @ (position - mean))
+
+    def covariance(self) -> Tensor:
+        """Pooled within-chain covariance (D, D), shrunk towards 10⁻³ by as much as five draws would."""
+        freedom = (self.count - 1).clamp(min=1) * len(self.mean)
+        eye = torch.eye(len(self.scatter), dtype=self.scatter.dtype, device=self.scatter.device)
+        return (self.scatter / freedom) * (freedom / (freedom + 5.0)) + 1e-3 * (5.0 / (freedom + 5.0)) * eye
+
+
+# --------------------------------------------------------------------------------------- random walk
+class RandomWalkState(NamedTuple):
+    """position (chain, D), log_density (chain,)."""
+
+    position: Tensor
+    log_density: Tensor
+
+
+class RandomWalkInfo(NamedTuple):
+    """acceptance_rate (chain,) of the proposal, accepted (chain,)."""
+
+    acceptance_rate: Tensor
+    accepted: Tensor
+
+
+@dataclass(frozen=True)
+class RandomWalkKernel:
+    """Metropolis: q' = q + scale · L ε, ε ~ N(0, I); ``factor`` is L (D, D), ``scale`` a scalar."""
+
+    scale: Tensor
+    factor: Tensor
+
+    def init(self, position: Tensor, density: Callable[[Tensor], Tensor]) -> RandomWalkState:
+        return RandomWalkState(position, density(position))
+
+    def step(
+        self, state: RandomWalkState, density: Callable[[Tensor], Tensor]
+    ) -> tuple[RandomWalkState, RandomWalkInfo]:
+        proposal = state.position + self.scale * torch.randn_like(state.position) @ self.factor.T
+        log_density = density(proposal)
+        log_ratio = (log_density - state.log_density).nan_to_num(nan=-math.inf)
+        accepted = torch.rand_like(log_ratio).log() < log_ratio
+        position = torch.where(accepted.unsqueeze(-1), proposal, state.position)
+        log_density = torch.where(accepted, log_density, state.log_density)
+        return RandomWalkState(position, log_density), RandomWalkInfo(log_ratio.clamp(max=0.0).exp(), accepted)
+
+
+class RandomWalkAdaptation(NamedTuple):
+    """step (), log_scale (), factor (D, D) and the moments of the current window."""
+
+    step: Tensor
+    log_scale: Tensor
+    factor: Tensor
+    moments: Moments
+
+    @classmethod
+    def like(cls, position: Tensor) -> RandomWalkAdaptation:
+        width = position.shape[-1]
+        eye = torch.eye(width, dtype=position.dtype, device=position.device)
+        initial = position.new_tensor(math.log(0.1 / math.sqrt(width)))
+        return cls(position.new_zeros(()), initial, eye, Moments.like(position))
+
+    @property
+    def kernel(self) -> RandomWalkKernel:
+        return RandomWalkKernel(self.log_scale.exp(), self.factor)
+
+    def update(self, state: RandomWalkState, info: RandomWalkInfo, warmup: int) -> RandomWalkAdaptation:
+        """Robbins-Monro on the acceptance rate (0.44 in one dimension, 0.234 else), the covariance window by window."""
+        width = state.position.shape[-1]
+        target = 0.44 if width == 1 else 0.234
+        step = self.step + 1
+        ends = window_ends(warmup)
+        since = step - max((end for end in ends if end < int(step)), default=0)
+        log_scale = self.log_scale + (info.acceptance_rate.mean() - target) * 2.0 / since**0.6
+        moments = self.moments.update(state.position)
+        if int(step) in ends:
+            factor = torch.linalg.cholesky(moments.covariance())
+            optimal = state.position.new_tensor(math.log(2.38 / math.sqrt(width)))
+            return RandomWalkAdaptation(step, optimal, factor, Moments.like(state.position))
+        return RandomWalkAdaptation(step, log_scale, self.factor, moments)
+
+
+# --------------------------------------------------------------------------------------- Hamiltonian
+class HamiltonianState(NamedTuple):
+    """position (chain, D), log_density (chain,), gradient (chain, D)."""
+
+    position: Tensor
+    log_density: Tensor
+    gradient: Tensor
+
+
+class HamiltonianInfo(NamedTuple):
+    """What a trajectory did, (chain,) each; ``proposal`` and ``velocity`` (chain, D) are its end, for the adaptation."""
+
+    acceptance_rate: Tensor
+    diverging: Tensor
+    energy: Tensor
+    energy_error: Tensor
+    n_steps: Tensor
+    step_size: Tensor
+    proposal: Tensor
+    velocity: Tensor
+
+
+Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class HamiltonianKernel:
+    """Leapfrog trajectories of one common, jittered length, then a Metropolis decision.
+
+        H(q, p) = −log π(q) + ½ |p|²   in coordinates scaled by ``scale``
+
+    Args:
+        step_size: ε, a scalar.
+        length: Longest trajectory, in time; the trajectory takes ⌈jitter · length / ε⌉ steps.
+        scale: (D,), the standard deviations that whiten the coordinates.
+        jitter: In (0, 1), from a sequence known in advance.
+        most_steps: Cap on the number of steps.
+    """
+
+    step_size: Tensor
+    length: Tensor
+    scale: Tensor
+    jitter: Tensor
+    most_steps: int = 1024
+
+    def init(self, position: Tensor, density: Gradient) -> HamiltonianState:
+        gradient, log_density = density(position)
+        return HamiltonianState(position, log_density, gradient)
+
+    def step(self, state: HamiltonianState, density: Gradient) -> tuple[HamiltonianState, HamiltonianInfo]:
+        steps = int((self.jitter * self.length / self.step_size).ceil().clamp(1, self.most_steps))
+        position, log_density, gradient = state
+        momentum = torch.randn_like(position)
+        energy = 0.5 * momentum.square().sum(-1) - log_density
+        half, move = 0.5 * self.step_size * self.scale, self.step_size * self.scale
+        momentum = momentum + half * gradient
+        for i in range(steps):
+            position = position + move * momentum
+            gradient, log_density = density(position)
+            momentum = momentum + (half if i == steps - 1 else move) * gradient
+        new_energy = 0.5 * momentum.square().sum(-1) - log_density
+        error = (new_energy - energy).nan_to_num(nan=math.inf)
+        accepted = torch.rand_like(error).log() < -error
+        rate = (-error).clamp(max=0.0).exp()
+        chosen = accepted.unsqueeze(-1)
+        kept = HamiltonianState(
+            torch.where(chosen, position, state.position),
+            torch.where(accepted, log_density, state.log_density),
+            torch.where(chosen, gradient, state.gradient),
+        )
+        info = HamiltonianInfo(
+            acceptance_rate=rate,
+            diverging=error > DIVERGENT,
+            energy=torch.where(accepted, new_energy, energy),
+            energy_error=error,
+            n_steps=torch.full_like(rate, steps, dtype=torch.int64),
+            step_size=self.step_size.expand_as(rate),
+            proposal=position,
+            velocity=momentum * self.scale,
+        )
+        return kept, info
+
+
+class HamiltonianAdaptation(NamedTuple):
+    """Step size by dual averaging, trajectory length by the ChEES criterion, scale from pooled within-chain variances.
+
+    All are tensors, so that the state of a run can be written down at any step.
+    """
+
+    step: Tensor
+    log_step: Tensor
+    log_step_mean: Tensor
+    error_sum: Tensor
+    centre: Tensor
+    since: Tensor
+    log_length: Tensor
+    log_length_mean: Tensor
+    jumps: Tensor
+    scale: Tensor
+    centres: Tensor
+    moments: Moments
+
+    @classmethod
+    def start(cls, state: HamiltonianState, density: Gradient) -> HamiltonianAdaptation:
+        """Finds a first step size by halving or doubling until a leapfrog step is accepted about half the time."""
+        position = state.position
+        scale = position.new_ones(position.shape[-1])
+        one = position.new_ones(())
+        log_step, direction = math.log(0.1), 0
+        for _ in range(30):
+            kernel = HamiltonianKernel(one * math.exp(log_step), one * math.exp(log_step), scale, one)
+            _, info = kernel.step(state, density)
+            rises = 1 if float(info.acceptance_rate.mean()) > 0.5 else -1
+            if direction and rises != direction:
+                break
+            direction = rises
+            log_step += rises * math.log(2.0)
+        log_step_tensor = one * log_step
+        zero = position.new_zeros(())
+        return cls(
+            step=zero, log_step=log_step_tensor, log_step_mean=log_step_tensor, error_sum=zero,
+            centre=log_step_tensor + math.log(2.0), since=zero, log_length=zero, log_length_mean=zero, jumps=position.new_zeros(2), scale=scale,
+            centres=position.clone(), moments=Moments.like(position),
+        )  # fmt: skip
+
+    def kernel(self, is_final: bool, most_steps: int) -> HamiltonianKernel:
+        """The kernel of the next step; a final one takes the averaged step size and length."""
+        log_step = self.log_step_mean if is_final else self.log_step
+        log_length = self.log_length_mean if is_final else self.log_length
+        return HamiltonianKernel(log_step.exp(), log_length.exp(), self.scale, halton(self.step), most_steps)
+
+    def advance(self) -> HamiltonianAdaptation:
+        """Moves on in the sequence of jitters, without learning."""
+        return self._replace(step=self.step + 1)
+
+    def update(
+        self, before: HamiltonianState, state: HamiltonianState, info: HamiltonianInfo, warmup: int, target: float
+    ) -> HamiltonianAdaptation:
+        """What one warm-up trajectory teaches.
+
+        Args:
+            before: The state that the trajectory left.
+            state: The state after it.
+            info: What it did.
+            warmup: Length of the warm-up.
+            target: Acceptance rate aimed at.
+        """
+        step, since = self.step + 1, self.since + 1
+        error_sum = self.error_sum + (target - info.acceptance_rate.mean())
+        log_step = self.centre - error_sum * since.sqrt() / (0.05 * (since + 10.0))
+        weight = since**-0.75
+        averaged = weight * log_step + (1 - weight) * self.log_step_mean
+        log_length, jumps = self._lengthen(before, info)
+        moments = self.moments.update(state.position)
+        centres = self.centres + (state.position - self.centres) / (since + 1).clamp(max=50.0)
+        new = self._replace(
+            step=step, since=since, error_sum=error_sum, log_step=log_step, log_step_mean=averaged,
+            log_length=log_length, log_length_mean=self.log_length_mean + (log_length - self.log_length_mean) / since,
+            jumps=jumps, moments=moments, centres=centres,
+        )  # fmt: skip
+        if int(step) in window_ends(warmup):
+            scale = moments.covariance().diagonal().sqrt()
+            # the same step in the old coordinates: a geometric mean keeps it on average
+            shift = (self.scale.log() - scale.log()).mean()
+            new = new._replace(
+                scale=scale, moments=Moments.like(state.position), since=torch.zeros_like(since),
+                error_sum=torch.zeros_like(error_sum), log_step_mean=log_step + shift, log_step=log_step + shift,
+                centre=log_step + shift, log_length=new.log_length_mean, log_length_mean=new.log_length_mean,
+            )  # fmt: skip
+        return new
+
+    def _lengthen(self, before: HamiltonianState, info: HamiltonianInfo) -> tuple[Tensor, Tensor]:
+        """A step up log(jump / length), in whitened coordinates centred on each chain's own running mean.
+
+            jump = ¼ E(|q′ − m|² − |q − m|²)²,   d jump / d length = E[(|q′ − m|² − |q − m|²) (q′ − m)·v′]
+
+        Divided by the length, since time costs gradients. The jitter scales time and length alike, so that the slope in
+        the logarithm takes the time that a trajectory had; both expectations are running means over steps and chains.
+        """
+        start = (before.position - self.centres) / self.scale
+        end = (info.proposal - self.centres) / self.scale
+        change = end.square().sum(-1) - start.square().sum(-1)
+        along = (end * info.velocity / self.scale).sum(-1)
+        time = info.n_steps * info.step_size
+        signals = torch.stack([time * change * along, 0.25 * change.square()])
+        signals = (signals * info.acceptance_rate).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).mean(-1)
+        jumps = 0.95 * self.jumps + 0.05 * signals
+        slope = (jumps[0] / (jumps[1] + 1e-10)).clamp(-1.0, 3.0) - 1.0
+        # whitened, no direction is longer than √D, and half a period of the longest is enough
+        longest = math.log(math.pi * math.sqrt(len(self.scale)))
+        return (self.log_length + 0.03 * slope).clamp(-4.0, longest), jumps
+
+
+def halton(step: Tensor) -> Tensor:
+    """Element ``step`` of van der Corput's sequence in base 2, on (0, 1)."""
+    index, value, share = int(step) + 1, 0.0, 0.5
+    while index:
+        index, bit = divmod(index, 2)
+        value += bit * share
+        share *= 0.5
+    return step.new_tensor(value)

@@ -1,0 +1,427 @@
+"""Posterior: what is known after a fit; one frozen result for every back-end."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inference import arviz, checkpoint, relabel
+from inference.plan import Plan, Update
+
+if TYPE_CHECKING:
+    from inference.program import Program
+
+__all__ = ["Posterior"]
+
+_TENSORS = ("draws", "stats", "history", "weights", "observed", "constants", "warmup_draws", "warmup_stats")
+_ATTRIBUTES = ("created_at", "sampling_time", "seed", "model", "backend", "config", "versions")
+_CERTIFICATE = {torch.float64: 1e-8, torch.float32: 1e-2}  # rounding of a log-joint of 10⁴ terms, with room
+_POINTWISE_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Posterior:
+    """What is known after a fit.
+
+    Variational fits have one chain, point estimates one chain of one draw, so that one set of tools reads them all.
+
+    Attributes:
+        draws: Site to draws on the constrained scale, (chain, draw, *site), on the CPU.
+        stats: ArviZ's names ("lp", "acceptance_rate", "diverging" ...; "log_q" of a guide) to (chain, draw).
+        history: Name to what the steps reported: "loss" or "log_joint" (step,), of samplers (step, chain).
+        plan: Which site was updated how; None if the back-end has no plan.
+        weights: Trained or fixed weights of the model.
+        info: What json can hold: "backend", "config", "model", "kind" ("samples", "variational" or "point"), "seed",
+            "sampling_time" in seconds, "created_at", "versions", "warmup", "draws", "thin", and the run's "findings".
+        dims: Site to names of the dimensions of its value, those of plates among them.
+        coords: Name of a dimension to its labels.
+        observed: Observed site to the data.
+        constants: Parameter of the program to those tensor arguments that are not observed.
+        symmetry: Site to the axis of its value that runs over exchangeable labels; None where its values are labels.
+        warmup_draws: As ``draws``, before the first one that counts; empty if not kept.
+        warmup_stats: As ``stats``, of the warm-up.
+        program: The program that was fitted; None after ``load`` without a model.
+    """
+
+    draws: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    history: dict[str, Tensor] = field(default_factory=dict)
+    plan: Plan | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    coords: dict[str, np.ndarray] = field(default_factory=dict)
+    observed: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    symmetry: dict[str, int | None] = field(default_factory=dict)
+    warmup_draws: dict[str, Tensor] = field(default_factory=dict)
+    warmup_stats: dict[str, Tensor] = field(default_factory=dict)
+    program: Program | None = None
+    # Not an argument, so that dataclasses.replace starts an empty one.
+    _pointwise: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __repr__(self) -> str:
+        chains, draws = self._shape
+        sites = ", ".join(f"{site} {tuple(values.shape[2:])}" for site, values in self.draws.items())
+        who = f"{self.info.get('backend', 'draws')} on {self.info.get('model', 'a program')}"
+        return f"Posterior({who}, {chains} x {draws} draws: {sites})"
+
+    def point(self) -> dict[str, Tensor]:
+        """One value for each site, in the site's own shape.
+
+        Returns:
+            Site to the mean over chains and draws of continuous values, the median of floating values that are whole
+            numbers (Bernoulli, Poisson), and the mode of integers. Exchangeable labels are matched before.
+        """
+        matched = relabel.match(self.draws, self.symmetry, lp=self.stats.get("lp"))
+        return {site: _center(values.flatten(0, 1)) for site, values in matched.items()}
+
+    def predict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior predictive draws.
+
+        Args:
+            *args: New arguments of the program; none at all means those that were fitted.
+            **kwargs: New keyword arguments.
+
+        Returns:
+            Observed site to draws (chain, draw, *observation).
+
+        Raises:
+            RuntimeError: If the posterior was loaded without its model.
+        """
+        program = self._require_program("predict")
+        seed = int(self.info.get("seed") or 0)
+        if args or kwargs:
+            return program.predict(self.draws, args, kwargs, seed=seed)
+        return program.predict(self.draws, seed=seed)
+
+    def log_likelihood(self) -> dict[str, Tensor]:
+        """Pointwise log-likelihood of the data that were fitted, computed once.
+
+        Finite sites local to an observation's plate are summed out, other sites are at their draws.
+
+        Returns:
+            Observed site to (chain, draw, *observation), without event dimensions.
+
+        Raises:
+            RuntimeError: If the posterior was loaded without its model, and saved without the log-likelihood.
+        """
+        if not self._pointwise:
+            self._pointwise.update(self._require_program("compute a log-likelihood").log_likelihood(self.draws))
+        return dict(self._pointwise)
+
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = True,
+        prior: int = 0,
+        posterior_predictive: bool = False,
+        warmup: bool = False,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
+        """Exports to ArviZ.
+
+        Args:
+            log_likelihood: Whether to include it, which LOO needs; left out where neither the program nor an earlier
+                result is at hand.
+            prior: Number of draws for the groups prior and prior_predictive; 0 leaves them out.
+            posterior_predictive: Whether to include draws of the observed sites.
+            warmup: Whether to include the draws of the warm-up, if they were kept.
+            coords: Name of a dimension to labels, instead of 0, 1, 2 ...
+            dims: Site to names of its dimensions, instead of those of plates.
+
+        Returns:
+            ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
+
+        Raises:
+            ValueError: If ``coords`` or ``dims`` do not suit the draws.
+            RuntimeError: If predictive draws are asked of a posterior that was loaded without its model.
+        """
+        groups: dict[str, Mapping[str, Tensor]] = {"posterior": self.draws, "sample_stats": self.stats}
+        if log_likelihood and (self._pointwise or self.program is not None):
+            groups["log_likelihood"] = self.log_likelihood()
+        if posterior_predictive:
+            groups["posterior_predictive"] = self.predict()
+        if prior:
+            program = self._require_program("draw from the prior")
+            groups["prior"], groups["prior_predictive"] = program.prior(prior, int(self.info.get("seed") or 0))
+        groups |= {"observed_data": self.observed, "constant_data": self.constants}
+        if warmup:
+            groups |= {"warmup_posterior": self.warmup_draws, "warmup_sample_stats": self.warmup_stats}
+        named = {**self.dims, **(dims or {})}
+        self._check_labels(coords or {}, dims or {}, named)
+        info = self.info
+        attrs = {
+            "inference_library": "pyro-genmodels",
+            "inference_library_version": info.get("versions", {}).get("pyro-genmodels"),
+            "tuning_steps": info.get("warmup"),
+            **{key: info.get(key) for key in _ATTRIBUTES},
+        }
+        arrays = {group: {name: _numpy(value) for name, value in values.items()} for group, values in groups.items()}
+        return arviz.export(arrays, {**self.coords, **(coords or {})}, named, attrs)
+
+    def diagnose(self) -> list[str]:
+        """Findings in words, each with what to do; an empty list if there is nothing to say.
+
+        Samplers: R-hat above 1.01 and ESS below 100 per chain (of quantities that do not depend on the names of
+        exchangeable labels), chains that never moved, divergences, refused proposals, certificates of exact updates.
+        Variational fits: k-hat above 0.7. All: what the run itself noticed.
+        """
+        findings = [*self.info.get("findings", ())]
+        if self.info.get("kind", "samples") == "samples":
+            findings += arviz.convergence(self._quantities())
+            findings += [*self._unmoved(), *self._divergences(), *self._acceptance()]
+        elif {"lp", "log_q"} <= self.stats.keys():
+            findings += arviz.importance(_numpy(self.stats["lp"].double() - self.stats["log_q"].double()))
+        return findings + self._certificates()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Saves into a folder: tensors as safetensors, the rest as json, and a copy for other tools, ``posterior.nc``.
+
+        The folder is complete or is not there; an earlier save is replaced. The program is not saved.
+
+        Args:
+            folder: Where to; it may not hold anything but an earlier save.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            OSError: If it cannot be written.
+        """
+        checkpoint.check(folder)
+        self._try_log_likelihood()
+        groups = {name: getattr(self, name) for name in _TENSORS} | {"log_likelihood": self._pointwise}
+        meta = {
+            "info": self.info,
+            "plan": None if self.plan is None else [update._asdict() for update in self.plan.updates],
+            "dims": self.dims,
+            "coords": {name: _labels_to_json(np.asarray(labels)) for name, labels in self.coords.items()},
+            "symmetry": self.symmetry,
+        }
+        exported = self.to_arviz(log_likelihood=bool(self._pointwise), warmup=True)
+        checkpoint.write(
+            folder,
+            {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()},
+            meta,
+            {"posterior.nc": partial(arviz.write, exported)},
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], /, model: Any = None, *args: Any, **kwargs: Any) -> Posterior:
+        """Loads what ``save`` wrote.
+
+        Args:
+            folder: Where it was saved.
+            model: The model that was fitted, for ``predict``; its weights are set to the saved ones. None does without.
+            *args: The data that were fitted. Everything after ``model`` goes to the program.
+            **kwargs: The program's keyword arguments.
+
+        Raises:
+            FileNotFoundError: If nothing was saved there.
+            ValueError: If the files are damaged, or the model or its data are not those that were fitted.
+        """
+        tensors, meta = checkpoint.read(folder)
+        groups: dict[str, dict[str, Tensor]] = {name: {} for name in (*_TENSORS, "log_likelihood")}
+        for label, tensor in tensors.items():
+            group, name = label.split("/", 1)
+            groups[group][name] = tensor
+        pointwise = groups.pop("log_likelihood")
+        fields: dict[str, Any] = dict(groups)
+        posterior = cls(
+            **fields,
+            plan=meta["plan"] and Plan(tuple(Update(**{**row, "sites": tuple(row["sites"])}) for row in meta["plan"])),
+            info=meta["info"],
+            dims={site: tuple(names) for site, names in meta["dims"].items()},
+            coords={name: np.array(values, dtype=dtype) for name, (dtype, values) in meta["coords"].items()},
+            symmetry=meta["symmetry"],
+            program=None if model is None else _rebuild(model, args, kwargs, groups),
+        )
+        posterior._pointwise.update(pointwise)
+        return posterior
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Chains and draws."""
+        for values in (*self.draws.values(), *self.stats.values()):
+            return values.shape[0], values.shape[1]
+        return 0, 0
+
+    def _require_program(self, what: str) -> Program:
+        if self.program is None:
+            raise RuntimeError(
+                f"This Posterior has no program, so it cannot {what}. Give load the model and the data that "
+                "were fitted: Posterior.load(folder, model, *data)."
+            )
+        return self.program
+
+    def _check_labels(
+        self, coords: Mapping[str, Sequence[Any]], dims: Mapping[str, Sequence[str]], named: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Refuses names that would fit nothing: the export itself falls back to numbers without a word."""
+        shapes = {site: values.shape[2:] for site, values in self.draws.items()}
+        shapes |= {site: values.shape for site, values in (self.observed | self.constants).items()}
+        if unknown := sorted(dims.keys() - shapes.keys()):
+            raise ValueError(f"dims names '{unknown[0]}', but there is no such site. There are {', '.join(shapes)}.")
+        for site, shape in shapes.items():
+            for dim, size in zip(named.get(site, ()), shape):
+                if dim in coords and len(coords[dim]) != size:
+                    raise ValueError(
+                        f"coords has {len(coords[dim])} labels for '{dim}', but '{site}' has {size} there."
+                    )
+
+    def _try_log_likelihood(self) -> None:
+        """Computes the log-likelihood for a save, if it is not too large. Whatever stops it may not lose the draws."""
+        chains, draws = self._shape
+        size = 8 * chains * draws * sum(data.numel() for data in self.observed.values())
+        if self.program is None or self._pointwise or size > _POINTWISE_BYTES:
+            return
+        try:
+            self.log_likelihood()
+        except Exception as error:
+            warnings.warn(f"Saved without the pointwise log-likelihood, which failed: {error}", stacklevel=3)
+
+    def _quantities(self) -> dict[str, np.ndarray]:
+        """What is judged: draws that do not change when labels are renamed, and the log-joint."""
+        invariant = relabel.invariant(self.draws, self.symmetry)
+        names = {site: f"sorted {site}" if site in self.symmetry else site for site in invariant}
+        quantities = {names[site]: _numpy(values) for site, values in invariant.items()}
+        return quantities | {"lp": _numpy(self.stats["lp"])} if "lp" in self.stats else quantities
+
+    def _unmoved(self) -> list[str]:
+        """Chains in which an element of a continuous site kept one value, although it is no constant of the program."""
+        chains, draws = self._shape
+        sites = [site for site in self.draws if self.plan is None or site in self.plan]
+        flat = {site: self.draws[site].reshape(chains, draws, -1) for site in sites}
+        flat = {site: values for site, values in flat.items() if values.numel() and not _is_whole(values)}
+        if draws < 2:
+            return []
+        varies = {site: values.amax((0, 1)) > values.amin((0, 1)) for site, values in flat.items()}
+        is_anything_moving = any(element.any() for element in varies.values())
+        findings = []
+        for site, values in flat.items():
+            still = values.amax(1) == values.amin(1)
+            # Equal in all chains: a constant such as the diagonal of a correlation, unless the site is one to update.
+            if varies[site].any() or (self.plan is None and is_anything_moving):
+                still &= varies[site]
+            if stuck := still.any(1).nonzero().flatten().tolist():
+                findings.append(
+                    f"'{site}' never moved in {_chains(stuck)}: every proposal was refused. Start elsewhere (start=), "
+                    "or raise warmup so that the steps can adapt."
+                )
+        return findings
+
+    def _divergences(self) -> list[str]:
+        diverging = self.stats.get("diverging")
+        if diverging is None or not diverging.any():
+            return []
+        by_chain = diverging.sum(1)
+        most = int(by_chain.argmax())
+        return [
+            f"{int(by_chain.sum())} of {diverging.numel()} transitions diverged, most of them in chain {most}. "
+            "The draws may miss a strongly curved part of the posterior. Write the program with standardised latents "
+            "(non-centred), or take smaller steps."
+        ]
+
+    def _acceptance(self) -> list[str]:
+        if "acceptance_rate" not in self.stats:
+            return []
+        rate = self.stats["acceptance_rate"].double().nanmean(1)
+        findings = []
+        if low := (rate < 0.1).nonzero().flatten().tolist():
+            findings.append(
+                f"Acceptance is {rate.min():.3f} in {_chains(low)}, below 0.1: most proposals are refused. Raise "
+                "warmup, or take a proposal closer to the posterior."
+            )
+        # A random walk that is hardly ever refused hardly moves; an independence proposal is then simply good.
+        proposal = str(self.info.get("config", {}).get("proposal", ""))
+        is_walk = "Independence" not in proposal and "Prior" not in proposal
+        high = (rate > 0.99).nonzero().flatten().tolist()
+        if self.info.get("backend") == "MetropolisHastings" and is_walk and high:
+            findings.append(
+                f"Acceptance is {rate.max():.3f} in {_chains(high)}, above 0.99: the steps are too small to explore. "
+                "Raise warmup so that they can grow."
+            )
+        return findings
+
+    def _certificates(self) -> list[str]:
+        floating = {values.dtype for values in self.draws.values() if values.is_floating_point()}
+        tolerance = _CERTIFICATE[torch.float64 if torch.float64 in floating or not floating else torch.float32]
+        findings = []
+        for update in () if self.plan is None else self.plan.updates:
+            who = f"The {update.update} update of {', '.join(repr(site) for site in update.sites)}"
+            if update.certificate is None:
+                if update.acceptance < 0.1:
+                    findings.append(
+                        f"{who} accepts {update.acceptance:.3f} of its proposals. Raise warmup, or choose another."
+                    )
+            elif not update.certificate <= tolerance or update.acceptance < 1.0 - tolerance:
+                findings.append(
+                    f"{who} claims to be exact, but its largest |log acceptance ratio| is {update.certificate:.1e} "
+                    f"and its acceptance {update.acceptance:.4f}. Refusals keep the draws right, but they mix worse: "
+                    "choose the block by hand (blocks=), and please report the program."
+                )
+        return findings
+
+
+def _rebuild(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: dict[str, dict[str, Tensor]]) -> Program:
+    """The program of a loaded posterior, with the saved weights, in the precision of the run."""
+    from inference.program import Program
+
+    floating = [t.dtype for name in ("draws", "observed") for t in saved[name].values() if t.is_floating_point()]
+    program = Program(model, args, kwargs, dtype=floating[0] if floating else None)
+    if program.observed.keys() != saved["observed"].keys():
+        raise ValueError(
+            f"The model observes {sorted(program.observed)}, but the saved one {sorted(saved['observed'])}."
+        )
+    for site, data in saved["observed"].items():
+        given = program.observed[site].cpu().to(data.dtype)
+        if given.shape != data.shape or not torch.equal(given.nan_to_num(), data.nan_to_num()):
+            raise ValueError(
+                f"The data of '{site}' are not those that were fitted. Give load the same data; predict takes others."
+            )
+    weights: dict[str, Tensor] = dict(program.weights)
+    if isinstance(program.owner, nn.Module):
+        weights |= program.owner.named_parameters()
+    if missing := sorted(program.weights.keys() - saved["weights"].keys()):
+        raise ValueError(
+            f"The model has a weight '{missing[0]}' that was not saved. Give load the model that was fitted."
+        )
+    with torch.no_grad():
+        for name, value in saved["weights"].items():
+            if name in weights:
+                weights[name].copy_(value)
+    return program
+
+
+def _center(values: Tensor) -> Tensor:
+    """Centre of draws (draw, *site); see ``Posterior.point``."""
+    if not values.is_floating_point():
+        return values.long().mode(0).values.to(values.dtype)
+    return values.median(0).values if _is_whole(values) else values.mean(0)
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not values.is_floating_point() or bool((values == values.round()).all())
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """As numpy; half precisions, which netCDF or numpy lack, become float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+
+
+def _labels_to_json(labels: np.ndarray) -> tuple[str, list[Any]]:
+    """Type and values of a coordinate; times, which json lacks, as text."""
+    return labels.dtype.str, (labels.astype(str) if labels.dtype.kind in "mM" else labels).tolist()
+
+
+def _chains(which: list[int]) -> str:
+    return f"chain{'s' if len(which) > 1 else ''} {', '.join(str(chain) for chain in which)}"

@@ -1,0 +1,379 @@
+"""A Pyro program, looked at once: its sites, supports, plates and rows, and its log-joint as a pure function."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.distributions import ImproperUniform, Unit
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from inference.contract import Guided, Prepared, Programmed, Unsupported
+import inference.transforms  # noqa: F401  (registers bijections)
+from inference.handlers import Arithmetic, Enumerated, Substitute, Weights, base, isolated, quiet, reproducible
+
+if TYPE_CHECKING:
+    from inference.density import Density
+
+__all__ = ["Plate", "Program", "Site"]
+
+_LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A ``pyro.plate`` around a site: its name, its dimension (negative, counted in the batch shape) and its size."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is known of one ``pyro.sample`` statement.
+
+    Attributes:
+        name: Its name.
+        family: Class of its distribution without wrappers, such as "Normal".
+        support: Constraint of its values.
+        shape: Shape of one value, batch dimensions first.
+        event_dim: How many of the last dimensions belong to one event.
+        plates: The plates around it.
+        dtype: Type of its values.
+        choices: For a finite discrete site all values of one event, (K, *event); else None.
+        is_flat: Whether its prior is improper.
+    """
+
+    name: str
+    family: str
+    support: Any
+    shape: torch.Size
+    event_dim: int
+    plates: tuple[Plate, ...]
+    dtype: torch.dtype
+    choices: Tensor | None
+    is_flat: bool
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.shape[: len(self.shape) - self.event_dim]
+
+    @cached_property
+    def is_indexed(self) -> bool:
+        """Whether the choices of a finite site are 0, 1, …, K − 1, so that a value is its own index."""
+        if self.choices is None or self.event_dim:
+            return False
+        return torch.equal(self.choices.long(), torch.arange(len(self.choices), device=self.choices.device))
+
+    @property
+    def is_continuous(self) -> bool:
+        return self.choices is None and not self.support.is_discrete
+
+    @cached_property
+    def transform(self) -> Any:
+        """Bijection from unconstrained values to the support."""
+        return biject_to(self.support)
+
+
+def _site(name: str, node: Mapping[str, Any]) -> Site:
+    distribution, value = node["fn"], node["value"]
+    choices = None
+    if not node["is_observed"] and distribution.has_enumerate_support:
+        try:
+            choices = distribution.enumerate_support(expand=False)
+            choices = choices.reshape(choices.shape[:1] + distribution.event_shape)
+        except NotImplementedError:
+            choices = None
+    plates = [Plate(frame.name, frame.dim, frame.size) for frame in node["cond_indep_stack"] if frame.vectorized]
+    return Site(
+        name=name,
+        family=type(base(distribution)).__name__,
+        support=distribution.support,
+        shape=torch.Size(torch.broadcast_shapes(value.shape, distribution.batch_shape + distribution.event_shape)),
+        event_dim=distribution.event_dim,
+        plates=tuple(sorted(plates, key=lambda plate: plate.dim)),
+        dtype=value.dtype,
+        choices=choices,
+        is_flat=isinstance(base(distribution), ImproperUniform),
+    )
+
+
+def _is_statement(node: Mapping[str, Any]) -> bool:
+    return node["type"] == "sample" and not poutine.util.site_is_subsample(node)
+
+
+def _kind(node: Mapping[str, Any]) -> str:
+    if node["infer"].get("_deterministic"):
+        return "deterministic"
+    if isinstance(base(node["fn"]), Unit):
+        return "factor"
+    return "observed" if node["is_observed"] else "latent"
+
+
+class Program:
+    """A Pyro program with its arguments, looked at once.
+
+    Args:
+        model: A Pyro callable, or a model object with the method ``model``. A module without weights in its density is
+            copied, so that its buffers can be cast; one with weights is used as it is.
+        args: Its arguments; numpy arrays become tensors.
+        kwargs: Its keyword arguments.
+        dtype: Floating type to run in; None follows the weights, else is float64.
+        device: Where to run; None follows the data.
+        follow: Whether dtype None follows the data instead of being float64, as stochastic gradients do.
+        evaluations: How many evaluations of the density the run asks for; decides the rung (see ``inference.density``).
+
+    Attributes:
+        latents: Name to site, in the order of the program.
+        observed: Name to value of the sites that are data.
+        factors: Names of ``pyro.factor`` statements.
+        deterministic: Names of ``pyro.deterministic`` statements.
+        weights: Trainable leaves that the density depends on.
+        nesting: Batch dimensions that plates or batch shapes take up.
+        rows: Size of dimension 0 of the first tensor argument, or None.
+
+    Raises:
+        Unsupported: If the structure changes from run to run, hidden randomness is found, or nothing is latent.
+        ValueError: If the data are empty, not finite or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | Programmed,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        follow: bool = False,
+        evaluations: int = 0,
+    ) -> None:
+        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+        leaves, self._structure = tree_flatten((tuple(args), dict(kwargs or {})))
+        leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.rows = tensors[0].shape[0] if tensors and tensors[0].dim() else None
+        if self.rows == 0:
+            raise ValueError("The data are empty: the first argument has no rows.")
+        if isinstance(owner, Prepared):
+            prepared_args, prepared_kwargs = tree_unflatten(leaves, self._structure)
+            owner.prepare(*prepared_args, **prepared_kwargs)
+        parameters = list(owner.parameters()) if isinstance(owner, nn.Module) else []
+        floating = [leaf for leaf in tensors if leaf.is_floating_point()]
+        self.dtype = dtype or (floating[0].dtype if follow and floating else None)
+        if self.dtype is None:
+            self.dtype = torch.get_default_dtype() if follow else torch.float64
+        self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
+        self._leaves, self._evaluations = leaves, evaluations
+        self._table: dict[str, Tensor] = {}
+        self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
+        self._bind(model, owner)
+        used = self._used_weights(owner)
+        if used and dtype is None:
+            self.dtype = next(iter(used.values())).dtype
+        elif isinstance(owner, nn.Module) and not used and not follow:
+            copied = copy.deepcopy(owner).to(self.dtype)
+            self._bind(copied if owner is model else getattr(copied, model.__name__), copied)  # type: ignore[union-attr]
+        if isinstance(self.owner, nn.Module):
+            self.owner.to(self.device)
+        self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        self.weights: dict[str, Tensor] = {}
+        self._look()
+        self.weights = self._used_weights(self.owner)
+
+    def _bind(self, model: Any, owner: Any) -> None:
+        self.owner = owner
+        self.call = model.model if isinstance(model, Programmed) else model
+        self.guide = model.guide if isinstance(model, Guided) else None
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def arguments(self, data: list[Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The program's arguments, with its tensors replaced by ``data`` if given."""
+        tensors = iter(self.data if data is None else data)
+        leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return tree_unflatten(leaves, self._structure)
+
+    def trace(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        data: list[Tensor] | None = None,
+        enumerated: Collection[str] = (),
+        resampled: Collection[str] = (),
+    ) -> poutine.Trace:
+        """Runs the program once on constrained ``values``; log-probabilities are computed, sites not named are drawn."""
+        args, kwargs = self.arguments(data)
+        handled = Weights(self._table)(Substitute(values, enumerated, resampled)(self.call))
+        if enumerated:
+            handled = Enumerated(first_available_dim=-1 - self.nesting)(handled)
+        with quiet(), Arithmetic():
+            trace = poutine.trace(handled).get_trace(*args, **kwargs)
+            if not resampled:
+                trace.compute_log_prob()
+        return trace
+
+    def log_joint(self, values: Mapping[str, Tensor], data: list[Tensor] | None = None) -> Tensor:
+        """log p(values, data), a scalar, at constrained values of all latent sites."""
+        trace = self.trace(values, data=data)
+        terms = [node["log_prob_sum"] for node in trace.nodes.values() if _is_statement(node)]
+        return torch.stack([term.to(self.dtype) for term in terms]).sum()
+
+    def deterministics(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the ``pyro.deterministic`` statements at constrained values of all latent sites."""
+        trace = self.trace(values)
+        return {name: trace.nodes[name]["value"] for name in self.deterministic}
+
+    def sample_prior(self) -> dict[str, Tensor]:
+        """One draw of all latent sites; flat ones start anywhere on (-2, 2), unconstrained."""
+        trace = self.trace({})
+        return {name: trace.nodes[name]["value"].detach() for name in self.latents}
+
+    def _look(self) -> None:
+        with isolated(0, self.device), reproducible(self.dtype, self.device):
+            self.nesting = 0
+            traces = [self.trace({}) for _ in range(_LOOKS)]
+            self._check_structure(traces)
+            nodes = {name: node for name, node in traces[0].nodes.items() if _is_statement(node)}
+            kinds = {name: _kind(node) for name, node in nodes.items()}
+            sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
+            self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
+            self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
+            self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
+            self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
+            self.deterministic = {
+                name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"
+            }
+            self.nesting = max((len(node["fn"].batch_shape) for node in nodes.values()), default=0)
+            self.batch_shapes = {name: node["fn"].batch_shape for name, node in nodes.items()}
+            self._check_data()
+            self._check_randomness(traces)
+
+    def _check_structure(self, traces: list[poutine.Trace]) -> None:
+        seen = [{name: _kind(node) for name, node in t.nodes.items() if _is_statement(node)} for t in traces]
+        for name in dict.fromkeys(itertools.chain.from_iterable(seen)):
+            if any(name not in sites for sites in seen):
+                raise Unsupported(
+                    f"Site '{name}' appears only in some runs of {self.name}, but every back-end here needs each site on "
+                    "every run. Sample it always, and choose with torch.where."
+                )
+        if not any(kind == "latent" for kind in seen[0].values()) and not self._used_weights(self.owner):
+            raise Unsupported(f"{self.name} has no latent site: there is nothing to infer.")
+        for name, node in traces[0].nodes.items():
+            if node["type"] == "sample" and poutine.util.site_is_subsample(node):
+                size, kept = node["fn"].size, node["value"].shape[0]
+                if kept < size:
+                    raise Unsupported(
+                        f"Plate '{name}' takes {kept} of {size} rows at random. Write the program for all rows; "
+                        "SVI(batch_size=...) sub-samples it."
+                    )
+
+    def _check_data(self) -> None:
+        for name, value in self.observed.items():
+            support = self.observed_sites[name].support
+            if not value.is_floating_point() and not support.is_discrete:
+                raise ValueError(
+                    f"Site '{name}' is {self.observed_sites[name].family}, which has floating-point values, but its data "
+                    f"are {str(value.dtype).removeprefix('torch.')}. Convert them first, for example by x.double()."
+                )
+
+    def _check_randomness(self, traces: list[poutine.Trace]) -> None:
+        values = {name: traces[0].nodes[name]["value"] for name in self.latents}
+        if not values:
+            return
+        first, second = self.log_joint(values), self.log_joint(values)
+        if not torch.equal(first, second) and not (first.isnan() and second.isnan()):
+            raise Unsupported(
+                f"{self.name} has hidden randomness: its log-density at the same values is {first:.6g}, then {second:.6g}. "
+                "Draw by pyro.sample only, and switch dropout off with .eval()."
+            )
+        joints = [self.log_joint({name: t.nodes[name]["value"] for name in self.latents}) for t in traces]
+        if all(not joint.isfinite() for joint in joints):
+            for label, tensor in self._labelled():
+                bad = (~tensor.isfinite()).nonzero() if tensor.is_floating_point() else []
+                if len(bad):
+                    where = tuple(bad[0].tolist())
+                    raise ValueError(
+                        f"{label} holds {len(bad)} values that are NaN or infinite (the first at {where}), and "
+                        f"{self.name} has no use for them. Remove those rows, or write the program with a mask."
+                    )
+
+    def _labelled(self) -> list[tuple[str, Tensor]]:
+        """The tensors among the arguments, by the names of the program's parameters."""
+        args, kwargs = self.arguments()
+        names = [p.name for p in inspect.signature(self.call).parameters.values()]
+        labelled = [*zip(names + [f"argument {i}" for i in range(len(names), len(args))], args, strict=False)]
+        return [(label, value) for label, value in [*labelled, *kwargs.items()] if isinstance(value, Tensor)]
+
+    def _used_weights(self, owner: Any) -> dict[str, Tensor]:
+        """The trainable tensors that the log-density depends on."""
+        named = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
+        named = {name: weight for name, weight in named.items() if weight.requires_grad}
+        with isolated(0), reproducible(self.dtype):
+            if not hasattr(self, "data"):
+                self.data = [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
+                self.nesting = 0
+            if not named and not self._table:
+                return {}
+            trace = self.trace({})
+            named |= self._table
+            total = sum(node["log_prob_sum"] for node in trace.nodes.values() if _is_statement(node))
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return {}
+        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        return {name: w for (name, w), g in zip(named.items(), gradients, strict=True) if g is not None}
+
+    @cached_property
+    def density(self) -> Density:
+        """The program's densities over a leading chain axis."""
+        from inference.density import Density
+
+        return Density(self, self._evaluations)
+
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensor arguments that are not themselves observed, by parameter name."""
+        seen = list(self.observed.values())
+        return {
+            label: value
+            for label, value in self._labelled()
+            if not any(value.shape == data.shape and torch.equal(value, data.to(value.dtype)) for data in seen)
+        }
+
+    @cached_property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """Names of the dimensions of each latent, observed and deterministic site: its plates, then ``site_dim_i``."""
+        named = {}
+        for name, site in {**self.latents, **self.observed_sites}.items():
+            labels = [f"{name}_dim_{i}" for i in range(len(site.shape))]
+            for plate in site.plates:
+                labels[len(site.batch_shape) + plate.dim] = plate.name
+            named[name] = tuple(labels)
+        return named | {n: tuple(f"{n}_dim_{i}" for i in range(len(s))) for n, s in self.deterministic.items()}
+
+    @cached_property
+    def coords(self) -> dict[str, np.ndarray]:
+        sites = [*self.latents.values(), *self.observed_sites.values()]
+        return {plate.name: np.arange(plate.size) for site in sites for plate in site.plates}
+
+    @cached_property
+    def finite(self) -> tuple[str, ...]:
+        """Names of the latent sites with finitely many values."""
+        return tuple(name for name, site in self.latents.items() if site.choices is not None)
+
+    @cached_property
+    def continuous(self) -> tuple[str, ...]:
+        """Names of the latent sites with a continuous support."""
+        return tuple(name for name, site in self.latents.items() if site.is_continuous)

@@ -1,0 +1,130 @@
+"""Where chains start: dispersed like the prior, but where the density is finite and not absurdly small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.contract import Unsupported
+from inference.density import Density, Unconstrained
+from inference.program import Program
+
+__all__ = ["ascended", "given_values", "starting_values"]
+
+_CANDIDATES = 256  # draws looked at in all,
+_LEAST, _MOST = 4, 64  # and for each chain
+_ASCENT = 40  # steps of at most 0.05 prior standard deviations each: towards the mass, not down a funnel
+
+
+def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]:
+    """What the caller says of the start, as site to (chain, *site).
+
+    Args:
+        program: The program.
+        start: None, a mapping from site to constrained value with or without a chain axis, or a Posterior (whose last
+            draws are taken, repeated if it has fewer chains).
+        chains: Number of chains.
+
+    Raises:
+        ValueError: If a site is unknown, or a value has the wrong shape or lies outside the support.
+    """
+    if start is None:
+        return {}
+    if not isinstance(start, Mapping):
+        last = {name: draws[:, -1] for name, draws in start.draws.items() if name in program.latents}
+        start = {name: value[torch.arange(chains) % len(value)] for name, value in last.items()}
+    values = {}
+    for name, value in start.items():
+        site = program.latents.get(name)
+        if site is None:
+            raise ValueError(
+                f"start= names '{name}', but {program.name} has the latent sites {', '.join(program.latents)}."
+            )
+        value = torch.as_tensor(value, device=program.device)
+        value = value.to(program.dtype if site.dtype.is_floating_point else site.dtype)
+        if value.shape == site.shape:
+            value = value.expand(chains, *site.shape)
+        if value.shape != (chains, *site.shape):
+            raise ValueError(
+                f"start= gives '{name}' the shape {tuple(value.shape)}, but it must be {tuple(site.shape)}, or "
+                f"{(chains, *site.shape)} with a chain axis."
+            )
+        if not bool(site.support.check(value).all()):
+            raise ValueError(f"start= gives '{name}' a value outside its support {site.support}.")
+        values[name] = value.clone()
+    return values
+
+
+def _candidates(program: Program, count: int) -> dict[str, Tensor]:
+    """Half from the prior, half uniform on (-2, 2) after unconstraining; (count, *site)."""
+    draws = []
+    for i in range(count):
+        draw = program.sample_prior()
+        if i % 2:
+            for name in program.continuous:
+                site = program.latents[name]
+                shape = site.transform.inverse_shape(site.shape)
+                draw[name] = site.transform(torch.empty(shape, device=program.device).uniform_(-2.0, 2.0))
+        draws.append(draw)
+    return {name: torch.stack([draw[name] for draw in draws]) for name in program.latents}
+
+
+def starting_values(program: Program, chains: int, start: Any = None) -> dict[str, Tensor]:
+    """Values of all latent sites, (chain, *site): for each chain the best of a few candidates, given sites as given.
+
+    Raises:
+        ValueError: If the log-density is not finite at any candidate.
+    """
+    given = given_values(program, start, chains)
+    if len(given) == len(program.latents):
+        return given
+    share = min(max(_LEAST, _CANDIDATES // chains), _MOST)
+    values = _candidates(program, chains * share)
+    values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
+    density = Density(program, rung="vmapped")
+    free = [name for name in program.finite if name not in given]
+    try:
+        others = {name: value for name, value in values.items() if name not in free}
+        log_density = density.marginal(free)(others)
+    except Unsupported:
+        log_density = density.joint(values)
+    log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf).reshape(chains, share)
+    best = log_density.argmax(1)
+    lost = log_density.amax(1) == -torch.inf
+    if bool(lost.all()):
+        raise ValueError(
+            f"{program.name} has no finite log-density at any of {chains * share} starting points. Check that the data lie "
+            "in the support of their distributions, or give start=."
+        )
+    best = torch.where(lost, log_density.flatten().argmax() % share, best)
+    rows = torch.arange(chains, device=best.device) * share + best
+    rows = torch.where(lost, log_density.flatten().argmax(), rows)
+    return {name: value[rows].clone() for name, value in values.items()}
+
+
+def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values moved a little up the marginal log-density, so that no chain starts in a tail that it cannot leave.
+
+    Forty steps of sign descent with momentum (Adam), in coordinates scaled by the prior's standard deviations: two prior
+    standard deviations at most. Every chain climbs on its own, and keeps its start if climbing did not help.
+    """
+    coordinates = Unconstrained(program, program.continuous)
+    staged = program.density.unconstrained(coordinates, program.finite)
+    pool = coordinates.position(_candidates(program, 32))
+    scale = pool.std(0).clamp(min=1e-6)
+    start = position = coordinates.position(values)
+    first, second = torch.zeros_like(position), torch.zeros_like(position)
+    before = best = None
+    for i in range(1, _ASCENT + 1):
+        gradient, log_density = staged(position, {})
+        before = log_density if before is None else before
+        gradient = (gradient * scale).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
+        step = (first / (1 - 0.9**i)) / ((second / (1 - 0.95**i)).sqrt() + 1e-12)
+        position = position + 0.05 * scale * step
+    _, best = staged(position, {})
+    position = torch.where((best > before).unsqueeze(-1), position, start)
+    return {**values, **coordinates.values(position)}

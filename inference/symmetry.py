@@ -1,0 +1,74 @@
+"""Exchangeable labels, found by trying: does a permutation of the components leave the log-joint unchanged?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from inference.contract import Unsupported
+from inference.enumeration import indices
+from inference.handlers import isolated
+from inference.program import Program
+
+__all__ = ["exchangeable", "permuted"]
+
+
+def permuted(
+    values: Mapping[str, Tensor], symmetry: Mapping[str, int | None], permutation: Tensor, program: Program
+) -> dict[str, Tensor]:
+    """Values with component i renamed to where ``permutation`` puts it: new[i] = old[permutation[i]]."""
+    inverse = permutation.argsort()
+    renamed = dict(values)
+    for name, axis in symmetry.items():
+        if axis is not None:
+            renamed[name] = values[name].index_select(axis, permutation)
+        else:
+            choices = program.latents[name].choices
+            assert choices is not None
+            renamed[name] = choices[inverse[indices(program, name, values[name])]]
+    return renamed
+
+
+def exchangeable(program: Program) -> dict[str, int | None]:
+    """Site to the axis of its value along which labels are exchangeable; None for a site whose values are the labels.
+
+    A plate of size K makes a guess: the sites in it along its axis, the sites outside it that have an event axis of size K,
+    and the finite sites with K values. The guess holds if a swap and a cycle of labels, which generate all permutations,
+    leave the log-joint unchanged at three draws from the prior.
+    """
+    plates = {(plate.name, plate.size) for site in program.latents.values() for plate in site.plates}
+    data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
+    found: dict[str, int | None] = {}
+    for name, size in sorted(plates):
+        if size < 2 or name in data_plates:
+            continue
+        guess: dict[str, int | None] = {}
+        for site in program.latents.values():
+            inside = [plate for plate in site.plates if plate.name == name]
+            if inside:
+                guess[site.name] = len(site.batch_shape) + inside[0].dim
+            elif site.choices is not None and len(site.choices) == size:
+                guess[site.name] = None
+            elif site.event_dim == 1 and site.shape[-1] == size and site.choices is None:
+                guess[site.name] = len(site.shape) - 1
+        if not set(guess) & set(found) and _holds(program, guess, size):
+            found |= guess
+    return found
+
+
+def _holds(program: Program, guess: Mapping[str, int | None], size: int) -> bool:
+    labels = torch.arange(size, device=program.device)
+    swap = torch.cat([labels[:2].flip(0), labels[2:]])
+    with isolated(1, program.device):
+        for _ in range(3):
+            try:
+                values = program.sample_prior()
+                before = program.log_joint(values)
+                afters = [program.log_joint(permuted(values, guess, p, program)) for p in (swap, labels.roll(1))]
+            except (Unsupported, RuntimeError, ValueError):
+                return False
+            if not all(torch.allclose(before, after, rtol=1e-9 if before.dtype == torch.float64 else 1e-4) for after in afters):
+                return False
+    return True

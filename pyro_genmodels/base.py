@@ -1,0 +1,32 @@
+"""The two nouns: a generative model is a Pyro program, a stochastic module is a distribution with weights.
+
+Conventions. Data come first: ``model(x)`` conditions on data, ``model(None, size=n)`` draws n rows from the prior. Rows are
+dimension 0. A model that hides something worth guessing has a ``guide`` of the same signature; one whose prior follows the
+scale of the data has ``prepare``. Weights are ``nn.Parameter``s; nothing is kept in Pyro's global parameter store.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+__all__ = ["GenerativeModel", "StochasticModule"]
+
+
+class GenerativeModel(nn.Module, abc.ABC):
+    """How the data came about, as a Pyro program."""
+
+    @abc.abstractmethod
+    def model(self, x: Tensor | None = None, size: int | None = None) -> Any:
+        """The program: conditions on ``x`` (rows, …), or draws ``size`` rows if ``x`` is None."""
+
+
+class StochasticModule(nn.Module, abc.ABC):
+    """A distribution with weights: ``pyro.sample("x", module(context))`` works in any program."""
+
+    @abc.abstractmethod
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, given ``context`` (batch, …) if it is conditional."""

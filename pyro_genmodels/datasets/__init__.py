@@ -1,0 +1,16 @@
+"""Data: small classics that come with the package, and tables of the reader's own."""
+
+from pyro_genmodels.datasets.bundled import coal_mining, digits, eight_schools, galaxies, load, names, old_faithful
+from pyro_genmodels.datasets.tables import Dataset, read_table
+
+__all__ = [
+    "Dataset",
+    "coal_mining",
+    "digits",
+    "eight_schools",
+    "galaxies",
+    "load",
+    "names",
+    "old_faithful",
+    "read_table",
+]
