@@ -6,14 +6,20 @@ Start reading at ``inference.contract``.
 """
 
 from inference.blocks import AdaptiveWalk, Conjugate, Enumerate, Hamiltonian
+from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
+from inference.em import EM
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
 from inference.metropolis import MetropolisHastings, RandomWalk
 from inference.posterior import Posterior
+from inference.svi import SVI
 
 __all__ = [
+    "ELBO",
+    "EM",
     "HMC",
+    "SVI",
     "AdaptiveWalk",
     "Backend",
     "Conjugate",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from inference.posterior import Posterior
     from inference.program import Program
 
-__all__ = ["Backend", "Draw", "Guided", "Prepared", "Programmed", "Unsupported"]
+__all__ = ["Backend", "Draw", "Fitted", "Guided", "Prepared", "Programmed", "Unsupported"]
 
 S = TypeVar("S")
 I = TypeVar("I", bound=NamedTuple)  # noqa: E741
@@ -62,6 +62,17 @@ class Prepared(Protocol):
     """A model whose prior is scaled to the data: every fit calls ``prepare`` once, with all the data, before it looks."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """What a model needs of a Posterior: its draws, site to (chain, draw, *site), as they are and with labels matched."""
+
+    @property
+    def draws(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def matched(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +133,13 @@ class Backend(abc.ABC, Generic[S, I]):
         """Which site is updated how, as far as the state knows."""
         return None
 
+    def history(self, records: dict[str, Tensor], state: S) -> dict[str, Tensor]:
+        """What is kept of the infos of all steps, name to (step, …)."""
+        return records
+
     def weights(self, state: S, program: Program) -> dict[str, Tensor]:
         """The weights that the run trained or held fixed."""
-        return {name: weight.detach().clone() for name, weight in program.weights.items()}
+        return program.weight_values()
 
     @final
     def fit(self, model: Callable[..., Any] | Programmed, *args: Any, **kwargs: Any) -> Posterior:

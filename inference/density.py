@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import grad, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
@@ -33,7 +35,7 @@ __all__ = ["RUNGS", "Density", "Staged", "Unconstrained"]
 
 RUNGS = ("looped", "vmapped", "staged", "compiled")
 _CHECKS = 2
-_LARGEST_COMPILED = 400  # nodes; larger graphs stay staged (compile time grows faster than the gain)
+_LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows faster than the gain)
 _LARGEST_STAGED = 100_000
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
 _SECONDS_TO_COMPILE = (8.0, 0.03)  # constant and per node, measured on two cores
@@ -45,6 +47,8 @@ _REFUSALS = (
     ("data-dependent control flow", "branches in Python on a latent value (if, while, assert, bool())"),
     ("data pointer", "hands a latent value to numpy"),
     ("numpy()", "hands a latent value to numpy"),
+    ("inplace arithmetic", "writes a latent value into a tensor of its own"),
+    ("out=", "writes a latent value into a tensor of its own"),
     ("randomness", "draws random numbers outside pyro.sample"),
 )
 
@@ -55,7 +59,7 @@ def _translated(error: Exception, name: str) -> Exception:
         if mark in text:
             return Unsupported(
                 f"{name} {reason}, which cannot be differentiated or run for many chains at once. Use torch operations "
-                "instead, for example torch.where."
+                "instead, for example torch.where or torch.cat."
             )
     return error
 
@@ -125,7 +129,7 @@ class Staged:
         rows = [
             self.function(
                 *(
-                    tree_map(lambda leaf, c=c: leaf[c], value) if dim == 0 else value
+                    tree_map(_element(c), value) if dim == 0 else value
                     for value, dim in zip(inputs, self.in_dims, strict=True)
                 )
             )
@@ -142,7 +146,11 @@ class Staged:
             return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
 
         try:
-            graph = fold(make_fx(flat)(*leaves))
+            graph = make_fx(flat)(*leaves)
+            if not any(_is_mutable(node) for node in graph.graph.nodes):
+                merged = CSEPass()(graph)
+                graph = graph if merged is None else merged.graph_module
+            graph = fold(graph)
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return None
@@ -153,8 +161,10 @@ class Staged:
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
             return graph
         try:
-            compiled = torch.compile(graph, dynamic=False, fullgraph=True)
-            compiled(*leaves)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's own deprecations
+                compiled = torch.compile(graph, dynamic=False, fullgraph=True)
+                compiled(*leaves)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
             return graph
@@ -166,6 +176,10 @@ class Staged:
         saved = self.evaluations * self.nodes * _SECONDS_PER_NODE
         has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
         return self.nodes <= _LARGEST_COMPILED and saved > constant + per_node * self.nodes and has_compiler
+
+
+def _element(index: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor[index]
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -185,8 +199,7 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     """
     mutable: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
+        if _is_mutable(node):
             frontier = [node, *node.all_input_nodes]
             while frontier:
                 ancestor = frontier.pop()
@@ -195,7 +208,10 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
                     frontier.extend(ancestor.all_input_nodes)
     known: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
-        if node.op == "get_attr":
+        filled = _filled(node) if node not in mutable else None
+        if filled is not None:
+            known[node] = filled
+        elif node.op == "get_attr":
             known[node] = getattr(graph, node.target)
         elif node.op == "call_function" and node not in mutable and all(i in known for i in node.all_input_nodes):
             arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
@@ -207,9 +223,36 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
             graph.register_buffer(name, value.contiguous(), persistent=False)
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(name))
+    for node in reversed(list(known)):  # also checks for errors, which dead-code elimination keeps
+        if not node.users:
+            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _filled(node: fx.Node) -> Tensor | None:
+    """The value of a node that takes only the shape of its input, such as ``zeros_like``."""
+    aten, meta = torch.ops.aten, node.meta.get("val", node.meta.get("tensor_meta"))
+    if meta is None or node.op != "call_function":
+        return None
+    if node.target in (aten.zeros_like.default, aten.new_zeros.default):
+        value: Any = 0
+    elif node.target in (aten.ones_like.default, aten.new_ones.default):
+        value = 1
+    elif node.target in (aten.full_like.default, aten.new_full.default):
+        value = node.args[-1]
+    else:
+        return None
+    if not isinstance(value, (int, float, bool)):
+        return None
+    device: Any = node.kwargs.get("device") or getattr(meta, "device", None)
+    return torch.full(tuple(meta.shape), value, dtype=meta.dtype, device=device)
 
 
 class Unconstrained:
@@ -300,6 +343,15 @@ class Density:
         key = ("unconstrained", coordinates.sites, sites, gradient)
         return self.stage(key, grad_and_value(log_density) if gradient else log_density, (True, True))
 
+    def slopes(self, sites: Collection[str], enumerated: Collection[str]) -> Staged:
+        """(values of ``sites``) -> (gradient, log p) with ``enumerated`` summed out; all on the constrained scale."""
+        finite = tuple(enumerated)
+
+        def log_density(values: dict[str, Tensor]) -> Tensor:
+            return log_normalizer(self.program, values, finite)
+
+        return self.stage(("slopes", tuple(sites), finite), grad_and_value(log_density), (True,))
+
     def gradients(self, site: str) -> Staged:
         """(points (chain, point, *site), values) -> gradient of the log-joint in ``site`` at each point, same shape."""
 
@@ -329,7 +381,9 @@ class Density:
         ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
             drawn, log_q, records = self._drawn(values, uniforms, names)
             _, log_q_present = draw_back(
-                self.program, records, lambda site, logits: indices(self.program, site, values[site]).reshape(logits.shape[:-1])
+                self.program,
+                records,
+                lambda site, logits: indices(self.program, site, values[site]).reshape(logits.shape[:-1]),
             )
             return drawn, log_q, log_q_present
 

@@ -150,6 +150,7 @@ def eliminate(
     plates_of: Mapping[str, frozenset[str]],
     keep: frozenset[str] = frozenset(),
     maximise: bool = False,
+    scales: Mapping[str, float] | None = None,
 ) -> tuple[list[Factor], list[Record]]:
     """Sums (or maximises) all variables out of a product of plated factors.
 
@@ -158,6 +159,7 @@ def eliminate(
         plates_of: Variable to the plates that it lives in.
         keep: Plates that are not multiplied over; each result has a subset of them as its dimensions.
         maximise: Whether to take the maximum over variables instead of the sum.
+        scales: Plate to a factor for the product over it, for plates of which only a sample of rows is seen.
 
     Returns:
         The factors that are left, without variables, and the records for ``draw_back``, in order of elimination.
@@ -202,6 +204,8 @@ def eliminate(
                 )
             reduced = [i for i, dim in enumerate(factor.dims) if dim in leaf and dim not in target]
             table = factor.table.sum(reduced) if reduced else factor.table
+            for i in reduced:
+                table = table * (scales or {}).get(factor.dims[i], 1.0)
             left = Factor(table, tuple(d for i, d in enumerate(factor.dims) if i not in reduced), target, factor.site)
             if left.variables or target - keep:
                 pending.append(left)
@@ -216,12 +220,16 @@ def plates_of(program: Program, sites: Collection[str]) -> dict[str, frozenset[s
 
 
 def log_normalizer(
-    program: Program, values: Mapping[str, Tensor], enumerated: Collection[str], data: list[Tensor] | None = None
+    program: Program,
+    values: Mapping[str, Tensor],
+    enumerated: Collection[str],
+    data: list[Tensor] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """log Σ p(z, values, data) over all values z of the sites ``enumerated``; a scalar."""
-    if not enumerated:
+    """log Σ p(z, values, data) over all values z of the sites ``enumerated``; a scalar. For the rest see ``eliminate``."""
+    if not enumerated and not scales:
         return program.log_joint(values, data)
-    left, _ = eliminate(factors(program, values, enumerated, data), plates_of(program, enumerated))
+    left, _ = eliminate(factors(program, values, enumerated, data), plates_of(program, enumerated), scales=scales)
     return torch.stack([factor.table for factor in left]).sum()
 
 

@@ -1,7 +1,7 @@
 """The one loop: improve, then read out. Every back-end runs here, and nowhere else.
 
-    Optimise    improve until done, then read out draws          (SVI, EM)
-    Sample      improve during warm-up, then read out, thinned   (Gibbs, Metropolis-Hastings, HMC)
+Optimise    improve until done, then read out draws          (SVI, EM)
+Sample      improve during warm-up, then read out, thinned   (Gibbs, Metropolis-Hastings, HMC)
 """
 
 from __future__ import annotations
@@ -89,9 +89,6 @@ class _Buffer:
 
     def _kept(self, values: Mapping[str, Tensor]) -> list[str]:
         if self.keep is not None:
-            unknown = [name for name in self.keep if name not in values]
-            if unknown:
-                raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(values)}.")
             return [name for name in values if name in self.keep]
         sizes = {name: value.numel() * value.element_size() * self.count for name, value in values.items()}
         kept = sorted(values, key=lambda name: sizes[name])
@@ -143,6 +140,10 @@ def run(backend: Backend[Any, Any], model: Any, args: tuple[Any, ...], kwargs: M
             follow=backend.follows_data,
             evaluations=backend.schedule.evaluations,
         )
+        sites = (*program.latents, *program.deterministic)
+        unknown = [name for name in backend.keep or () if name not in sites]
+        if unknown:
+            raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
         with reproducible(program.dtype, program.device), quiet():
             torch.manual_seed(seed)
             return _Run(backend, program, seed, started).posterior()
@@ -193,7 +194,7 @@ class _Run:
         return Posterior(
             draws=draws.read(),
             stats=stats.read(),
-            history=history,
+            history=self.backend.history(history, state),
             plan=self.backend.plan(state, self.program),
             weights=self.backend.weights(state, self.program),
             info=self._info(),
@@ -215,8 +216,9 @@ class _Run:
                 state, info = self.backend.step(state, self.program)
                 self._last = state
                 self._record(info)
-                if self.backend.keep_warmup:
-                    warmup.add(self._with_deterministics(self.backend.values(state, self.program)))
+                if self.backend.keep_warmup and isinstance(self.schedule, Sample):
+                    with isolated(self.seed + 1 + i, self.program.device):  # looking must not change the run
+                        warmup.add(self._with_deterministics(self.backend.values(state, self.program)))
                 bar.update()
                 if i % 20 == 0 and not bar.disable:
                     bar.set_postfix_str(_shown(info), refresh=False)
@@ -241,7 +243,9 @@ class _Run:
                     self.history.append({"lp": draw.stats["lp"].detach().cpu()})
                 bar.update()
                 if i % 20 == 0 and not bar.disable and "acceptance_rate" in draw.stats:
-                    bar.set_postfix_str(f"acceptance rate {float(draw.stats['acceptance_rate'].mean()):.3f}", refresh=False)
+                    bar.set_postfix_str(
+                        f"acceptance rate {float(draw.stats['acceptance_rate'].mean()):.3f}", refresh=False
+                    )
                 if isinstance(self.schedule, Sample) and any(
                     [callback(self.schedule.warmup + i, draw) for callback in self.backend.callbacks]
                 ):
@@ -277,6 +281,7 @@ class _Run:
             "warmup": schedule.improvements,
             "draws": schedule.draws,
             "thin": schedule.thin if isinstance(schedule, Sample) else 1,
+            "interrupted": any(finding.startswith("Stopped by Ctrl-C") for finding in self.findings),
             "findings": self.findings,
         }
 
@@ -285,7 +290,9 @@ def _config(backend: Backend[Any, Any]) -> dict[str, Any]:
     """The fields of a back-end as JSON can hold them."""
     plain = (str, int, float, bool, type(None))
     values = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)}
-    return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items() if name != "start"}
+    return {
+        name: value if isinstance(value, plain) else repr(value) for name, value in values.items() if name != "start"
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -3,30 +3,28 @@
 References:
     S. Duane et al., Hybrid Monte Carlo (1987).
     R. Neal, MCMC using Hamiltonian dynamics (2011).
-    M. Hoffman, A. Radul and P. Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo (2021).
-"""  # noqa: E501
+    P. Sountsov and M. Hoffman, Focusing on difficult directions for learning HMC trajectory lengths (2021).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inference.marginal import MarginalSampler
-from inference.mcmc import HamiltonianAdaptation, HamiltonianInfo, HamiltonianKernel, HamiltonianState
+from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianInfo, HamiltonianKernel, HamiltonianState
 
 __all__ = ["HMC"]
-
-Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HMC(MarginalSampler):
     """Hamiltonian Monte Carlo on the unconstrained continuous sites, finite discrete ones summed out and drawn back.
 
-    Warm-up sets the step size (dual averaging), the trajectory length (ChEES) and a diagonal mass matrix from all chains
+    Warm-up sets the step size (dual averaging), the trajectory length (squared jumps along the slowest
+    direction) and a diagonal mass matrix from all chains
     together; afterwards nothing adapts. Trajectories have a length that is jittered by a sequence known in advance, so
     that all chains take the same number of steps.
 

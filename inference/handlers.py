@@ -23,7 +23,18 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Arithmetic", "Enumerated", "Rescale", "Substitute", "Weights", "base", "isolated", "quiet", "reproducible", "start_flat"]
+__all__ = [
+    "Arithmetic",
+    "Enumerated",
+    "Rescale",
+    "Substitute",
+    "Weights",
+    "base",
+    "isolated",
+    "quiet",
+    "reproducible",
+    "start_flat",
+]
 
 _PRODUCTS = frozenset(
     {
@@ -96,18 +107,39 @@ class Enumerated(EnumMessenger):
         }
 
 
+class Table(dict[str, Tensor]):
+    """Weights of ``pyro.param`` statements: name to unconstrained leaf, and the bijections to what the program sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transforms: dict[str, Any] = {}
+
+    def frozen(self) -> Table:
+        """The same weights, without gradients."""
+        other = Table()
+        other.update({name: leaf.detach() for name, leaf in self.items()})
+        other.transforms = self.transforms
+        return other
+
+    def seen(self, name: str, leaf: Tensor) -> Tensor:
+        """A weight as the program sees it."""
+        return self.transforms[name](leaf) if name in self.transforms else leaf
+
+
 class Weights(Messenger):
     """Keeps ``pyro.param`` and ``pyro.module`` out of Pyro's global store: the weights live in ``table``.
 
     Args:
-        table: Name to unconstrained leaf tensor; filled at the first run.
+        table: Filled at the first run.
     """
 
-    def __init__(self, table: dict[str, Tensor]) -> None:
+    def __init__(self, table: Table) -> None:
         super().__init__()
         self.table = table
 
     def _pyro_param(self, msg: Any) -> None:
+        if getattr(msg["fn"], "__self__", None) is None:
+            return  # a weight that a PyroModule holds itself; pyro.param would call a method of the store
         name, *initial = msg["args"]
         constraint = msg["kwargs"].get("constraint", torch.distributions.constraints.real)
         transform = biject_to(constraint)
@@ -119,7 +151,8 @@ class Weights(Messenger):
                 self.table[name] = value
             else:
                 self.table[name] = transform.inv(value.detach()).clone().requires_grad_()
-        msg["value"], msg["done"] = transform(self.table[name]), True
+                self.table.transforms[name] = transform
+        msg["value"], msg["done"] = self.table.seen(name, self.table[name]), True
 
 
 class Rescale(Messenger):
@@ -140,10 +173,11 @@ class Rescale(Messenger):
 
 
 class Arithmetic(TorchFunctionMode):
-    """Two kindnesses to a program inside a run.
+    """Kindnesses to a program inside a run.
 
     Matrix products may mix float32 constants of the program with the float64 values of the run. A matrix that has no
-    Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains.
+    Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains. ``x[mask] = 0``,
+    which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``.
     """
 
     def __torch_function__(
@@ -152,6 +186,11 @@ class Arithmetic(TorchFunctionMode):
         if func in (torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky) and not kwargs and len(args) == 1:
             factor, failed = torch.linalg.cholesky_ex(args[0])
             return torch.where((failed > 0)[..., None, None], torch.nan, factor)
+        if func is torch.Tensor.__setitem__ and isinstance(args[1], Tensor) and not isinstance(args[2], Tensor):
+            if args[1].dtype == torch.bool:
+                args[0].masked_fill_(args[1], args[2])
+                return None
+            return func(*args)
         if func in _PRODUCTS:
             dtypes = {leaf.dtype for leaf in args if isinstance(leaf, Tensor) and leaf.is_floating_point()}
             if len(dtypes) > 1:
@@ -165,14 +204,16 @@ class Arithmetic(TorchFunctionMode):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Argument validation off (it is data-dependent control flow, which ``vmap`` refuses), module-local weights on."""
-    validates = Distribution._validate_args  # type: ignore[attr-defined]
-    with pyro.validation_enabled(False), pyro.settings.context(module_local_params=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-        Distribution.set_default_validate_args(False)
-        try:
+    validates = Distribution._validate_args
+    try:
+        with pyro.validation_enabled(False), pyro.settings.context(module_local_params=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+            # torch's Wishart says so at every draw: it tests the support, and means the opposite
+            warnings.filterwarnings("ignore", message="Singular sample detected")
+            Distribution.set_default_validate_args(False)
             yield
-        finally:
-            Distribution.set_default_validate_args(validates)
+    finally:
+        Distribution.set_default_validate_args(validates)
 
 
 @contextlib.contextmanager
@@ -200,13 +241,14 @@ def reproducible(dtype: torch.dtype, device: torch.device | None = None) -> Iter
     """
     before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
@@ -214,4 +256,4 @@ def reproducible(dtype: torch.dtype, device: torch.device | None = None) -> Iter
     finally:
         torch.set_default_dtype(before[0])
         torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

@@ -29,7 +29,7 @@ class MarginalState(NamedTuple):
     kernel: Any
     adaptation: Any
     acceptance: Tensor
-    count: Tensor
+    reads: Tensor
     certificate: Tensor
 
 
@@ -75,9 +75,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         """The kernel's first state and its adaptation, at (chain, D)."""
 
     @abc.abstractmethod
-    def move(
-        self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int
-    ) -> tuple[Any, Any, Any]:
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
         """One move: new state, adaptation and info; ``warmup`` is its length while it lasts, then 0."""
 
     def _parts(self, program: Program) -> tuple[Unconstrained, Callable[[Tensor], Any]]:
@@ -133,7 +131,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
             state = state._replace(kernel=kernel, adaptation=adaptation)
             rates.append(info.acceptance_rate)
         rate = torch.stack(rates).mean(0)
-        state = state._replace(acceptance=state.acceptance + rate.mean(), count=state.count + 1)
+        state = state._replace(acceptance=state.acceptance + rate.mean(), reads=state.reads + 1)
         stats = {name: value for name, value in info._asdict().items() if value.shape == rate.shape}
         stats |= {"lp": kernel.log_density, "acceptance_rate": rate}
         return state, Draw(self.values(state, program), stats)
@@ -146,13 +144,15 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         return {name: values[name] for name in program.latents}
 
     def plan(self, state: MarginalState, program: Program) -> Plan:
-        rate = float(state.acceptance / state.count) if state.count > 0 else float("nan")
+        rate = float(state.acceptance / state.reads) if state.reads > 0 else float("nan")
         updates = [Update(program.continuous, self.update, rate)]
         if program.finite:
-            updates.append(Update(
+            updates.append(
+                Update(
                     program.finite,
                     "Enumerate",
                     certificate=float(state.certificate),
                     note="summed out, then drawn back",
-                ))
+                )
+            )
         return Plan(tuple(updates))

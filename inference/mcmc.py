@@ -6,6 +6,7 @@ different modes (other labels of a mixture, say) do not widen each other's propo
 
 References:
     M. Hoffman, A. Radul and P. Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo (2021).
+    P. Sountsov and M. Hoffman, Focusing on difficult directions for learning HMC trajectory lengths (2021).
     M. Hoffman and A. Gelman, The No-U-Turn Sampler: adaptively setting path lengths in Hamiltonian Monte Carlo (2014).
     H. Haario, E. Saksman and J. Tamminen, An adaptive Metropolis algorithm (2001).
 """  # noqa: E501
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Gradient",
     "HamiltonianAdaptation",
     "HamiltonianInfo",
     "HamiltonianKernel",
@@ -33,6 +35,8 @@ __all__ = [
     "window_ends",
 ]
 
+WIDEST_COVARIANCE = 512
+COST = 0.3  # the jump is weighed against length^COST: 1 favours the squares over the means, 0 ignores the gradients
 DIVERGENT = 1000.0  # rise of the energy beyond which a trajectory has left the exact one (Stan's threshold)
 
 
@@ -42,28 +46,38 @@ def window_ends(warmup: int) -> tuple[int, ...]:
 
 
 class Moments(NamedTuple):
-    """Running mean and scatter of every chain (Welford): count (), mean (chain, D), scatter (D, D), pooled within chains."""
+    """Running mean and scatter of every chain (Welford): number (), mean (chain, D), scatter pooled within chains.
 
-    count: Tensor
+    The scatter is (D, D), or (D,), its diagonal, beyond 512 dimensions.
+    """
+
+    number: Tensor
     mean: Tensor
     scatter: Tensor
 
     @classmethod
     def like(cls, position: Tensor) -> Moments:
         width = position.shape[-1]
-        return cls(position.new_zeros(()), torch.zeros_like(position), position.new_zeros(width, width))
+        shape = (width, width) if width <= WIDEST_COVARIANCE else (width,)
+        return cls(position.new_zeros(()), torch.zeros_like(position), position.new_zeros(shape))
 
     def update(self, position: Tensor) -> Moments:
-        count = self.count + 1
+        number = self.number + 1
         before = position - self.mean
-        mean = self.mean + before / count
-        return Moments(count, mean, self.scatter + before.T @ (position - mean))
+        mean = self.mean + before / number
+        after = position - mean
+        scatter = before.T @ after if self.scatter.dim() == 2 else (before * after).sum(0)
+        return Moments(number, mean, self.scatter + scatter)
 
     def covariance(self) -> Tensor:
-        """Pooled within-chain covariance (D, D), shrunk towards 10⁻³ by as much as five draws would."""
-        freedom = (self.count - 1).clamp(min=1) * len(self.mean)
-        eye = torch.eye(len(self.scatter), dtype=self.scatter.dtype, device=self.scatter.device)
-        return (self.scatter / freedom) * (freedom / (freedom + 5.0)) + 1e-3 * (5.0 / (freedom + 5.0)) * eye
+        """Pooled within-chain covariance, shrunk towards 10⁻³ by as much as five draws would; shape of the scatter."""
+        freedom = (self.number - 1).clamp(min=1) * len(self.mean)
+        shrunk = torch.full_like(self.mean[0], 1e-3) * (5.0 / (freedom + 5.0))
+        covariance = self.scatter / (freedom + 5.0)
+        return covariance + (torch.diag(shrunk) if covariance.dim() == 2 else shrunk)
+
+
+Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 # --------------------------------------------------------------------------------------- random walk
@@ -83,7 +97,7 @@ class RandomWalkInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomWalkKernel:
-    """Metropolis: q' = q + scale · L ε, ε ~ N(0, I); ``factor`` is L (D, D), ``scale`` a scalar."""
+    """Metropolis: q' = q + scale · L ε, ε ~ N(0, I); ``factor`` is L (D, D) or its diagonal (D,), ``scale`` a scalar."""
 
     scale: Tensor
     factor: Tensor
@@ -94,7 +108,9 @@ class RandomWalkKernel:
     def step(
         self, state: RandomWalkState, density: Callable[[Tensor], Tensor]
     ) -> tuple[RandomWalkState, RandomWalkInfo]:
-        proposal = state.position + self.scale * torch.randn_like(state.position) @ self.factor.T
+        noise = torch.randn_like(state.position)
+        step = noise @ self.factor.T if self.factor.dim() == 2 else noise * self.factor
+        proposal = state.position + self.scale * step
         log_density = density(proposal)
         log_ratio = (log_density - state.log_density).nan_to_num(nan=-math.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
@@ -104,7 +120,7 @@ class RandomWalkKernel:
 
 
 class RandomWalkAdaptation(NamedTuple):
-    """step (), log_scale (), factor (D, D) and the moments of the current window."""
+    """step (), log_scale (), factor (D, D) or (D,) and the moments of the current window."""
 
     step: Tensor
     log_scale: Tensor
@@ -114,9 +130,8 @@ class RandomWalkAdaptation(NamedTuple):
     @classmethod
     def like(cls, position: Tensor) -> RandomWalkAdaptation:
         width = position.shape[-1]
-        eye = torch.eye(width, dtype=position.dtype, device=position.device)
         initial = position.new_tensor(math.log(0.1 / math.sqrt(width)))
-        return cls(position.new_zeros(()), initial, eye, Moments.like(position))
+        return cls(position.new_zeros(()), initial, torch.ones_like(position[0]), Moments.like(position))
 
     @property
     def kernel(self) -> RandomWalkKernel:
@@ -132,7 +147,8 @@ class RandomWalkAdaptation(NamedTuple):
         log_scale = self.log_scale + (info.acceptance_rate.mean() - target) * 2.0 / since**0.6
         moments = self.moments.update(state.position)
         if int(step) in ends:
-            factor = torch.linalg.cholesky(moments.covariance())
+            covariance = moments.covariance()
+            factor = torch.linalg.cholesky(covariance) if covariance.dim() == 2 else covariance.sqrt()
             optimal = state.position.new_tensor(math.log(2.38 / math.sqrt(width)))
             return RandomWalkAdaptation(step, optimal, factor, Moments.like(state.position))
         return RandomWalkAdaptation(step, log_scale, self.factor, moments)
@@ -158,9 +174,6 @@ class HamiltonianInfo(NamedTuple):
     step_size: Tensor
     proposal: Tensor
     velocity: Tensor
-
-
-Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -222,7 +235,7 @@ class HamiltonianKernel:
 
 
 class HamiltonianAdaptation(NamedTuple):
-    """Step size by dual averaging, trajectory length by the ChEES criterion, scale from pooled within-chain variances.
+    """Step size by dual averaging, trajectory length by squared jumps, scale from pooled within-chain variances.
 
     All are tensors, so that the state of a run can be written down at any step.
     """
@@ -237,6 +250,7 @@ class HamiltonianAdaptation(NamedTuple):
     log_length_mean: Tensor
     jumps: Tensor
     scale: Tensor
+    longest: Tensor
     centres: Tensor
     moments: Moments
 
@@ -260,6 +274,7 @@ class HamiltonianAdaptation(NamedTuple):
         return cls(
             step=zero, log_step=log_step_tensor, log_step_mean=log_step_tensor, error_sum=zero,
             centre=log_step_tensor + math.log(2.0), since=zero, log_length=zero, log_length_mean=zero, jumps=position.new_zeros(2), scale=scale,
+            longest=torch.zeros_like(scale),
             centres=position.clone(), moments=Moments.like(position),
         )  # fmt: skip
 
@@ -299,33 +314,43 @@ class HamiltonianAdaptation(NamedTuple):
             jumps=jumps, moments=moments, centres=centres,
         )  # fmt: skip
         if int(step) in window_ends(warmup):
-            scale = moments.covariance().diagonal().sqrt()
+            covariance = moments.covariance()
+            scale = covariance.diagonal().sqrt() if covariance.dim() == 2 else covariance.sqrt()
+            longest = torch.zeros_like(scale)
+            if covariance.dim() == 2:
+                longest = torch.linalg.eigh(covariance / scale / scale[:, None])[1][:, -1]
             # the same step in the old coordinates: a geometric mean keeps it on average
             shift = (self.scale.log() - scale.log()).mean()
             new = new._replace(
-                scale=scale, moments=Moments.like(state.position), since=torch.zeros_like(since),
+                scale=scale, longest=longest, jumps=torch.zeros_like(jumps), moments=Moments.like(state.position), since=torch.zeros_like(since),
                 error_sum=torch.zeros_like(error_sum), log_step_mean=log_step + shift, log_step=log_step + shift,
                 centre=log_step + shift, log_length=new.log_length_mean, log_length_mean=new.log_length_mean,
             )  # fmt: skip
         return new
 
     def _lengthen(self, before: HamiltonianState, info: HamiltonianInfo) -> tuple[Tensor, Tensor]:
-        """A step up log(jump / length), in whitened coordinates centred on each chain's own running mean.
+        """A step up log(jump / length^COST), in whitened coordinates centred on each chain's own running mean.
 
             jump = ¼ E(|q′ − m|² − |q − m|²)²,   d jump / d length = E[(|q′ − m|² − |q − m|²) (q′ − m)·v′]
+
+        Both are taken along the first principal component once a window has shown which it is: the slowest direction is
+        what a trajectory must cover.
 
         Divided by the length, since time costs gradients. The jitter scales time and length alike, so that the slope in
         the logarithm takes the time that a trajectory had; both expectations are running means over steps and chains.
         """
         start = (before.position - self.centres) / self.scale
         end = (info.proposal - self.centres) / self.scale
+        velocity = info.velocity / self.scale
+        if bool(self.longest.any()):
+            start, end, velocity = ((x @ self.longest).unsqueeze(-1) for x in (start, end, velocity))
         change = end.square().sum(-1) - start.square().sum(-1)
-        along = (end * info.velocity / self.scale).sum(-1)
+        along = (end * velocity).sum(-1)
         time = info.n_steps * info.step_size
         signals = torch.stack([time * change * along, 0.25 * change.square()])
         signals = (signals * info.acceptance_rate).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).mean(-1)
         jumps = 0.95 * self.jumps + 0.05 * signals
-        slope = (jumps[0] / (jumps[1] + 1e-10)).clamp(-1.0, 3.0) - 1.0
+        slope = (jumps[0] / (jumps[1] + 1e-10)).clamp(-1.0, 3.0) - COST
         # whitened, no direction is longer than √D, and half a period of the longest is enough
         longest = math.log(math.pi * math.sqrt(len(self.scale)))
         return (self.log_length + 0.03 * slope).clamp(-4.0, longest), jumps

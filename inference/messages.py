@@ -57,12 +57,19 @@ def kind_of(support: Any) -> str | None:
         return "simplex"
     if support is constraints.positive_definite:
         return "positive definite"
-    lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
-    if isinstance(lower, (int, float)) and lower == 0 and upper is None and not support.is_discrete:
-        return "positive"
-    if isinstance(lower, (int, float)) and (lower, upper) == (0, 1) and not support.is_discrete:
-        return "unit interval"
+    if support.is_discrete:
+        return None
+    lower, upper = (_number(getattr(support, name, None)) for name in ("lower_bound", "upper_bound"))
+    if lower == 0.0:
+        return {None: "positive", 1.0: "unit interval"}.get(upper)
     return None
+
+
+def _number(bound: Any) -> float | None:
+    """A bound as a number, if it is one and the same for all elements."""
+    if isinstance(bound, Tensor):
+        return float(bound.flatten()[0]) if bound.numel() and bool((bound == bound.flatten()[0]).all()) else math.nan
+    return None if bound is None else float(bound)
 
 
 def _elements(tensor: Tensor) -> Tensor:
@@ -380,7 +387,7 @@ class BetaConditional(Conditional):
 
     def mode(self) -> Tensor:
         a, b = (self.a - 1.0).clamp(min=0.0), (self.b - 1.0).clamp(min=0.0)
-        return a / (a + b)
+        return torch.where(a + b > 0, a / (a + b), 0.5)
 
     def points(self) -> Points:
         beta = self._beta()
@@ -433,7 +440,8 @@ class DirichletConditional(Conditional):
 
     def mode(self) -> Tensor:
         counts = (self.concentration - 1.0).clamp(min=0.0)
-        return counts / counts.sum(-1, keepdim=True)
+        total = counts.sum(-1, keepdim=True)
+        return torch.where(total > 0, counts / total, 1.0 / counts.shape[-1])
 
     def points(self) -> Points:
         mean = self._dirichlet().mean
@@ -466,7 +474,9 @@ class DirichletFamily(Family):
 def _bartlett(df: Tensor, size: int) -> Tensor:
     """Lower triangular A with A Aᵀ ~ Wishart(df, I); shape of ``df`` + (size, size)."""
     steps = torch.arange(size, dtype=df.dtype, device=df.device)
-    diagonal = (2.0 * Gamma(0.5 * (df.unsqueeze(-1) - steps), torch.ones_like(steps), validate_args=False).sample()).sqrt()
+    diagonal = (
+        2.0 * Gamma(0.5 * (df.unsqueeze(-1) - steps), torch.ones_like(steps), validate_args=False).sample()
+    ).sqrt()
     below = torch.randn(*df.shape, size, size, dtype=df.dtype, device=df.device).tril(-1)
     return below + torch.diag_embed(diagonal)
 
@@ -475,8 +485,8 @@ def _bartlett(df: Tensor, size: int) -> Tensor:
 class WishartConditional(Conditional):
     """Wishart with ``df`` (chain, *batch) and inverse scale matrix (chain, *batch, D, D); or the inverse of one.
 
-        Wishart:          |S|^((df − D − 1)/2) exp(−½ tr(M S))
-        inverse Wishart:  |S|^(−(df + D + 1)/2) exp(−½ tr(M S⁻¹))
+    Wishart:          |S|^((df − D − 1)/2) exp(−½ tr(M S))
+    inverse Wishart:  |S|^(−(df + D + 1)/2) exp(−½ tr(M S⁻¹))
     """
 
     df: Tensor
@@ -529,7 +539,9 @@ class WishartConditional(Conditional):
     def points(self) -> Points:
         factor, df, _ = self._parts()
         matrix = factor @ factor.mT
-        middle = matrix / df[..., None, None] if self.is_inverse else df[..., None, None] * torch.cholesky_inverse(factor)
+        middle = (
+            matrix / df[..., None, None] if self.is_inverse else df[..., None, None] * torch.cholesky_inverse(factor)
+        )
         return Points(middle, middle)
 
 

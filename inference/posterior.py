@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference import arviz, checkpoint, relabel
 from inference.plan import Plan, Update
@@ -74,6 +74,11 @@ class Posterior:
         who = f"{self.info.get('backend', 'draws')} on {self.info.get('model', 'a program')}"
         return f"Posterior({who}, {chains} x {draws} draws: {sites})"
 
+    @property
+    def matched(self) -> dict[str, Tensor]:
+        """The draws with exchangeable labels matched to one pivot, the draw of highest density."""
+        return relabel.match(self.draws, self.symmetry, lp=self.stats.get("lp"))
+
     def point(self) -> dict[str, Tensor]:
         """One value for each site, in the site's own shape.
 
@@ -81,8 +86,7 @@ class Posterior:
             Site to the mean over chains and draws of continuous values, the median of floating values that are whole
             numbers (Bernoulli, Poisson), and the mode of integers. Exchangeable labels are matched before.
         """
-        matched = relabel.match(self.draws, self.symmetry, lp=self.stats.get("lp"))
-        return {site: _center(values.flatten(0, 1)) for site, values in matched.items()}
+        return {site: _center(values.flatten(0, 1)) for site, values in self.matched.items()}
 
     def predict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior predictive draws.
@@ -387,17 +391,11 @@ def _rebuild(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: d
             raise ValueError(
                 f"The data of '{site}' are not those that were fitted. Give load the same data; predict takes others."
             )
-    weights: dict[str, Tensor] = dict(program.weights)
-    if isinstance(program.owner, nn.Module):
-        weights |= program.owner.named_parameters()
     if missing := sorted(program.weights.keys() - saved["weights"].keys()):
         raise ValueError(
             f"The model has a weight '{missing[0]}' that was not saved. Give load the model that was fitted."
         )
-    with torch.no_grad():
-        for name, value in saved["weights"].items():
-            if name in weights:
-                weights[name].copy_(value)
+    program.set_weights(saved["weights"])
     return program
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from inference.contract import Guided, Prepared, Programmed, Unsupported
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.handlers import Arithmetic, Enumerated, Substitute, Weights, base, isolated, quiet, reproducible
+from inference.contract import Guided, Prepared, Programmed, Unsupported
+from inference.handlers import Arithmetic, Enumerated, Substitute, Table, Weights, base, isolated, quiet, reproducible
 
 if TYPE_CHECKING:
     from inference.density import Density
@@ -109,6 +109,17 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
     )
 
 
+def _bounds(support: Any) -> list[Tensor]:
+    """The numbers that a constraint is made of."""
+    found = []
+    for _, value in sorted(vars(support).items()):
+        if isinstance(value, (int, float, Tensor)):
+            found.append(torch.as_tensor(value))
+        elif isinstance(value, torch.distributions.constraints.Constraint):
+            found += _bounds(value)
+    return found
+
+
 def _is_statement(node: Mapping[str, Any]) -> bool:
     return node["type"] == "sample" and not poutine.util.site_is_subsample(node)
 
@@ -159,6 +170,8 @@ class Program:
         follow: bool = False,
         evaluations: int = 0,
     ) -> None:
+        if not callable(model) and not isinstance(model, Programmed):
+            raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
         owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
         leaves, self._structure = tree_flatten((tuple(args), dict(kwargs or {})))
         leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
@@ -171,12 +184,11 @@ class Program:
             owner.prepare(*prepared_args, **prepared_kwargs)
         parameters = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         floating = [leaf for leaf in tensors if leaf.is_floating_point()]
-        self.dtype = dtype or (floating[0].dtype if follow and floating else None)
-        if self.dtype is None:
-            self.dtype = torch.get_default_dtype() if follow else torch.float64
+        default = torch.get_default_dtype() if follow else torch.float64
+        self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._leaves, self._evaluations = leaves, evaluations
-        self._table: dict[str, Tensor] = {}
+        self._table = Table()
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)
         used = self._used_weights(owner)
@@ -206,16 +218,31 @@ class Program:
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._structure)
 
+    def cast(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """New arguments for the program, in its dtype and on its device."""
+        leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
+        leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+        return tree_unflatten([self._cast(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
     def trace(
         self,
         values: Mapping[str, Tensor],
         *,
         data: list[Tensor] | None = None,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         enumerated: Collection[str] = (),
         resampled: Collection[str] = (),
     ) -> poutine.Trace:
-        """Runs the program once on constrained ``values``; log-probabilities are computed, sites not named are drawn."""
-        args, kwargs = self.arguments(data)
+        """Runs the program once on constrained ``values``; log-probabilities are computed, sites not named are drawn.
+
+        Args:
+            values: Site to value.
+            data: Tensors in place of those among the arguments.
+            arguments: Positional and keyword arguments in place of those of the program.
+            enumerated: Finite sites that take all their values at once, in dimensions left of all plates.
+            resampled: Observed sites that are drawn instead; no log-probabilities then.
+        """
+        args, kwargs = self.arguments(data) if arguments is None else arguments
         handled = Weights(self._table)(Substitute(values, enumerated, resampled)(self.call))
         if enumerated:
             handled = Enumerated(first_available_dim=-1 - self.nesting)(handled)
@@ -258,7 +285,8 @@ class Program:
             }
             self.nesting = max((len(node["fn"].batch_shape) for node in nodes.values()), default=0)
             self.batch_shapes = {name: node["fn"].batch_shape for name, node in nodes.items()}
-            self._check_data()
+            self._check_supports(traces)
+            self._check_data(traces)
             self._check_randomness(traces)
 
     def _check_structure(self, traces: list[poutine.Trace]) -> None:
@@ -280,13 +308,38 @@ class Program:
                         "SVI(batch_size=...) sub-samples it."
                     )
 
-    def _check_data(self) -> None:
+    def _check_supports(self, traces: list[poutine.Trace]) -> None:
+        for name, site in self.latents.items():
+            if not site.is_continuous:
+                continue
+            bounds = [_bounds(trace.nodes[name]["fn"].support) for trace in traces]
+            if any(not torch.equal(a, b) for row in bounds[1:] for a, b in zip(bounds[0], row, strict=True)):
+                raise Unsupported(
+                    f"The support of '{name}' depends on other latent sites. Sample it on a fixed support and scale it: "
+                    "u ~ Uniform(0, 1), x = low + (high - low) * u."
+                )
+
+    def _check_data(self, traces: list[poutine.Trace]) -> None:
         for name, value in self.observed.items():
-            support = self.observed_sites[name].support
-            if not value.is_floating_point() and not support.is_discrete:
+            site, mask = self.observed_sites[name], traces[0].nodes[name]["mask"]
+            came = str(value.dtype).removeprefix("torch.")
+            if not value.is_floating_point() and (not site.support.is_discrete or value.dtype == torch.bool):
                 raise ValueError(
-                    f"Site '{name}' is {self.observed_sites[name].family}, which has floating-point values, but its data "
-                    f"are {str(value.dtype).removeprefix('torch.')}. Convert them first, for example by x.double()."
+                    f"Site '{name}' is {site.family}, which has numbers for values, but its data are {came}. Convert them "
+                    "first, for example by x.double()."
+                )
+            if mask is False:
+                continue
+            # a support may follow a latent, as that of Uniform(0, θ): what lies outside must do so in every run
+            inside = torch.stack([t.nodes[name]["fn"].support.check(value) for t in traces]).any(0)
+            missing = value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
+            inside = inside | (missing.flatten(value.dim() - site.event_dim).any(-1) if site.event_dim else missing)
+            bad = (~inside if mask is None else ~inside & mask).nonzero()
+            if len(bad):
+                where = tuple(bad[0].tolist())
+                raise ValueError(
+                    f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; the "
+                    f"first, at {where}, is {value[where].tolist()}."
                 )
 
     def _check_randomness(self, traces: list[poutine.Trace]) -> None:
@@ -302,7 +355,7 @@ class Program:
         joints = [self.log_joint({name: t.nodes[name]["value"] for name in self.latents}) for t in traces]
         if all(not joint.isfinite() for joint in joints):
             for label, tensor in self._labelled():
-                bad = (~tensor.isfinite()).nonzero() if tensor.is_floating_point() else []
+                bad = (~tensor.isfinite()).nonzero()
                 if len(bad):
                     where = tuple(bad[0].tolist())
                     raise ValueError(
@@ -319,7 +372,7 @@ class Program:
 
     def _used_weights(self, owner: Any) -> dict[str, Tensor]:
         """The trainable tensors that the log-density depends on."""
-        named = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
+        named: dict[str, Tensor] = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
         named = {name: weight for name, weight in named.items() if weight.requires_grad}
         with isolated(0), reproducible(self.dtype):
             if not hasattr(self, "data"):
@@ -336,11 +389,60 @@ class Program:
         return {name: w for (name, w), g in zip(named.items(), gradients, strict=True) if g is not None}
 
     @cached_property
+    def row_plates(self) -> tuple[str, ...]:
+        """Names of the plates that run over the rows of the data."""
+        sites = [*self.latents.values(), *self.observed_sites.values()]
+        return tuple(sorted({plate.name for site in sites for plate in site.plates if plate.size == self.rows}))
+
+    def minibatch(self, index: Tensor) -> list[Tensor]:
+        """The program's tensors, those that have rows cut down to the rows ``index``."""
+        return [leaf[index] if leaf.dim() and leaf.shape[0] == self.rows else leaf for leaf in self.data]
+
+    @cached_property
     def density(self) -> Density:
         """The program's densities over a leading chain axis."""
         from inference.density import Density
 
         return Density(self, self._evaluations)
+
+    def log_likelihood(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See ``inference.predictive.log_likelihood``."""
+        from inference.predictive import log_likelihood
+
+        return log_likelihood(self, draws)
+
+    def predict(
+        self,
+        draws: Mapping[str, Tensor],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """See ``inference.predictive.posterior_predictive``."""
+        from inference.predictive import posterior_predictive
+
+        return posterior_predictive(self, draws, args, kwargs, seed)
+
+    def prior(self, draws: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """See ``inference.predictive.prior_predictive``."""
+        from inference.predictive import prior_predictive
+
+        return prior_predictive(self, draws, seed)
+
+    def weight_values(self) -> dict[str, Tensor]:
+        """The weights as the program sees them, detached."""
+        return {name: self._table.seen(name, weight).detach().clone() for name, weight in self.weights.items()}
+
+    def set_weights(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the weights to what ``weight_values`` gave; names that the program does not have are left alone."""
+        owned = dict(self.owner.named_parameters()) if isinstance(self.owner, nn.Module) else {}
+        with torch.no_grad():
+            for name, value in values.items():
+                if name in self._table.transforms:
+                    self._table[name].copy_(self._table.transforms[name].inv(value))
+                elif name in self.weights or name in owned:
+                    (self.weights | owned)[name].copy_(value)
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:

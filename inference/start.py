@@ -10,13 +10,14 @@ from torch import Tensor
 
 from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
+from inference.posterior import Posterior
 from inference.program import Program
 
 __all__ = ["ascended", "given_values", "starting_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
 _LEAST, _MOST = 4, 64  # and for each chain
-_ASCENT = 40  # steps of at most 0.05 prior standard deviations each: towards the mass, not down a funnel
+_ASCENT, _LONGEST_ASCENT = 40, 400  # steps of about 0.05 prior standard deviations each
 
 
 def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]:
@@ -33,6 +34,8 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
     """
     if start is None:
         return {}
+    if not isinstance(start, Mapping) and not isinstance(start, Posterior):
+        raise TypeError(f"start= must map sites to values, or be a Posterior, but it is {type(start).__name__}.")
     if not isinstance(start, Mapping):
         last = {name: draws[:, -1] for name, draws in start.draws.items() if name in program.latents}
         start = {name: value[torch.arange(chains) % len(value)] for name, value in last.items()}
@@ -86,9 +89,9 @@ def starting_values(program: Program, chains: int, start: Any = None) -> dict[st
     values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
     density = Density(program, rung="vmapped")
     free = [name for name in program.finite if name not in given]
+    others = {name: value for name, value in values.items() if name not in free}
     try:
-        others = {name: value for name, value in values.items() if name not in free}
-        log_density = density.marginal(free)(others)
+        log_density = density.marginal(free)(others) if others else density.joint(values)
     except Unsupported:
         log_density = density.joint(values)
     log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf).reshape(chains, share)
@@ -106,25 +109,29 @@ def starting_values(program: Program, chains: int, start: Any = None) -> dict[st
 
 
 def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values moved a little up the marginal log-density, so that no chain starts in a tail that it cannot leave.
+    """Values moved up the marginal log-density, so that no chain starts in a tail that it cannot leave.
 
-    Forty steps of sign descent with momentum (Adam), in coordinates scaled by the prior's standard deviations: two prior
-    standard deviations at most. Every chain climbs on its own, and keeps its start if climbing did not help.
+    Adam, every chain on its own, in coordinates scaled by the prior's standard deviations. All chains take forty steps (two
+    standard deviations at most: towards the mass, not down a funnel); those that are then lower than the best of them go on
+    until they are as high as it was.
     """
     coordinates = Unconstrained(program, program.continuous)
     staged = program.density.unconstrained(coordinates, program.finite)
-    pool = coordinates.position(_candidates(program, 32))
-    scale = pool.std(0).clamp(min=1e-6)
+    scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)
     start = position = coordinates.position(values)
     first, second = torch.zeros_like(position), torch.zeros_like(position)
-    before = best = None
-    for i in range(1, _ASCENT + 1):
-        gradient, log_density = staged(position, {})
-        before = log_density if before is None else before
+    gradient, before = staged(position, {})
+    log_density, enough = before, torch.full_like(before, torch.inf)
+    for i in range(1, _LONGEST_ASCENT + 1):
+        climbs = (log_density < enough) | log_density.isnan()
+        if not bool(climbs.any()):
+            break
         gradient = (gradient * scale).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
         step = (first / (1 - 0.9**i)) / ((second / (1 - 0.95**i)).sqrt() + 1e-12)
-        position = position + 0.05 * scale * step
-    _, best = staged(position, {})
-    position = torch.where((best > before).unsqueeze(-1), position, start)
+        position = torch.where(climbs.unsqueeze(-1), position + 0.05 * scale * step, position)
+        gradient, log_density = staged(position, {})
+        if i == _ASCENT:
+            enough = log_density.nan_to_num(nan=-torch.inf).amax().expand_as(log_density)
+    position = torch.where((log_density > before).unsqueeze(-1), position, start)
     return {**values, **coordinates.values(position)}

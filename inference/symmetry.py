@@ -69,6 +69,8 @@ def _holds(program: Program, guess: Mapping[str, int | None], size: int) -> bool
                 afters = [program.log_joint(permuted(values, guess, p, program)) for p in (swap, labels.roll(1))]
             except (Unsupported, RuntimeError, ValueError):
                 return False
-            if not all(torch.allclose(before, after, rtol=1e-9 if before.dtype == torch.float64 else 1e-4) for after in afters):
+            if not all(
+                torch.allclose(before, after, rtol=1e-9 if before.dtype == torch.float64 else 1e-4) for after in afters
+            ):
                 return False
     return True

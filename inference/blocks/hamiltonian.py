@@ -11,7 +11,7 @@ from torch import Tensor
 from inference.blocks.block import Block, Current, Move
 from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
-from inference.mcmc import HamiltonianAdaptation
+from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianKernel
 
 __all__ = ["Hamiltonian"]
 
@@ -45,15 +45,13 @@ class Hamiltonian(Block):
                 raise Unsupported(f"Hamiltonian() needs continuous sites, but '{site}' is discrete.")
         return replace(self, sites=tuple(sites))
 
-    def _parts(self, density: Density, current: Current) -> tuple[Unconstrained, object, dict[str, Tensor]]:
+    def _parts(self, density: Density, current: Current) -> tuple[Unconstrained, Gradient, dict[str, Tensor]]:
         coordinates = Unconstrained(density.program, self.sites)
         others = {name: value for name, value in current.values.items() if name not in self.sites}
         staged = density.unconstrained(coordinates)
         return coordinates, lambda position: staged(position, others), others
 
     def init(self, density: Density, current: Current) -> HamiltonianBlockState:
-        from inference.mcmc import HamiltonianKernel
-
         coordinates, gradient, _ = self._parts(density, current)
         position = coordinates.position(current.values)
         one = position.new_ones(())

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from inference.contract import Fitted
 from pyro_genmodels.base import GenerativeModel
 from pyro_genmodels.distributions import InverseWishart
-
-if TYPE_CHECKING:
-    from inference.posterior import Posterior
 
 __all__ = ["GMM"]
 
@@ -66,6 +64,8 @@ class GMM(GenerativeModel):
         given = [tensor for tensor in (location, scale) if tensor is not None]
         self.features = features or (len(given[0]) if given else None)
         self._has_location, self._has_scale = location is not None, scale is not None
+        self.location: Any
+        self.scale: Any
         self.register_buffer("location", location)
         self.register_buffer("scale", scale)
         self.guesses = nn.ParameterDict()
@@ -94,6 +94,11 @@ class GMM(GenerativeModel):
             guesses["covariances"] = zeros.new_zeros(count, width)
         self.guesses = nn.ParameterDict(guesses)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.location is None and prefix + "location" in state_dict:
+            self._shape(len(state_dict[prefix + "location"]), state_dict[prefix + "location"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def prepare(self, x: Tensor | None = None, size: int | None = None) -> None:
         """Scales the prior to the data, unless ``location`` and ``scale`` were given, and starts the guide anew.
 
@@ -112,7 +117,9 @@ class GMM(GenerativeModel):
         self._shape(x.shape[1], x)
         location, deviation = x.mean(0), x.std(0, correction=0)
         self.location = self.location if self._has_location else location
-        self.scale = self.scale if self._has_scale else torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        self.scale = (
+            self.scale if self._has_scale else torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        )
         with torch.no_grad():
             standard = (x - self.location) / self.scale
             direction = torch.linalg.svd(standard, full_matrices=False).Vh[0]
@@ -192,8 +199,10 @@ class GMM(GenerativeModel):
             factor = raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp())
             factor = 0.5 * self.scale[:, None] * factor * freedom.sqrt()[:, None, None]
             approximate = InverseWishart(freedom + features + 1.0, factor @ factor.mT)
-            return approximate if self.covariance == "full" else InverseWishart(
-                approximate.df[0], approximate.scale_matrix[0]
+            return (
+                approximate
+                if self.covariance == "full"
+                else InverseWishart(approximate.df[0], approximate.scale_matrix[0])
             )
         mean = 0.25 * guess["covariances"].exp()
         if self.covariance == "diagonal":
@@ -214,7 +223,7 @@ class GMM(GenerativeModel):
             raise ValueError("GMM.model needs data x, or the number of rows to draw, size.")
         return size
 
-    def _log_joint(self, x: Tensor, draws: Posterior | Mapping[str, Tensor]) -> Tensor:
+    def _log_joint(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """log p(x_n, z_n = k | draw), (draw, rows, K)."""
         table = draws if isinstance(draws, Mapping) else draws.matched
         parts = [torch.as_tensor(table[name]).to(x) for name in ("weights", "means", "covariances")]
@@ -235,7 +244,7 @@ class GMM(GenerativeModel):
         return {"full": 3, "tied": 2, "diagonal": 2, "spherical": 1}[self.covariance]
 
     @torch.no_grad()
-    def predict_proba(self, x: Tensor, draws: Posterior | Mapping[str, Tensor]) -> Tensor:
+    def predict_proba(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """Probability of each component for each row, averaged over draws whose labels have been matched.
 
         Args:
@@ -247,18 +256,18 @@ class GMM(GenerativeModel):
         """
         return self._log_joint(x, draws).softmax(-1).mean(0)
 
-    def predict(self, x: Tensor, draws: Posterior | Mapping[str, Tensor]) -> Tensor:
+    def predict(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """Most probable component of each row, (rows,)."""
         return self.predict_proba(x, draws).argmax(-1)
 
     @torch.no_grad()
-    def score_samples(self, x: Tensor, draws: Posterior | Mapping[str, Tensor]) -> Tensor:
+    def score_samples(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """Log posterior predictive density of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
         log_densities = self._log_joint(x, draws).logsumexp(-1)
         return log_densities.logsumexp(0) - math.log(len(log_densities))
 
     @torch.no_grad()
-    def sample(self, size: int, draws: Posterior | Mapping[str, Tensor]) -> Tensor:
+    def sample(self, size: int, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """New rows from the posterior predictive, each from a draw chosen at random; (size, D)."""
         table = draws if isinstance(draws, Mapping) else draws.draws
         weights, means, covariances = (torch.as_tensor(table[n]) for n in ("weights", "means", "covariances"))

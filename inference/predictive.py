@@ -1,0 +1,184 @@
+"""What a program says of data, at given draws: pointwise log-likelihood, posterior and prior predictive draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.contract import Unsupported
+from inference.density import Density
+from inference.enumeration import Factor, eliminate, factors, place, plates_of
+from inference.handlers import isolated, quiet, reproducible
+from inference.program import Program
+
+__all__ = ["log_likelihood", "posterior_predictive", "prior_predictive"]
+
+_CHUNK = 2**22  # table entries evaluated at once
+
+
+def _local(program: Program) -> tuple[str, ...]:
+    """Finite sites that live in the plates of an observed site, and so belong to single observations."""
+    observed = [set(place(program, name)) for name in program.observed_sites]
+    local = []
+    for name in program.finite:
+        own = set(place(program, name))
+        if own and any(own <= plates for plates in observed):
+            local.append(name)
+    return tuple(local)
+
+
+def _components(found: list[Factor]) -> list[list[Factor]]:
+    """Factors that share finite sites, directly or through others."""
+    groups: list[tuple[set[str], list[Factor]]] = []
+    for factor in found:
+        variables, members = set(factor.variables), [factor]
+        apart = []
+        for other, theirs in groups:
+            if other & variables:
+                variables, members = variables | other, theirs + members
+            else:
+                apart.append((other, theirs))
+        groups = [*apart, (variables, members)]
+    return [members for _, members in groups]
+
+
+def _total(program: Program, group: list[Factor], keep: tuple[str, ...]) -> Tensor:
+    """Log-sum over the finite sites of a component, one term for each element of the plates ``keep``."""
+    variables = {v for factor in group for v in factor.variables}
+    left, _ = eliminate(group, plates_of(program, variables), frozenset(keep))
+    total = torch.zeros((), dtype=program.dtype, device=program.device)
+    for factor in left:
+        order = [factor.dims.index(dim) for dim in keep if dim in factor.dims]
+        table = factor.table.permute(order)
+        for i, dim in enumerate(keep):
+            if dim not in factor.dims:
+                table = table.unsqueeze(i)
+        total = total + table
+    return total
+
+
+def _pointwise(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One draw: the log-likelihood of each observation, site to (*batch)."""
+    local = _local(program)
+    found = factors(program, {name: value for name, value in values.items() if name not in local}, local)
+    terms = {}
+    for group in _components(found):
+        names = [factor.site for factor in group if factor.site in program.observed_sites]
+        if not names:
+            continue
+        variables = {v for factor in group for v in factor.variables}
+        if not variables:
+            (factor,) = group
+            terms[factor.site] = factor.table.reshape(program.batch_shapes[factor.site])
+            continue
+        shared = frozenset.intersection(*(frozenset(place(program, v)) for v in variables))
+        keep = tuple(dim for dim in place(program, names[0]) if dim in shared)
+        hidden = [factor for factor in group if factor.site not in program.observed_sites]
+        term = _total(program, group, keep) - _total(program, hidden, keep)
+        full = math.prod(program.batch_shapes[names[0]])
+        terms["+".join(names)] = (
+            term.reshape(program.batch_shapes[names[0]]) if len(names) == 1 and term.numel() == full else term
+        )
+    return terms
+
+
+def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pointwise log-likelihood of the observed sites.
+
+    Finite sites local to an observation's plate are summed out, with the weights that they have given all other sites;
+    those others are at their draws. Observed sites that share a finite site have one term together, named "a+b". A
+    ``pyro.factor`` is no observation.
+
+    Args:
+        program: The program.
+        draws: Every latent site but the local finite ones to (chain, draw, *site).
+
+    Returns:
+        Observed site to (chain, draw, *batch), on the CPU.
+    """
+    local = _local(program)
+    missing = [name for name in program.latents if name not in draws and name not in local]
+    if missing:
+        raise ValueError(f"The log-likelihood needs the draws of '{missing[0]}', which were not kept. keep= decides.")
+    needed = {name: draws[name] for name in program.latents if name not in local}
+    if not needed:
+        raise Unsupported(f"{program.name} has no latent site outside the plates of its data.")
+    chains, count = next(iter(needed.values())).shape[:2]
+    choices = [program.latents[name].choices for name in local]
+    width = max(len(c) for c in choices if c is not None) if choices else 1
+    size = width * sum(value.numel() for value in program.observed.values())
+    chunk = max(1, min(chains * count, _CHUNK // max(size, 1)))
+    flat = {name: value.flatten(0, 1) for name, value in needed.items()}
+    with reproducible(program.dtype, program.device), quiet():
+        staged = Density(program).stage("pointwise", lambda values: _pointwise(program, values), (True,))
+        parts = []
+        for begin in range(0, chains * count, chunk):
+            rows = torch.arange(begin, begin + chunk).clamp(max=chains * count - 1)  # one shape, so one graph
+            values = {name: value[rows].to(program.device) for name, value in flat.items()}
+            used = min(chunk, chains * count - begin)
+            parts.append({name: term[:used].cpu() for name, term in staged(values).items()})
+    return {name: torch.cat([p[name] for p in parts]).unflatten(0, (chains, count)) for name in parts[0]}
+
+
+def posterior_predictive(
+    program: Program,
+    draws: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Draws of the observed sites given each posterior draw.
+
+    Args:
+        program: The program that was fitted.
+        draws: Site to (chain, draw, *site).
+        args: New arguments of the program; none means those that were fitted. Latents in the plates of the data belong to
+            the fitted rows, so at new arguments they are drawn anew.
+        kwargs: New keyword arguments.
+        seed: Seed of the draws.
+
+    Returns:
+        Observed site to (chain, draw, *observation), on the CPU.
+    """
+    is_new = bool(args or kwargs)
+    arguments = program.cast(args, kwargs or {}) if is_new else None
+    data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
+    kept = [
+        name
+        for name, site in program.latents.items()
+        if name in draws and not (is_new and data_plates & {plate.name for plate in site.plates})
+    ]
+    chains, count = next(iter(draws.values())).shape[:2]
+    rows = []
+    with isolated(seed, program.device), reproducible(program.dtype, program.device):
+        for c in range(chains):
+            for i in range(count):
+                values = {name: draws[name][c, i].to(program.device) for name in kept}
+                trace = program.trace(values, arguments=arguments, resampled=tuple(program.observed_sites))
+                rows.append({name: trace.nodes[name]["value"].detach().cpu() for name in program.observed_sites})
+    return {name: torch.stack([row[name] for row in rows]).unflatten(0, (chains, count)) for name in rows[0]}
+
+
+def prior_predictive(program: Program, draws: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws of the latent and of the observed sites before any data, each (1, draw, *site).
+
+    Raises:
+        Unsupported: If a prior is improper.
+    """
+    flat = [name for name, site in program.latents.items() if site.is_flat]
+    if flat:
+        raise Unsupported(f"'{flat[0]}' has an improper prior, from which nothing can be drawn.")
+    rows = []
+    with isolated(seed, program.device), reproducible(program.dtype, program.device):
+        for _ in range(draws):
+            trace = program.trace({}, resampled=tuple(program.observed_sites))
+            rows.append({name: node["value"].detach().cpu() for name, node in trace.nodes.items() if "value" in node})
+    latent, observed = (
+        {name: torch.stack([row[name] for row in rows]).unsqueeze(0) for name in names}
+        for names in (program.latents, program.observed_sites)
+    )
+    return latent, observed

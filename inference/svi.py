@@ -1,0 +1,320 @@
+"""Stochastic variational inference: a guide is fitted to the posterior by stochastic gradients.
+
+References:
+    M. Hoffman et al., Stochastic variational inference (2013).
+    D. Kingma and J. Ba, Adam: a method for stochastic optimization (2015).
+    A. Kucukelbir et al., Automatic differentiation variational inference (2017): the automatic guide.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_value
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from inference.bounds import ELBO
+from inference.contract import Backend, Draw, Unsupported
+from inference.enumeration import log_normalizer
+from inference.fit import Optimise
+from inference.handlers import Arithmetic, Rescale, Substitute, Table, Weights, base, quiet
+from inference.program import Program
+from inference.start import ascended, starting_values
+
+__all__ = ["SVI", "SVIInfo", "SVIState"]
+
+_STARTS = 8  # of an automatic guide
+
+
+class SVIState(NamedTuple):
+    """The guide and its optimiser; torch trains both in place.
+
+    Attributes:
+        guide: The guide, callable with the arguments of the program.
+        optimiser: Adam over the weights of guide and program.
+        scheduler: Learning-rate schedule.
+        step: Number of steps taken, ().
+        skipped: Steps whose bound was not finite, ().
+    """
+
+    guide: _Guide
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: Tensor
+    skipped: Tensor
+
+
+class SVIInfo(NamedTuple):
+    """loss (): minus the bound, in nats, for all rows."""
+
+    loss: Tensor
+
+
+class _Owner(nn.Module):
+    """Calls a method of a module with weights that can be replaced (``functional_call`` knows ``forward`` only)."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._call = [call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call[0](*args, **kwargs)
+
+
+class _Guide:
+    """A Pyro guide of any kind: module, method of a module or function with ``pyro.param``."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        module = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
+        self.owner = _Owner(module, call) if isinstance(module, nn.Module) else None
+        self.table = Table()
+
+    def trace(
+        self,
+        program: Program,
+        values: Mapping[str, Tensor] | None = None,
+        data: list[Tensor] | None = None,
+        scale: float = 1.0,
+        is_frozen: bool = False,
+    ) -> poutine.Trace:
+        """Runs the guide; at given values of its sites, and without gradients of its weights if asked."""
+        args, kwargs = program.arguments(data)
+        table, call = self.table, self.call
+        if is_frozen:
+            table = table.frozen()
+            if self.owner is not None:
+                owner, weights = self.owner, {n: w.detach() for n, w in self.owner.named_parameters()}
+
+                def call(*a: Any, **k: Any) -> Any:
+                    return functional_call(owner, weights, a, k)
+
+        handled = Weights(table)(Substitute(values or {})(call))
+        if scale != 1.0:
+            handled = Rescale(program.row_plates, scale)(handled)
+        with quiet(), Arithmetic():
+            trace = poutine.trace(handled).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+        return trace
+
+    def weights(self) -> dict[str, Tensor]:
+        owned = {} if self.owner is None else {n.removeprefix("module."): w for n, w in self.owner.named_parameters()}
+        return owned | self.table
+
+
+class _Evaluated(torch.autograd.Function):
+    """log p of every particle through the staged graph, which brings its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, staged: Any, names: tuple[str, ...], *values: Tensor) -> Tensor:
+        gradients, log_p = staged(dict(zip(names, values, strict=True)))
+        ctx.save_for_backward(*(gradients[name] for name in names))
+        return log_p
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, *(upstream.reshape(-1, *(1,) * (g.dim() - 1)) * g for g in ctx.saved_tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVI(Backend[SVIState, SVIInfo]):
+    """Stochastic variational inference of any program; finite discrete sites that the guide lacks are summed out.
+
+    The learning rate is constant for the first half of the steps and then falls along a cosine to a hundredth.
+
+    Args:
+        steps: Steps of Adam.
+        learning_rate: Its learning rate, positive.
+        bound: The objective.
+        guide: A Pyro guide, or a class of Pyro's automatic guides; None takes the model's own, else ``AutoNormal``.
+        batch_size: Rows per step; None takes all.
+        draws: Draws from the fitted guide.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def coin(flips):
+        ...     fairness = pyro.sample("fairness", dist.Beta(2.0, 2.0))
+        ...     with pyro.plate("flip", len(flips)):
+        ...         pyro.sample("heads", dist.Bernoulli(fairness), obs=flips)
+        >>> SVI(seed=0, steps=500, progress=False).fit(coin, torch.ones(8)).draws["fairness"].shape
+        torch.Size([1, 1000])
+    """
+
+    kind: ClassVar[str] = "variational"
+    follows_data: ClassVar[bool] = True
+
+    steps: int = 2000
+    learning_rate: float = 1e-2
+    bound: ELBO = field(default_factory=ELBO)
+    guide: Callable[..., Any] | None = None
+    batch_size: int | None = None
+    draws: int = 1000
+
+    @property
+    def schedule(self) -> Optimise:
+        return Optimise(self.steps, self.draws)
+
+    def init(self, program: Program) -> SVIState:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be positive.")
+        if self.batch_size is not None and not program.row_plates:
+            raise Unsupported(
+                f"batch_size needs rows, but no plate of {program.name} has the size of its first tensor argument "
+                f"({program.rows})."
+            )
+        guide = self._guide(program)
+        trace = guide.trace(program)
+        self._check_sites(trace, program)
+        trained = {id(w): w for w in (*guide.weights().values(), *program.weights.values()) if w.requires_grad}
+        if not trained:
+            raise Unsupported(f"Neither the guide nor {program.name} has weights to train.")
+        optimiser = torch.optim.Adam(list(trained.values()), lr=self.learning_rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
+        zero = torch.zeros((), dtype=program.dtype, device=program.device)
+        return SVIState(guide, optimiser, scheduler, zero, zero)
+
+    def _rate(self, step: int) -> float:
+        progress = max(0.0, 2.0 * step / self.steps - 1.0)
+        return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+    def _guide(self, program: Program) -> _Guide:
+        chosen = self.guide if self.guide is not None else program.guide
+        automatic = isinstance(chosen, type) and issubclass(chosen, AutoGuide)
+        if self.start is not None and not automatic and chosen is not None:
+            raise Unsupported("start= sets where an automatic guide starts; a guide of your own starts where it says.")
+        if chosen is None or automatic:
+            if not program.continuous:
+                raise Unsupported(f"{program.name} has no continuous site for an automatic guide. Use Gibbs().")
+            values = self._best_start(program)
+            initial = init_to_value(values=values)
+            visible = poutine.block(Substitute({})(program.call), hide=[*program.finite])
+            with quiet():
+                guide = (chosen or AutoNormal)(visible, init_loc_fn=initial)
+                args, kwargs = program.arguments()
+                guide(*args, **kwargs)  # an automatic guide makes its weights at its first call
+            return _Guide(guide)
+        if inspect.isclass(chosen):
+            raise TypeError(f"guide= must be a Pyro guide or a class of automatic guides, but is {chosen!r}.")
+        return _Guide(chosen)
+
+    def _best_start(self, program: Program) -> dict[str, Tensor]:
+        """The given start, or the best of a few."""
+        values = starting_values(program, _STARTS, self.start)
+        if self.start is None:
+            values = ascended(program, values)
+        continuous = {name: values[name] for name in program.continuous}
+        best = program.density.marginal(program.finite)(continuous).nan_to_num(nan=-torch.inf).argmax()
+        return {name: value[best] for name, value in values.items()}
+
+    def _check_sites(self, trace: poutine.Trace, program: Program) -> None:
+        guided = {
+            name
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample"
+            and not node["infer"].get("is_auxiliary")
+            and not poutine.util.site_is_subsample(node)
+            and not node["is_observed"]
+        }
+        extra = guided - set(program.latents)
+        if extra:
+            raise Unsupported(f"The guide samples '{min(extra)}', but {program.name} has no such latent site.")
+        missing = [name for name in program.latents if name not in guided and name not in program.finite]
+        if missing:
+            raise Unsupported(f"The guide does not sample '{missing[0]}', a latent site of {program.name}.")
+
+    def step(self, state: SVIState, program: Program) -> tuple[SVIState, SVIInfo]:
+        data, scale = None, 1.0
+        if self.batch_size is not None and program.rows is not None and self.batch_size < program.rows:
+            index = torch.randperm(program.rows, device=program.device)[: self.batch_size]
+            data, scale = program.minibatch(index), program.rows / self.batch_size
+        traces = [state.guide.trace(program, data=data, scale=scale) for _ in range(self.bound.particles)]
+        values = [
+            {name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces
+        ]
+        log_p = self._log_p(program, values, data, scale)
+        score = torch.stack([_score(trace) for trace in traces])
+        log_q = torch.stack([self._log_q(state.guide, program, trace, data, scale) for trace in traces])
+        surrogate, bound = self.bound.surrogate(log_p, log_q, score)
+        if bool(bound.isfinite()):
+            state.optimiser.zero_grad()
+            (-surrogate).backward()
+            state.optimiser.step()
+        elif not int(state.step):
+            raise ValueError(
+                f"The bound of {program.name} is {float(bound)} at the start. Give start=, or check the data."
+            )
+        state.scheduler.step()
+        skipped = state.skipped + (~bound.isfinite()).to(state.skipped)
+        return state._replace(step=state.step + 1, skipped=skipped), SVIInfo(-bound)
+
+    def _log_p(
+        self, program: Program, values: list[dict[str, Tensor]], data: list[Tensor] | None, scale: float
+    ) -> Tensor:
+        """log p(data, values) of each particle, finite sites that the guide lacks summed out, (particle,)."""
+        enumerated = tuple(name for name in program.finite if name not in values[0])
+        names = tuple(values[0])
+        if data is None and not program.weights and all(value.is_floating_point() for value in values[0].values()):
+            staged = program.density.slopes(names, enumerated)
+            stacked = [torch.stack([value[name] for value in values]) for name in names]
+            return _Evaluated.apply(staged, names, *stacked)
+        scales = dict.fromkeys(program.row_plates, scale) if data is not None else None
+        return torch.stack([log_normalizer(program, value, enumerated, data, scales) for value in values])
+
+    def _log_q(
+        self, guide: _Guide, program: Program, trace: poutine.Trace, data: list[Tensor] | None, scale: float
+    ) -> Tensor:
+        if self.bound.path:
+            sites = {name: node["value"] for name, node in trace.nodes.items() if _is_drawn(node)}
+            trace = guide.trace(program, sites, data, scale, is_frozen=True)
+        return _log_prob(trace)
+
+    @torch.no_grad()
+    def sample(self, state: SVIState, program: Program) -> tuple[SVIState, Draw]:
+        trace = state.guide.trace(program)
+        values = {name: trace.nodes[name]["value"][None] for name in program.latents if name in trace.nodes}
+        enumerated = tuple(name for name in program.finite if name not in values)
+        if program.weights:
+            lp = log_normalizer(program, {n: v[0] for n, v in values.items()}, enumerated)[None]
+        else:
+            lp = program.density.marginal(enumerated)(values)
+        if enumerated:
+            values |= program.density.draw(enumerated)(values, program.density.uniforms(enumerated, 1))[0]
+        stats = {"lp": lp, "log_q": _log_prob(trace)[None]}
+        return state, Draw({name: values[name].detach() for name in program.latents}, stats)
+
+    def values(self, state: SVIState, program: Program) -> dict[str, Tensor]:
+        return self.sample(state, program)[1].values
+
+    def weights(self, state: SVIState, program: Program) -> dict[str, Tensor]:
+        owner = state.guide.owner
+        prefix = "" if owner is not None and owner.module is program.owner else "guide."
+        seen = {prefix + n: state.guide.table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()}
+        return seen | program.weight_values()
+
+
+def _is_drawn(node: Mapping[str, Any]) -> bool:
+    return (
+        node["type"] == "sample"
+        and not node["is_observed"]
+        and not poutine.util.site_is_subsample(node)
+        and type(base(node["fn"])).__name__ != "Delta"
+    )
+
+
+def _log_prob(trace: poutine.Trace) -> Tensor:
+    terms = [node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"]
+    return torch.stack([torch.as_tensor(term) for term in terms]).sum()
+
+
+def _score(trace: poutine.Trace) -> Tensor:
+    """Log-probability of the sites that are not reparameterised, whose gradient needs the score function."""
+    terms = [node["log_prob_sum"] for node in trace.nodes.values() if _is_drawn(node) and not node["fn"].has_rsample]
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=_log_prob(trace).dtype)

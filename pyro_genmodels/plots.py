@@ -1,0 +1,355 @@
+"""Pictures of data and posteriors. Each function returns a matplotlib ``Figure``, which has ``savefig``, and shows nothing.
+
+All take one posterior, or a mapping from a name to a posterior, which then stand side by side. Exchangeable labels are
+drawn as they are in ``posterior.draws``: match them before (``dataclasses.replace(posterior, draws=posterior.matched)``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference import Posterior, arviz, relabel
+from pyro_genmodels.classical import GMM
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["density_contours", "effective_sizes", "elements", "learning_curve", "traces"]
+
+Posteriors = Posterior | Mapping[str, Posterior]
+
+_COLOURS = ("#3b6fb6", "#d1603d", "#3c9d78", "#8b5fb0", "#c29b22", "#5a6b7b")
+_INK, _FAINT = "#2b2f36", "#d9dde3"
+_MASSES = (0.95, 0.8, 0.5)  # held by the contours
+_DRAWS, _POINTS, _CLOUD, _ROWS = 100, 120, 20, 8
+
+
+class Scored(Protocol):
+    """A model that knows the log-density of rows (rows, features) under draws: ``score_samples(x, draws) -> (rows,)``."""
+
+    def score_samples(self, x: Tensor, draws: Any) -> Tensor: ...
+
+
+def density_contours(
+    model: Scored,
+    x: Tensor,
+    posteriors: Posteriors,
+    columns: Sequence[str] | None = None,
+    features: tuple[int, ...] = (0, 1),
+) -> Figure:
+    """Data, the posterior predictive density, and the components of a Gaussian mixture: one panel a posterior.
+
+    In two dimensions the contours hold 50, 80 and 95 % of the mass, an ellipse is two standard deviations of a component
+    (bold: at the mean of the draws; thin: at single draws). In one dimension: a histogram, the density, and each
+    component's share of it.
+
+    Args:
+        model: The model that was fitted.
+        x: Data, (rows, features).
+        posteriors: What was inferred.
+        columns: Names of the features.
+        features: The one or two columns to show; others are integrated out, which only a GMM can.
+
+    Raises:
+        ValueError: If x has more columns than can be shown, and the model is no GMM.
+    """
+    x = x.detach().cpu().double()
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must be a table (rows, features).")
+    shown = [feature for feature in features if feature < x.shape[1]][:2]
+    if not shown or (len(shown) < x.shape[1] and not isinstance(model, GMM)):
+        raise ValueError(f"x has {x.shape[1]} features, but features={features} of them can be shown only for a GMM.")
+    named = _named(posteriors)
+    labels = [columns[i] if columns is not None else f"x{i + 1}" for i in shown]
+    figure, axes = _panels(len(named), width=3.4, height=3.3, sharey=True)
+    for axis, (name, posterior), colour in zip(axes, named.items(), itertools.cycle(_COLOURS)):
+        draws = _some(posterior.draws, _DRAWS)
+        if isinstance(model, GMM):
+            draws = _marginal(model, draws, shown)
+        panel = _curve if len(shown) == 1 else _contours
+        panel(axis, model, x[:, shown], draws, colour)
+        axis.set_title(name)
+        axis.set_xlabel(labels[0])
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(labels[1] if len(shown) == 2 else "density")
+    return figure
+
+
+def traces(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
+    """Draws in the order in which they were made: a row for each element of the sites, a column for each sampler.
+
+    Args:
+        posteriors: What was inferred; those with fewer than two draws are left out.
+        sites: Names of the sites; None takes all that do not belong to the rows of the data. At most eight elements.
+
+    Raises:
+        ValueError: If there is nothing with two draws.
+    """
+    named = {name: posterior for name, posterior in _named(posteriors).items() if _count(posterior) > 1}
+    if not named:
+        raise ValueError("There is nothing to trace: no posterior has two draws.")
+    found = {name: elements(posterior, sites) for name, posterior in named.items()}
+    labels = list(next(iter(found.values())))[:_ROWS]
+    figure = _figure(2.6 * max(len(named), 2) + 0.6, 0.95 * len(labels) + 0.8)
+    grid = figure.subplots(len(labels), len(named), squeeze=False, sharex="col", sharey="row")
+    for j, (name, colour) in enumerate(zip(named, itertools.cycle(_COLOURS))):
+        for i, label in enumerate(labels):
+            axis, values = grid[i, j], found[name][label]
+            _dress(axis)
+            step = -(-values.shape[1] // 1000)
+            shades = np.linspace(0.35, 0.9, len(values))
+            for chain, shade in zip(values[:, ::step], shades):
+                axis.plot(np.arange(len(chain)) * step, chain, color=colour, alpha=shade, linewidth=0.5)
+            axis.set_xlim(0, values.shape[1] - 1)
+        grid[0, j].set_title(f"{name} ({len(found[name][labels[0]])} chains)")
+        grid[-1, j].set_xlabel("draw")
+    for i, label in enumerate(labels):
+        grid[i, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.align_ylabels(grid[:, 0])
+    return figure
+
+
+def effective_sizes(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
+    """Effective sample size of each site, the least over its elements, in all and per second of wall time.
+
+    Elements that change when exchangeable labels are renamed are sorted over the labels first.
+
+    Args:
+        posteriors: What Markov chains have found; point estimates and guides, which have independent draws, are left out.
+        sites: Names of the sites; None takes all that do not belong to the rows of the data.
+
+    Raises:
+        ValueError: If no posterior comes from Markov chains.
+    """
+    named = {n: p for n, p in _named(posteriors).items() if p.info.get("kind", "samples") == "samples" and _count(p) > 3}
+    if not named:
+        raise ValueError("There are no effective sample sizes: no posterior has Markov chains of four draws.")
+    sizes = {name: _least(posterior, sites) for name, posterior in named.items()}
+    labels = list(next(iter(sizes.values())))
+    figure = _figure(9.0, 1.0 + 0.28 * len(labels) * len(named))
+    for axis, is_rate in zip(figure.subplots(1, 2, sharey=True), (False, True)):
+        _dress(axis)
+        thickness = 0.8 / len(named)
+        for j, (name, colour) in enumerate(zip(named, itertools.cycle(_COLOURS))):
+            seconds = float(named[name].info.get("sampling_time", np.nan)) if is_rate else 1.0
+            lengths = [sizes[name][label] / seconds for label in labels]
+            places = np.arange(len(labels)) + (j - 0.5 * (len(named) - 1)) * thickness
+            bars = axis.barh(places, lengths, 0.86 * thickness, color=colour, label=name)
+            axis.bar_label(bars, fmt="{:,.0f}" if not is_rate else "{:,.3g}", padding=3, color=_INK, fontsize=8)
+        axis.set_yticks(np.arange(len(labels)), labels)
+        axis.margins(x=0.15)
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xlabel("effective draws per second" if is_rate else "effective draws")
+    figure.axes[0].invert_yaxis()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    return figure
+
+
+def learning_curve(posteriors: Posteriors) -> Figure:
+    """What the steps reported: the loss of a guide, the objective of EM, the log-density of every chain.
+
+    Args:
+        posteriors: What was inferred; those without a history are left out.
+
+    Raises:
+        ValueError: If no posterior has a history.
+    """
+    named = {name: posterior for name, posterior in _named(posteriors).items() if posterior.history}
+    if not named:
+        raise ValueError("There is no curve to draw: no posterior has a history.")
+    figure, axes = _panels(len(named), width=3.4, height=2.8)
+    for axis, (name, posterior), colour in zip(axes, named.items(), itertools.cycle(_COLOURS)):
+        label, values = next(iter(posterior.history.items()))
+        curve = values.detach().cpu().double().reshape(len(values), -1).numpy()
+        axis.plot(curve, color=colour, linewidth=0.8, alpha=0.35 if label == "loss" else 0.8)
+        if label == "loss" and len(curve) >= 100:
+            width = len(curve) // 50
+            smooth = np.convolve(curve[:, 0], np.ones(width) / width, "valid")
+            axis.plot(np.arange(len(smooth)) + width / 2, smooth, color=colour, linewidth=1.8)
+        settled = curve[len(curve) // 10 :] if len(curve) > 50 else curve
+        settled = settled[np.isfinite(settled)]
+        if settled.size:
+            # The first steps fall from heights that would flatten all the rest.
+            low, high = np.percentile(settled, [0, 100])
+            room = 0.1 * (high - low) or 1.0
+            axis.set_ylim(low - room, high + room)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.set_ylabel({"lp": "log-density", "log_joint": "log-joint"}.get(label, label))
+    return figure
+
+
+def elements(posterior: Posterior, sites: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Draws of every element of some sites, by a name such as ``means[0, eruptions]``, (chain, draw) each.
+
+    Args:
+        posterior: What was inferred.
+        sites: Names of the sites; None takes all that do not belong to the rows of the data.
+    """
+    found = {}
+    for site in _sites(posterior, sites):
+        values = posterior.draws[site]
+        names = [_coordinates(posterior, site, axis, size) for axis, size in enumerate(values.shape[2:])]
+        for index in itertools.product(*(range(size) for size in values.shape[2:])):
+            label = ", ".join(names[axis][i] for axis, i in enumerate(index))
+            found[f"{site}[{label}]" if index else site] = values[(..., *index)].double().numpy()
+    return found
+
+
+def _named(posteriors: Posteriors) -> dict[str, Posterior]:
+    if isinstance(posteriors, Posterior):
+        return {str(posteriors.info.get("backend", "posterior")): posteriors}
+    return dict(posteriors)
+
+
+def _count(posterior: Posterior) -> int:
+    return next((values.shape[1] for values in posterior.draws.values()), 0)
+
+
+def _sites(posterior: Posterior, sites: Sequence[str] | None) -> list[str]:
+    """The sites asked for, or all that share no dimension with the data."""
+    if sites is not None:
+        if unknown := [site for site in sites if site not in posterior.draws]:
+            raise ValueError(f"sites names '{unknown[0]}', but there are {', '.join(posterior.draws)}.")
+        return list(sites)
+    rows = {dim for site in posterior.observed for dim in posterior.dims.get(site, ())}
+    return [site for site in posterior.draws if not rows & set(posterior.dims.get(site, ()))]
+
+
+def _coordinates(posterior: Posterior, site: str, axis: int, size: int) -> list[str]:
+    dims = posterior.dims.get(site, ())
+    labels = posterior.coords.get(dims[axis], ()) if axis < len(dims) else ()
+    return [str(label) for label in (labels if len(labels) == size else range(size))]
+
+
+def _least(posterior: Posterior, sites: Sequence[str] | None) -> dict[str, float]:
+    draws = {site: posterior.draws[site] for site in _sites(posterior, sites)}
+    invariant = relabel.invariant(draws, posterior.symmetry)
+    sizes = {site: arviz.ess(values.double().numpy()) for site, values in invariant.items()}
+    return {site: float(np.nanmin(size)) for site, size in sizes.items() if np.isfinite(size).any()}
+
+
+def _some(draws: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Evenly spaced draws over all chains, (draw, *site)."""
+    flat = {site: values.flatten(0, 1) for site, values in draws.items()}
+    size = len(next(iter(flat.values())))
+    chosen = torch.linspace(0, size - 1, min(size, count)).round().long()
+    return {site: values[chosen] for site, values in flat.items()}
+
+
+def _marginal(model: GMM, draws: Mapping[str, Tensor], features: list[int]) -> dict[str, Tensor]:
+    """Draws of the mixture that the chosen columns follow; covariances in the model's own form."""
+    covariances = draws["covariances"]
+    if model.covariance in ("full", "tied"):
+        covariances = covariances[..., features, :][..., features]
+    elif model.covariance == "diagonal":
+        covariances = covariances[..., features]
+    return {"weights": draws["weights"], "means": draws["means"][..., features], "covariances": covariances}
+
+
+def _matrices(model: GMM, draws: Mapping[str, Tensor]) -> Tensor:
+    """Covariance matrix of every component in every draw, (draw, K, D, D)."""
+    means, covariances = draws["means"], draws["covariances"]
+    if model.covariance == "spherical":
+        covariances = covariances[..., None].expand_as(means)
+    if model.covariance in ("diagonal", "spherical"):
+        covariances = torch.diag_embed(covariances)
+    return covariances[:, None].expand(-1, means.shape[1], -1, -1) if model.covariance == "tied" else covariances
+
+
+def _range(values: Tensor) -> Tensor:
+    low, high = values.min(), values.max()
+    room = 0.12 * (high - low) if high > low else torch.ones_like(low)
+    return torch.linspace(float(low - room), float(high + room), _POINTS, dtype=values.dtype)
+
+
+def _contours(axis: Axes, model: Scored, x: Tensor, draws: Mapping[str, Tensor], colour: str) -> None:
+    across, up = _range(x[:, 0]), _range(x[:, 1])
+    points = torch.cartesian_prod(across, up)
+    log_density = model.score_samples(points, draws).reshape(len(across), len(up)).T.numpy()
+    density = np.exp(log_density - log_density.max())
+    ordered = np.sort(density.ravel())[::-1]
+    mass = ordered.cumsum() / ordered.sum()
+    levels = np.unique([ordered[min(np.searchsorted(mass, share), len(ordered) - 1)] for share in _MASSES])
+    filled = [*levels, max(1.0 + 1e-9, 1.01 * levels[-1])]
+    shades = [_mix(colour, share) for share in np.linspace(0.12, 0.38, len(filled) - 1)]
+    axis.contourf(across, up, density, filled, colors=shades, zorder=0.5)
+    axis.contour(across, up, density, levels, colors=[colour], linewidths=0.7, alpha=0.7, zorder=1)
+    axis.scatter(x[:, 0], x[:, 1], s=7, color=_INK, alpha=0.45, linewidths=0, zorder=2)
+    if isinstance(model, GMM):
+        matrices = _matrices(model, draws)
+        if len(matrices) > 1:
+            for i in np.linspace(0, len(matrices) - 1, min(_CLOUD, len(matrices))).round().astype(int):
+                _ellipses(axis, draws["means"][i], matrices[i], color=_INK, linewidth=0.4, alpha=0.25)
+        _ellipses(axis, draws["means"].mean(0), matrices.mean(0), color=_INK, linewidth=1.6)
+    axis.set_xlim(float(across[0]), float(across[-1]))
+    axis.set_ylim(float(up[0]), float(up[-1]))
+
+
+def _ellipses(axis: Axes, means: Tensor, matrices: Tensor, **style: Any) -> None:
+    """Two standard deviations of each component: μ + 2 L (cos t, sin t)."""
+    turn = torch.linspace(0.0, 2.0 * torch.pi, 100, dtype=means.dtype)
+    circle = 2.0 * torch.stack([turn.cos(), turn.sin()])
+    for mean, factor in zip(means, torch.linalg.cholesky(matrices)):
+        outline = mean[:, None] + factor @ circle
+        axis.plot(*outline, zorder=3, **style)
+
+
+def _curve(axis: Axes, model: Scored, x: Tensor, draws: Mapping[str, Tensor], colour: str) -> None:
+    points = _range(x[:, 0])
+    bins = np.histogram_bin_edges(x[:, 0].numpy(), "fd") if len(x) < 10_000 else 100
+    axis.hist(x[:, 0].numpy(), bins, density=True, color=_FAINT, zorder=0.5)
+    if isinstance(model, GMM):
+        weights, means, variances = draws["weights"], draws["means"], _matrices(model, draws)[..., 0, 0]
+        distance = (points[:, None, None] - means[..., 0]).square() / variances
+        shares = weights * (-0.5 * distance).exp() / (2.0 * torch.pi * variances).sqrt()
+        axis.plot(points, shares.mean(1), color=_INK, linewidth=0.9, linestyle="--")
+    axis.plot(points, model.score_samples(points[:, None], draws).exp(), color=colour, linewidth=2.0)
+    axis.set_ylim(bottom=0.0)
+
+
+def _mix(colour: str, share: float) -> tuple[float, ...]:
+    """The colour, on white."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1.0 - share * (1.0 - part) for part in to_rgb(colour))
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own: nothing of pyplot, whose state is global, and no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _panels(count: int, width: float, height: float, **share: Any) -> tuple[Figure, list[Axes]]:
+    across = min(count, 3 if count != 4 else 2)
+    down = -(-count // across)
+    figure = _figure(width * across + 0.4, height * down)
+    grid = figure.subplots(down, across, squeeze=False, **share).ravel()
+    for axis in grid[count:]:
+        axis.remove()
+    for axis in grid[:count]:
+        _dress(axis)
+    return figure, list(grid[:count])
+
+
+def _dress(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(_INK)
+    axis.tick_params(colors=_INK, labelsize=8)
+    axis.grid(color=_FAINT, linewidth=0.5)
+    axis.set_axisbelow(True)
+    axis.title.set_fontsize(10)
+    for label in (axis.xaxis.label, axis.yaxis.label):
+        label.set_fontsize(9)
+        label.set_color(_INK)
