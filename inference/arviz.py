@@ -62,9 +62,7 @@ def export(
     """
     stamp = {"created_at": datetime.datetime.now(datetime.UTC).isoformat()}
     safe = stamp | {name: _attribute(value) for name, value in (attrs or {}).items() if value is not None}
-    datasets = {
-        group: _dataset(group, arrays, coords or {}, dims or {}, safe) for group, arrays in groups.items() if arrays
-    }
+    datasets = {group: _dataset(group, arrays, coords or {}, dims or {}, safe) for group, arrays in groups.items() if arrays}
     az = _import()
     if _is_tree(az):
         import xarray as xr

@@ -330,9 +330,7 @@ class Density:
         sites = tuple(enumerated)
         return self.stage(("marginal", sites), lambda values: log_normalizer(self.program, values, sites), (True,))
 
-    def unconstrained(
-        self, coordinates: Unconstrained, enumerated: Collection[str] = (), gradient: bool = True
-    ) -> Staged:
+    def unconstrained(self, coordinates: Unconstrained, enumerated: Collection[str] = (), gradient: bool = True) -> Staged:
         """(position (chain, size), other values) -> log-density of the position, or (gradient, log-density)."""
         sites = tuple(enumerated)
 

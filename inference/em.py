@@ -27,11 +27,12 @@ from torch.func import grad, grad_and_value, vmap
 
 from inference.blocks import Block, Current
 from inference.blocks.block import is_certified
+from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density, Unconstrained
 from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of
 from inference.fit import Optimise
-from inference.messages import Conditional, Family, Gaussian, Normal, Points, candidates
+from inference.messages import Family, Gaussian, Normal, candidates
 from inference.plan import Plan, Update, assign
 from inference.program import Program
 from inference.start import ascended, given_values, starting_values
@@ -168,9 +169,7 @@ class EM(Backend[EMState, EMInfo]):
         if self.maximise is not None:
             for name in self.maximise:
                 if name not in program.latents:
-                    raise ValueError(
-                        f"maximise= names '{name}', but the latent sites are {', '.join(program.latents)}."
-                    )
+                    raise ValueError(f"maximise= names '{name}', but the latent sites are {', '.join(program.latents)}.")
                 if not program.latents[name].is_continuous:
                     raise Unsupported(f"maximise= names '{name}', which is discrete: it can only be averaged.")
             chosen = set(self.maximise)
@@ -312,9 +311,7 @@ class EM(Backend[EMState, EMInfo]):
             conditional = self._conditional(state, program)
             particles = {name: _sigma_points(conditional)}
             values = {**state.values, name: conditional.mode()}
-            return state._replace(
-                particles=particles, values=values, points={**state.points, name: conditional.points()}
-            )
+            return state._replace(particles=particles, values=values, points={**state.points, name: conditional.points()})
         if roles.average == "Monte-Carlo":
             spread = {n: v.repeat_interleave(_PARTICLES, 0) for n, v in state.values.items()}
             spread |= {n: v.flatten(0, 1) for n, v in state.particles.items()}
@@ -352,9 +349,7 @@ class EM(Backend[EMState, EMInfo]):
         theta = {name: state.values[name] for name in state.roles.maximised}
         return theta, {name: v for name, v in state.particles.items() if name not in program.finite}
 
-    def _expected(
-        self, state: EMState, program: Program, values: Mapping[str, Tensor], weights: list[Tensor]
-    ) -> Tensor:
+    def _expected(self, state: EMState, program: Program, values: Mapping[str, Tensor], weights: list[Tensor]) -> Tensor:
         """Q at ``values``, (restart,)."""
         theta = {name: values[name] for name in state.roles.maximised}
         staged = state.density.stage(("Q", self.objective), self._q(program, state.roles), (True, True, True))
@@ -485,9 +480,7 @@ def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles, density: Dens
     return EMState(values, {}, {}, -infinite, infinite, infinite, zero, roles, density, ())
 
 
-def _joint_message(
-    density: Density, family: Family, name: str, points: Points, values: dict[str, Tensor]
-) -> Conditional:
+def _joint_message(density: Density, family: Family, name: str, points: Points, values: dict[str, Tensor]) -> Conditional:
     at = family.at(points)
     gradients = density.gradients(name)(at.movedim(0, 1).contiguous(), values)
     return family.solve(at, gradients.movedim(1, 0))
@@ -504,19 +497,20 @@ def _merged(good: Tensor, new: Points, old: Points) -> Points:
     return Points(*(torch.where(good.reshape(shape) & a.isfinite(), a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _sigma_points(conditional: Any) -> Tensor:
+def _sigma_points(conditional: Conditional) -> Tensor:
     """Equally weighted points, (restart, particle, *site), that average every quadratic in the site exactly."""
-    if hasattr(conditional, "family"):
+    if isinstance(conditional, GaussianConditional):
         width = conditional.mean.shape[-1]
         factor, _ = conditional._factor()
         eye = torch.eye(width, dtype=factor.dtype, device=factor.device)
         columns = torch.linalg.solve_triangular(factor.mT, eye.expand_as(factor), upper=True) * math.sqrt(width)
         points = [
-            conditional.family.fold(conditional.mean + sign * columns[..., i])
+            conditional.coupling.fold(conditional.mean + sign * columns[..., i])
             for i in range(width)
             for sign in (1.0, -1.0)
         ]
         return torch.stack(points, 1)
+    assert isinstance(conditional, NormalConditional)
     sd = conditional.precision.rsqrt()
     return torch.stack([conditional.mean + sd, conditional.mean - sd], 1)
 

@@ -48,7 +48,7 @@ class Optimise(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """``warmup`` adaptive steps, then ``draws`` draws with ``thin`` steps each; ``cost`` evaluations of the density a step."""
+    """``warmup`` adaptive steps, then ``draws`` draws with ``thin`` steps each, of about ``cost`` evaluations a step."""
 
     chains: int
     warmup: int
@@ -243,9 +243,7 @@ class _Run:
                     self.history.append({"lp": draw.stats["lp"].detach().cpu()})
                 bar.update()
                 if i % 20 == 0 and not bar.disable and "acceptance_rate" in draw.stats:
-                    bar.set_postfix_str(
-                        f"acceptance rate {float(draw.stats['acceptance_rate'].mean()):.3f}", refresh=False
-                    )
+                    bar.set_postfix_str(f"acceptance rate {float(draw.stats['acceptance_rate'].mean()):.3f}", refresh=False)
                 if isinstance(self.schedule, Sample) and any(
                     [callback(self.schedule.warmup + i, draw) for callback in self.backend.callbacks]
                 ):
@@ -290,9 +288,7 @@ def _config(backend: Backend[Any, Any]) -> dict[str, Any]:
     """The fields of a back-end as JSON can hold them."""
     plain = (str, int, float, bool, type(None))
     values = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)}
-    return {
-        name: value if isinstance(value, plain) else repr(value) for name, value in values.items() if name != "start"
-    }
+    return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items() if name != "start"}
 
 
 def _versions() -> dict[str, str]:

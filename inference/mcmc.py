@@ -105,9 +105,7 @@ class RandomWalkKernel:
     def init(self, position: Tensor, density: Callable[[Tensor], Tensor]) -> RandomWalkState:
         return RandomWalkState(position, density(position))
 
-    def step(
-        self, state: RandomWalkState, density: Callable[[Tensor], Tensor]
-    ) -> tuple[RandomWalkState, RandomWalkInfo]:
+    def step(self, state: RandomWalkState, density: Callable[[Tensor], Tensor]) -> tuple[RandomWalkState, RandomWalkInfo]:
         noise = torch.randn_like(state.position)
         step = noise @ self.factor.T if self.factor.dim() == 2 else noise * self.factor
         proposal = state.position + self.scale * step
@@ -272,11 +270,20 @@ class HamiltonianAdaptation(NamedTuple):
         log_step_tensor = one * log_step
         zero = position.new_zeros(())
         return cls(
-            step=zero, log_step=log_step_tensor, log_step_mean=log_step_tensor, error_sum=zero,
-            centre=log_step_tensor + math.log(2.0), since=zero, log_length=zero, log_length_mean=zero, jumps=position.new_zeros(2), scale=scale,
+            step=zero,
+            log_step=log_step_tensor,
+            log_step_mean=log_step_tensor,
+            error_sum=zero,
+            centre=log_step_tensor + math.log(2.0),
+            since=zero,
+            log_length=zero,
+            log_length_mean=zero,
+            jumps=position.new_zeros(2),
+            scale=scale,
             longest=torch.zeros_like(scale),
-            centres=position.clone(), moments=Moments.like(position),
-        )  # fmt: skip
+            centres=position.clone(),
+            moments=Moments.like(position),
+        )
 
     def kernel(self, is_final: bool, most_steps: int) -> HamiltonianKernel:
         """The kernel of the next step; a final one takes the averaged step size and length."""
@@ -309,10 +316,17 @@ class HamiltonianAdaptation(NamedTuple):
         moments = self.moments.update(state.position)
         centres = self.centres + (state.position - self.centres) / (since + 1).clamp(max=50.0)
         new = self._replace(
-            step=step, since=since, error_sum=error_sum, log_step=log_step, log_step_mean=averaged,
-            log_length=log_length, log_length_mean=self.log_length_mean + (log_length - self.log_length_mean) / since,
-            jumps=jumps, moments=moments, centres=centres,
-        )  # fmt: skip
+            step=step,
+            since=since,
+            error_sum=error_sum,
+            log_step=log_step,
+            log_step_mean=averaged,
+            log_length=log_length,
+            log_length_mean=self.log_length_mean + (log_length - self.log_length_mean) / since,
+            jumps=jumps,
+            moments=moments,
+            centres=centres,
+        )
         if int(step) in window_ends(warmup):
             covariance = moments.covariance()
             scale = covariance.diagonal().sqrt() if covariance.dim() == 2 else covariance.sqrt()
@@ -322,10 +336,18 @@ class HamiltonianAdaptation(NamedTuple):
             # the same step in the old coordinates: a geometric mean keeps it on average
             shift = (self.scale.log() - scale.log()).mean()
             new = new._replace(
-                scale=scale, longest=longest, jumps=torch.zeros_like(jumps), moments=Moments.like(state.position), since=torch.zeros_like(since),
-                error_sum=torch.zeros_like(error_sum), log_step_mean=log_step + shift, log_step=log_step + shift,
-                centre=log_step + shift, log_length=new.log_length_mean, log_length_mean=new.log_length_mean,
-            )  # fmt: skip
+                scale=scale,
+                longest=longest,
+                jumps=torch.zeros_like(jumps),
+                moments=Moments.like(state.position),
+                since=torch.zeros_like(since),
+                error_sum=torch.zeros_like(error_sum),
+                log_step_mean=log_step + shift,
+                log_step=log_step + shift,
+                centre=log_step + shift,
+                log_length=new.log_length_mean,
+                log_length_mean=new.log_length_mean,
+            )
         return new
 
     def _lengthen(self, before: HamiltonianState, info: HamiltonianInfo) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,7 @@ class MetropolisHastings(MarginalSampler):
     def needs_gradient(self) -> bool:
         return False
 
-    def begin(
-        self, position: Tensor, density: Callable[[Tensor], Tensor]
-    ) -> tuple[RandomWalkState, RandomWalkAdaptation]:
+    def begin(self, position: Tensor, density: Callable[[Tensor], Tensor]) -> tuple[RandomWalkState, RandomWalkAdaptation]:
         adaptation = RandomWalkAdaptation.like(position)
         return adaptation.kernel.init(position, density), adaptation
 

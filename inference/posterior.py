@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from inference import arviz, checkpoint, relabel
+from inference.arrays import as_numpy, is_whole
+from inference.diagnosis import diagnose
 from inference.plan import Plan, Update
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ __all__ = ["Posterior"]
 
 _TENSORS = ("draws", "stats", "history", "weights", "observed", "constants", "warmup_draws", "warmup_stats")
 _ATTRIBUTES = ("created_at", "sampling_time", "seed", "model", "backend", "config", "versions")
-_CERTIFICATE = {torch.float64: 1e-8, torch.float32: 1e-2}  # rounding of a log-joint of 10⁴ terms, with room
 _POINTWISE_BYTES = 2**30
 
 
@@ -69,7 +70,7 @@ class Posterior:
     _pointwise: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
-        chains, draws = self._shape
+        chains, draws = self.shape
         sites = ", ".join(f"{site} {tuple(values.shape[2:])}" for site, values in self.draws.items())
         who = f"{self.info.get('backend', 'draws')} on {self.info.get('model', 'a program')}"
         return f"Posterior({who}, {chains} x {draws} draws: {sites})"
@@ -170,7 +171,7 @@ class Posterior:
             "tuning_steps": info.get("warmup"),
             **{key: info.get(key) for key in _ATTRIBUTES},
         }
-        arrays = {group: {name: _numpy(value) for name, value in values.items()} for group, values in groups.items()}
+        arrays = {group: {name: as_numpy(value) for name, value in values.items()} for group, values in groups.items()}
         return arviz.export(arrays, {**self.coords, **(coords or {})}, named, attrs)
 
     def diagnose(self) -> list[str]:
@@ -180,13 +181,7 @@ class Posterior:
         exchangeable labels), chains that never moved, divergences, refused proposals, certificates of exact updates.
         Variational fits: k-hat above 0.7. All: what the run itself noticed.
         """
-        findings = [*self.info.get("findings", ())]
-        if self.info.get("kind", "samples") == "samples":
-            findings += arviz.convergence(self._quantities())
-            findings += [*self._unmoved(), *self._divergences(), *self._acceptance()]
-        elif {"lp", "log_q"} <= self.stats.keys():
-            findings += arviz.importance(_numpy(self.stats["lp"].double() - self.stats["log_q"].double()))
-        return findings + self._certificates()
+        return diagnose(self)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Saves into a folder: tensors as safetensors, the rest as json, and a copy for other tools, ``posterior.nc``.
@@ -252,8 +247,8 @@ class Posterior:
         return posterior
 
     @property
-    def _shape(self) -> tuple[int, int]:
-        """Chains and draws."""
+    def shape(self) -> tuple[int, int]:
+        """Number of chains and of draws."""
         for values in (*self.draws.values(), *self.stats.values()):
             return values.shape[0], values.shape[1]
         return 0, 0
@@ -277,13 +272,11 @@ class Posterior:
         for site, shape in shapes.items():
             for dim, size in zip(named.get(site, ()), shape):
                 if dim in coords and len(coords[dim]) != size:
-                    raise ValueError(
-                        f"coords has {len(coords[dim])} labels for '{dim}', but '{site}' has {size} there."
-                    )
+                    raise ValueError(f"coords has {len(coords[dim])} labels for '{dim}', but '{site}' has {size} there.")
 
     def _try_log_likelihood(self) -> None:
         """Computes the log-likelihood for a save, if it is not too large. Whatever stops it may not lose the draws."""
-        chains, draws = self._shape
+        chains, draws = self.shape
         size = 8 * chains * draws * sum(data.numel() for data in self.observed.values())
         if self.program is None or self._pointwise or size > _POINTWISE_BYTES:
             return
@@ -291,88 +284,6 @@ class Posterior:
             self.log_likelihood()
         except Exception as error:
             warnings.warn(f"Saved without the pointwise log-likelihood, which failed: {error}", stacklevel=3)
-
-    def _quantities(self) -> dict[str, np.ndarray]:
-        """What is judged: draws that do not change when labels are renamed, and the log-joint."""
-        invariant = relabel.invariant(self.draws, self.symmetry)
-        names = {site: f"sorted {site}" if site in self.symmetry else site for site in invariant}
-        quantities = {names[site]: _numpy(values) for site, values in invariant.items()}
-        return quantities | {"lp": _numpy(self.stats["lp"])} if "lp" in self.stats else quantities
-
-    def _unmoved(self) -> list[str]:
-        """Chains in which an element of a continuous site kept one value, although it is no constant of the program."""
-        chains, draws = self._shape
-        sites = [site for site in self.draws if self.plan is None or site in self.plan]
-        flat = {site: self.draws[site].reshape(chains, draws, -1) for site in sites}
-        flat = {site: values for site, values in flat.items() if values.numel() and not _is_whole(values)}
-        if draws < 2:
-            return []
-        varies = {site: values.amax((0, 1)) > values.amin((0, 1)) for site, values in flat.items()}
-        is_anything_moving = any(element.any() for element in varies.values())
-        findings = []
-        for site, values in flat.items():
-            still = values.amax(1) == values.amin(1)
-            # Equal in all chains: a constant such as the diagonal of a correlation, unless the site is one to update.
-            if varies[site].any() or (self.plan is None and is_anything_moving):
-                still &= varies[site]
-            if stuck := still.any(1).nonzero().flatten().tolist():
-                findings.append(
-                    f"'{site}' never moved in {_chains(stuck)}: every proposal was refused. Start elsewhere (start=), "
-                    "or raise warmup so that the steps can adapt."
-                )
-        return findings
-
-    def _divergences(self) -> list[str]:
-        diverging = self.stats.get("diverging")
-        if diverging is None or not diverging.any():
-            return []
-        by_chain = diverging.sum(1)
-        most = int(by_chain.argmax())
-        return [
-            f"{int(by_chain.sum())} of {diverging.numel()} transitions diverged, most of them in chain {most}. "
-            "The draws may miss a strongly curved part of the posterior. Write the program with standardised latents "
-            "(non-centred), or take smaller steps."
-        ]
-
-    def _acceptance(self) -> list[str]:
-        if "acceptance_rate" not in self.stats:
-            return []
-        rate = self.stats["acceptance_rate"].double().nanmean(1)
-        findings = []
-        if low := (rate < 0.1).nonzero().flatten().tolist():
-            findings.append(
-                f"Acceptance is {rate.min():.3f} in {_chains(low)}, below 0.1: most proposals are refused. Raise "
-                "warmup, or take a proposal closer to the posterior."
-            )
-        # A random walk that is hardly ever refused hardly moves; an independence proposal is then simply good.
-        proposal = str(self.info.get("config", {}).get("proposal", ""))
-        is_walk = "Independence" not in proposal and "Prior" not in proposal
-        high = (rate > 0.99).nonzero().flatten().tolist()
-        if self.info.get("backend") == "MetropolisHastings" and is_walk and high:
-            findings.append(
-                f"Acceptance is {rate.max():.3f} in {_chains(high)}, above 0.99: the steps are too small to explore. "
-                "Raise warmup so that they can grow."
-            )
-        return findings
-
-    def _certificates(self) -> list[str]:
-        floating = {values.dtype for values in self.draws.values() if values.is_floating_point()}
-        tolerance = _CERTIFICATE[torch.float64 if torch.float64 in floating or not floating else torch.float32]
-        findings = []
-        for update in () if self.plan is None else self.plan.updates:
-            who = f"The {update.update} update of {', '.join(repr(site) for site in update.sites)}"
-            if update.certificate is None:
-                if update.acceptance < 0.1:
-                    findings.append(
-                        f"{who} accepts {update.acceptance:.3f} of its proposals. Raise warmup, or choose another."
-                    )
-            elif not update.certificate <= tolerance or update.acceptance < 1.0 - tolerance:
-                findings.append(
-                    f"{who} claims to be exact, but its largest |log acceptance ratio| is {update.certificate:.1e} "
-                    f"and its acceptance {update.acceptance:.4f}. Refusals keep the draws right, but they mix worse: "
-                    "choose the block by hand (blocks=), and please report the program."
-                )
-        return findings
 
 
 def _rebuild(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: dict[str, dict[str, Tensor]]) -> Program:
@@ -382,9 +293,7 @@ def _rebuild(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: d
     floating = [t.dtype for name in ("draws", "observed") for t in saved[name].values() if t.is_floating_point()]
     program = Program(model, args, kwargs, dtype=floating[0] if floating else None)
     if program.observed.keys() != saved["observed"].keys():
-        raise ValueError(
-            f"The model observes {sorted(program.observed)}, but the saved one {sorted(saved['observed'])}."
-        )
+        raise ValueError(f"The model observes {sorted(program.observed)}, but the saved one {sorted(saved['observed'])}.")
     for site, data in saved["observed"].items():
         given = program.observed[site].cpu().to(data.dtype)
         if given.shape != data.shape or not torch.equal(given.nan_to_num(), data.nan_to_num()):
@@ -392,9 +301,7 @@ def _rebuild(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: d
                 f"The data of '{site}' are not those that were fitted. Give load the same data; predict takes others."
             )
     if missing := sorted(program.weights.keys() - saved["weights"].keys()):
-        raise ValueError(
-            f"The model has a weight '{missing[0]}' that was not saved. Give load the model that was fitted."
-        )
+        raise ValueError(f"The model has a weight '{missing[0]}' that was not saved. Give load the model that was fitted.")
     program.set_weights(saved["weights"])
     return program
 
@@ -403,23 +310,9 @@ def _center(values: Tensor) -> Tensor:
     """Centre of draws (draw, *site); see ``Posterior.point``."""
     if not values.is_floating_point():
         return values.long().mode(0).values.to(values.dtype)
-    return values.median(0).values if _is_whole(values) else values.mean(0)
-
-
-def _is_whole(values: Tensor) -> bool:
-    return not values.is_floating_point() or bool((values == values.round()).all())
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    """As numpy; half precisions, which netCDF or numpy lack, become float32."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+    return values.median(0).values if is_whole(values) else values.mean(0)
 
 
 def _labels_to_json(labels: np.ndarray) -> tuple[str, list[Any]]:
     """Type and values of a coordinate; times, which json lacks, as text."""
     return labels.dtype.str, (labels.astype(str) if labels.dtype.kind in "mM" else labels).tolist()
-
-
-def _chains(which: list[int]) -> str:
-    return f"chain{'s' if len(which) > 1 else ''} {', '.join(str(chain) for chain in which)}"

@@ -338,8 +338,8 @@ class Program:
             if len(bad):
                 where = tuple(bad[0].tolist())
                 raise ValueError(
-                    f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; the "
-                    f"first, at {where}, is {value[where].tolist()}."
+                    f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
+                    f"the first, at {where}, is {value[where].tolist()}."
                 )
 
     def _check_randomness(self, traces: list[poutine.Trace]) -> None:

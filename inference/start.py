@@ -43,9 +43,7 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
     for name, value in start.items():
         site = program.latents.get(name)
         if site is None:
-            raise ValueError(
-                f"start= names '{name}', but {program.name} has the latent sites {', '.join(program.latents)}."
-            )
+            raise ValueError(f"start= names '{name}', but {program.name} has the latent sites {', '.join(program.latents)}.")
         value = torch.as_tensor(value, device=program.device)
         value = value.to(program.dtype if site.dtype.is_floating_point else site.dtype)
         if value.shape == site.shape:

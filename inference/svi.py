@@ -236,9 +236,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             index = torch.randperm(program.rows, device=program.device)[: self.batch_size]
             data, scale = program.minibatch(index), program.rows / self.batch_size
         traces = [state.guide.trace(program, data=data, scale=scale) for _ in range(self.bound.particles)]
-        values = [
-            {name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces
-        ]
+        values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
         log_p = self._log_p(program, values, data, scale)
         score = torch.stack([_score(trace) for trace in traces])
         log_q = torch.stack([self._log_q(state.guide, program, trace, data, scale) for trace in traces])
@@ -248,16 +246,12 @@ class SVI(Backend[SVIState, SVIInfo]):
             (-surrogate).backward()
             state.optimiser.step()
         elif not int(state.step):
-            raise ValueError(
-                f"The bound of {program.name} is {float(bound)} at the start. Give start=, or check the data."
-            )
+            raise ValueError(f"The bound of {program.name} is {float(bound)} at the start. Give start=, or check the data.")
         state.scheduler.step()
         skipped = state.skipped + (~bound.isfinite()).to(state.skipped)
         return state._replace(step=state.step + 1, skipped=skipped), SVIInfo(-bound)
 
-    def _log_p(
-        self, program: Program, values: list[dict[str, Tensor]], data: list[Tensor] | None, scale: float
-    ) -> Tensor:
+    def _log_p(self, program: Program, values: list[dict[str, Tensor]], data: list[Tensor] | None, scale: float) -> Tensor:
         """log p(data, values) of each particle, finite sites that the guide lacks summed out, (particle,)."""
         enumerated = tuple(name for name in program.finite if name not in values[0])
         names = tuple(values[0])

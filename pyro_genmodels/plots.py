@@ -77,9 +77,8 @@ def density_contours(
         panel(axis, model, x[:, shown], draws, colour)
         axis.set_title(name)
         axis.set_xlabel(labels[0])
-    for axis in axes:
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(labels[1] if len(shown) == 2 else "density")
+    for axis in axes[:: _across(len(named))]:
+        axis.set_ylabel(labels[1] if len(shown) == 2 else "density")
     return figure
 
 
@@ -199,9 +198,9 @@ def elements(posterior: Posterior, sites: Sequence[str] | None = None) -> dict[s
     for site in _sites(posterior, sites):
         values = posterior.draws[site]
         names = [_coordinates(posterior, site, axis, size) for axis, size in enumerate(values.shape[2:])]
-        for index in itertools.product(*(range(size) for size in values.shape[2:])):
+        for place, index in enumerate(np.ndindex(*values.shape[2:])):
             label = ", ".join(names[axis][i] for axis, i in enumerate(index))
-            found[f"{site}[{label}]" if index else site] = values[(..., *index)].double().numpy()
+            found[f"{site}[{label}]" if index else site] = values.flatten(2)[..., place].double().numpy()
     return found
 
 
@@ -279,7 +278,7 @@ def _contours(axis: Axes, model: Scored, x: Tensor, draws: Mapping[str, Tensor],
     density = np.exp(log_density - log_density.max())
     ordered = np.sort(density.ravel())[::-1]
     mass = ordered.cumsum() / ordered.sum()
-    levels = np.unique([ordered[min(np.searchsorted(mass, share), len(ordered) - 1)] for share in _MASSES])
+    levels = np.unique([ordered[(mass < share).sum()] for share in _MASSES])
     filled = [*levels, max(1.0 + 1e-9, 1.01 * levels[-1])]
     shades = [_mix(colour, share) for share in np.linspace(0.12, 0.38, len(filled) - 1)]
     axis.contourf(across, up, density, filled, colors=shades, zorder=0.5)
@@ -306,8 +305,7 @@ def _ellipses(axis: Axes, means: Tensor, matrices: Tensor, **style: Any) -> None
 
 def _curve(axis: Axes, model: Scored, x: Tensor, draws: Mapping[str, Tensor], colour: str) -> None:
     points = _range(x[:, 0])
-    bins = np.histogram_bin_edges(x[:, 0].numpy(), "fd") if len(x) < 10_000 else 100
-    axis.hist(x[:, 0].numpy(), bins, density=True, color=_FAINT, zorder=0.5)
+    axis.hist(x[:, 0].numpy(), bins=min(40, 5 + int(len(x) ** 0.5)), density=True, color=_FAINT, zorder=0.5)
     if isinstance(model, GMM):
         weights, means, variances = draws["weights"], draws["means"], _matrices(model, draws)[..., 0, 0]
         distance = (points[:, None, None] - means[..., 0]).square() / variances
@@ -332,7 +330,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panels(count: int, width: float, height: float, **share: Any) -> tuple[Figure, list[Axes]]:
-    across = min(count, 3 if count != 4 else 2)
+    across = _across(count)
     down = -(-count // across)
     figure = _figure(width * across + 0.4, height * down)
     grid = figure.subplots(down, across, squeeze=False, **share).ravel()
@@ -341,6 +339,10 @@ def _panels(count: int, width: float, height: float, **share: Any) -> tuple[Figu
     for axis in grid[:count]:
         _dress(axis)
     return figure, list(grid[:count])
+
+
+def _across(count: int) -> int:
+    return 2 if count == 4 else min(count, 3)
 
 
 def _dress(axis: Axes) -> None:

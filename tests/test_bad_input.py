@@ -485,9 +485,9 @@ COUNTED += [("SVI", "steps"), ("SVI", "draws"), ("SVI", "batch_size"), ("EM", "s
 
 
 @pytest.mark.parametrize(("backend", "option"), COUNTED)
-@pytest.mark.parametrize("value", [0, -1, 2.5, "many", True])
+@pytest.mark.parametrize("value", [0, -1, 2.5])
 def test_a_number_of_steps_must_be_a_count(backend: str, option: str, value: Any) -> None:
-    if option == "warmup" and value == 0 and value is not False:
+    if option == "warmup" and value == 0:
         assert_finite(BACKENDS[backend](warmup=0).fit(normal, Y))
         return
     steps: list[int] = []

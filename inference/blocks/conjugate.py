@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move, is_certified, metropolised
+from inference.conditionals import Conditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
-from inference.messages import Conditional, Family, Points, candidates, kind_of
+from inference.messages import Family, candidates, kind_of
 
 __all__ = ["Conjugate"]
 

@@ -41,9 +41,7 @@ class Enumerate(Block):
     def init(self, density: Density, current: Current) -> tuple[()]:
         return ()
 
-    def step(
-        self, state: tuple[()], density: Density, current: Current, warmup: int
-    ) -> tuple[tuple[()], Current, Move]:
+    def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
         uniforms = density.uniforms(self.sites, len(current.log_joint))
         drawn, log_q, log_q_present = density.redraw(self.sites)(current.values, uniforms)
         moved, move = metropolised(current, drawn, log_q, log_q_present, density)

@@ -37,9 +37,7 @@ class AdaptiveWalk(Block):
         like = current.log_joint
         return WalkState(like.new_zeros(()), like.new_zeros(()))
 
-    def step(
-        self, state: WalkState, density: Density, current: Current, warmup: int
-    ) -> tuple[WalkState, Current, Move]:
+    def step(self, state: WalkState, density: Density, current: Current, warmup: int) -> tuple[WalkState, Current, Move]:
         latents = density.program.latents
         scale = state.log_scale.exp()
         coordinates = Unconstrained(density.program, [name for name in self.sites if latents[name].is_continuous])

@@ -1,0 +1,353 @@
+"""Conditional distributions over a leading chain axis: what a message is, once its parameters are known."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta, Dirichlet, Gamma
+
+__all__ = [
+    "BetaConditional",
+    "Conditional",
+    "Coupling",
+    "DirichletConditional",
+    "GaussianConditional",
+    "LogNormalConditional",
+    "NormalConditional",
+    "Points",
+    "PowerGammaConditional",
+    "WishartConditional",
+]
+
+
+class Points(NamedTuple):
+    """Where the gradient is taken: near ``location``, about ``spread`` apart; both (chain, *site), blind to the value."""
+
+    location: Tensor
+    spread: Tensor
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """Sum over everything but the chain axis."""
+    return tensor.reshape(len(tensor), -1).sum(-1)
+
+
+def _every(tensor: Tensor) -> Tensor:
+    """Whether all elements hold, for each chain."""
+    return tensor.reshape(len(tensor), -1).all(-1)
+
+
+class Conditional(abc.ABC):
+    """A conditional distribution for every chain, whose elements are independent or jointly Gaussian."""
+
+    @property
+    @abc.abstractmethod
+    def is_proper(self) -> Tensor:
+        """(chain,): whether the parameters are those of a distribution."""
+
+    @abc.abstractmethod
+    def sample(self) -> Tensor:
+        """A draw, (chain, *site)."""
+
+    @abc.abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q(value), (chain,)."""
+
+    @abc.abstractmethod
+    def mode(self) -> Tensor:
+        """Where the density of the constrained value is largest, (chain, *site)."""
+
+    @abc.abstractmethod
+    def points(self) -> Points:
+        """Points for the next message."""
+
+
+@dataclass(frozen=True)
+class NormalConditional(Conditional):
+    """Independent normals with mean and precision (chain, *site)."""
+
+    mean: Tensor
+    precision: Tensor
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every((self.precision > 0) & self.mean.isfinite())
+
+    def _sd(self) -> Tensor:
+        return self.precision.clamp(min=torch.finfo(self.mean.dtype).tiny).rsqrt()
+
+    def sample(self) -> Tensor:
+        return self.mean + self._sd() * torch.randn_like(self.mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        quadratic = self.precision * (value - self.mean).square()
+        return -0.5 * _elements(quadratic + math.log(2 * math.pi) + 2 * self._sd().log())
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def points(self) -> Points:
+        return Points(self.mean, self._sd())
+
+
+class Coupling:
+    """Which axes of a site are coupled; the others are independent.
+
+    Args:
+        shape: Shape of the site.
+        axes: The coupled axes.
+    """
+
+    def __init__(self, shape: torch.Size, axes: tuple[int, ...]) -> None:
+        self.shape, self.axes = shape, axes
+        self.rest = tuple(axis for axis in range(len(shape)) if axis not in axes)
+        self.width = math.prod(shape[axis] for axis in axes)
+
+    def unfold(self, value: Tensor) -> Tensor:
+        """(…, *site) -> (…, *independent, joint)."""
+        lead = value.dim() - len(self.shape)
+        order = [*range(lead), *(lead + axis for axis in self.rest), *(lead + axis for axis in self.axes)]
+        moved = value.permute(order)
+        return moved.reshape(*moved.shape[: lead + len(self.rest)], self.width)
+
+    def fold(self, value: Tensor) -> Tensor:
+        """(…, *independent, joint) -> (…, *site)."""
+        lead = value.dim() - len(self.rest) - 1
+        value = value.reshape(*value.shape[:-1], *(self.shape[axis] for axis in self.axes))
+        order = [*range(lead), *(lead + axis for axis in self.rest), *(lead + axis for axis in self.axes)]
+        return value.permute([order.index(i) for i in range(len(order))])
+
+
+@dataclass(frozen=True)
+class GaussianConditional(Conditional):
+    """Joint normals: ``mean`` (chain, *independent, joint), ``precision`` (chain, *independent, joint, joint)."""
+
+    mean: Tensor
+    precision: Tensor
+    coupling: Coupling
+
+    def _factor(self) -> tuple[Tensor, Tensor]:
+        factor, failed = torch.linalg.cholesky_ex(self.precision)
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        is_good = (failed == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        return torch.where(is_good[..., None, None], factor, eye), is_good
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every(self._factor()[1] & self.mean.isfinite().all(-1))
+
+    def sample(self) -> Tensor:
+        noise = torch.randn_like(self.mean).unsqueeze(-1)
+        offset = torch.linalg.solve_triangular(self._factor()[0].mT, noise, upper=True).squeeze(-1)
+        return self.coupling.fold(self.mean + offset)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        factor = self._factor()[0]
+        whitened = (factor.mT @ (self.coupling.unfold(value) - self.mean).unsqueeze(-1)).squeeze(-1)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log()
+        return _elements(-0.5 * (whitened.square() + math.log(2 * math.pi)) + log_det)
+
+    def mode(self) -> Tensor:
+        return self.coupling.fold(self.mean)
+
+    def points(self) -> Points:
+        sd = self.precision.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(self.mean.dtype).tiny).rsqrt()
+        return Points(self.coupling.fold(self.mean), self.coupling.fold(sd))
+
+
+@dataclass(frozen=True)
+class PowerGammaConditional(Conditional):
+    """z^power ~ Gamma(concentration, rate), all (chain, *site)."""
+
+    concentration: Tensor
+    rate: Tensor
+    power: float
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every((self.concentration > 0) & (self.rate > 0) & (self.concentration + self.rate).isfinite())
+
+    def _gamma(self) -> Gamma:
+        is_good = (self.concentration > 0) & (self.rate > 0) & (self.concentration + self.rate).isfinite()
+        one = torch.ones_like(self.rate)
+        return Gamma(
+            torch.where(is_good, self.concentration, one), torch.where(is_good, self.rate, one), validate_args=False
+        )
+
+    def sample(self) -> Tensor:
+        return self._gamma().sample().pow(1.0 / self.power)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_jacobian = math.log(abs(self.power)) + (self.power - 1.0) * value.log()
+        return _elements(self._gamma().log_prob(value.pow(self.power)) + log_jacobian)
+
+    def mode(self) -> Tensor:
+        exponent = self.concentration * self.power - 1.0  # A in z^A exp(−B z^p)
+        return (exponent / (self.rate * self.power)).clamp(min=0.0).pow(1.0 / self.power)
+
+    def points(self) -> Points:
+        gamma = self._gamma()
+        location = gamma.mean.pow(1.0 / self.power)
+        return Points(location, location * gamma.concentration.rsqrt() / abs(self.power))
+
+
+@dataclass(frozen=True)
+class LogNormalConditional(Conditional):
+    """log z is normal."""
+
+    log: NormalConditional
+
+    @property
+    def is_proper(self) -> Tensor:
+        return self.log.is_proper
+
+    def sample(self) -> Tensor:
+        return self.log.sample().exp()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log.log_prob(value.log()) - _elements(value.log())
+
+    def mode(self) -> Tensor:
+        return (self.log.mean - 1.0 / self.log.precision).exp()
+
+    def points(self) -> Points:
+        location, spread = self.log.points()
+        return Points(location.exp(), location.exp() * spread)
+
+
+@dataclass(frozen=True)
+class BetaConditional(Conditional):
+    """Beta(a, b), both (chain, *site)."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every((self.a > 0) & (self.b > 0) & (self.a + self.b).isfinite())
+
+    def _beta(self) -> Beta:
+        is_good = (self.a > 0) & (self.b > 0) & (self.a + self.b).isfinite()
+        one = torch.ones_like(self.a)
+        return Beta(torch.where(is_good, self.a, one), torch.where(is_good, self.b, one), validate_args=False)
+
+    def sample(self) -> Tensor:
+        tiny = torch.finfo(self.a.dtype).eps
+        return self._beta().sample().clamp(tiny, 1.0 - tiny)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _elements(self._beta().log_prob(value))
+
+    def mode(self) -> Tensor:
+        a, b = (self.a - 1.0).clamp(min=0.0), (self.b - 1.0).clamp(min=0.0)
+        return torch.where(a + b > 0, a / (a + b), 0.5)
+
+    def points(self) -> Points:
+        beta = self._beta()
+        return Points(beta.mean, beta.variance.sqrt())
+
+
+@dataclass(frozen=True)
+class DirichletConditional(Conditional):
+    """Dirichlet with concentration (chain, *site), the last axis being the simplex."""
+
+    concentration: Tensor
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every((self.concentration > 0) & self.concentration.isfinite())
+
+    def _dirichlet(self) -> Dirichlet:
+        is_good = (self.concentration > 0) & self.concentration.isfinite()
+        return Dirichlet(torch.where(is_good, self.concentration, torch.ones_like(self.concentration)), validate_args=False)
+
+    def sample(self) -> Tensor:
+        floored = self._dirichlet().sample().clamp(min=torch.finfo(self.concentration.dtype).tiny)
+        return floored / floored.sum(-1, keepdim=True)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _elements(self._dirichlet().log_prob(value))
+
+    def mode(self) -> Tensor:
+        counts = (self.concentration - 1.0).clamp(min=0.0)
+        total = counts.sum(-1, keepdim=True)
+        return torch.where(total > 0, counts / total, 1.0 / counts.shape[-1])
+
+    def points(self) -> Points:
+        mean = self._dirichlet().mean
+        return Points(mean, (mean / self.concentration.sum(-1, keepdim=True)).sqrt())
+
+
+def _bartlett(df: Tensor, size: int) -> Tensor:
+    """Lower triangular A with A Aᵀ ~ Wishart(df, I); shape of ``df`` + (size, size)."""
+    steps = torch.arange(size, dtype=df.dtype, device=df.device)
+    diagonal = (2.0 * Gamma(0.5 * (df.unsqueeze(-1) - steps), torch.ones_like(steps), validate_args=False).sample()).sqrt()
+    below = torch.randn(*df.shape, size, size, dtype=df.dtype, device=df.device).tril(-1)
+    return below + torch.diag_embed(diagonal)
+
+
+@dataclass(frozen=True)
+class WishartConditional(Conditional):
+    """Wishart with ``df`` (chain, *batch) and inverse scale matrix (chain, *batch, D, D); or the inverse of one.
+
+    Wishart:          |S|^((df − D − 1)/2) exp(−½ tr(M S))
+    inverse Wishart:  |S|^(−(df + D + 1)/2) exp(−½ tr(M S⁻¹))
+    """
+
+    df: Tensor
+    matrix: Tensor
+    is_inverse: bool
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.matrix.shape[-1]
+        factor, failed = torch.linalg.cholesky_ex(0.5 * (self.matrix + self.matrix.mT))
+        is_good = (failed == 0) & (self.df > size - 1) & self.df.isfinite()
+        eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        safe = torch.where(is_good, self.df, torch.full_like(self.df, size + 1.0))
+        return torch.where(is_good[..., None, None], factor, eye), safe, is_good
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every(self._parts()[2])
+
+    def sample(self) -> Tensor:
+        factor, df, _ = self._parts()
+        bartlett = _bartlett(df, factor.shape[-1])
+        if self.is_inverse:  # S = C A⁻ᵀ A⁻¹ Cᵀ with M = C Cᵀ
+            root = torch.linalg.solve_triangular(bartlett, factor.mT, upper=False).mT
+        else:  # S = C⁻ᵀ A Aᵀ C⁻¹
+            root = torch.linalg.solve_triangular(factor.mT, bartlett, upper=True)
+        return root @ root.mT
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        factor, df, _ = self._parts()
+        size = factor.shape[-1]
+        root = torch.linalg.cholesky(value)
+        log_det = 2.0 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_det_matrix = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if self.is_inverse:
+            trace = torch.linalg.solve_triangular(root, factor, upper=False).square().sum((-2, -1))
+            exponent = -0.5 * (df + size + 1.0)
+        else:
+            trace = (factor.mT @ root).square().sum((-2, -1))
+            exponent = 0.5 * (df - size - 1.0)
+        normaliser = 0.5 * df * (log_det_matrix - size * math.log(2.0)) - torch.mvlgamma(0.5 * df, size)
+        return _elements(exponent * log_det - 0.5 * trace + normaliser)
+
+    def mode(self) -> Tensor:
+        size = self.matrix.shape[-1]
+        symmetric = 0.5 * (self.matrix + self.matrix.mT)
+        if self.is_inverse:
+            return symmetric / (self.df + size + 1.0)[..., None, None]
+        return (self.df - size - 1.0).clamp(min=0.0)[..., None, None] * torch.linalg.inv(symmetric)
+
+    def points(self) -> Points:
+        factor, df, _ = self._parts()
+        matrix = factor @ factor.mT
+        middle = matrix / df[..., None, None] if self.is_inverse else df[..., None, None] * torch.cholesky_inverse(factor)
+        return Points(middle, middle)
