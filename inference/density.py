@@ -7,7 +7,8 @@
 
 A run climbs as far as its configuration pays for: the rung follows from the number of evaluations that the configuration
 asks for and the size of the graph alone. ``PYRO_GENMODELS_RUNG`` set to one of the names forbids the rungs above it. A
-rung is trusted after its values have equalled those of the rung below at two different inputs.
+rung is tried once a function has been called a dozen times with inputs of the same shapes, and trusted after its values
+have equalled those of the rung below at three different inputs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = ["RUNGS", "Density", "Staged", "Unconstrained"]
 
 RUNGS = ("looped", "vmapped", "staged", "compiled")
 _CHECKS = 2
+_PATIENCE = 12  # calls before a graph is recorded, which costs as much as about so many
 _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows faster than the gain)
 _LARGEST_STAGED = 100_000
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
@@ -47,7 +49,7 @@ _REFUSALS = (
     ("data-dependent control flow", "branches in Python on a latent value (if, while, assert, bool())"),
     ("data pointer", "hands a latent value to numpy"),
     ("numpy()", "hands a latent value to numpy"),
-    ("inplace arithmetic", "writes a latent value into a tensor of its own"),
+    ("is not possible because there exists a Tensor", "writes a latent value into a tensor of its own"),
     ("out=", "writes a latent value into a tensor of its own"),
     ("randomness", "draws random numbers outside pyro.sample"),
 )
@@ -95,24 +97,29 @@ class Staged:
             raise ValueError(f"PYRO_GENMODELS_RUNG is '{limit}', but must be one of {', '.join(RUNGS)}.")
         self.limit = RUNGS.index(limit)
         self.rung, self.nodes = "", 0
+        self.patience = _PATIENCE if rung is None else 0
         self._graphs: dict[Hashable, Callable[..., Any] | None] = {}
-        self._checked: dict[Hashable, int] = {}
+        self._calls: dict[Hashable, int] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         leaves, structure = tree_flatten(inputs)
         key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
+        calls = self._calls.get(key, 0)
         with torch.no_grad():
-            if self._checked.get(key, 0) > _CHECKS:
+            if calls > self.patience + _CHECKS:
                 graph = self._graphs[key]
                 return self._reference(*inputs) if graph is None else graph(*leaves)
+            self._calls[key] = calls + 1
             expected = self._reference(*inputs)
-            if key not in self._graphs:
+            if calls < self.patience:
+                self.rung = RUNGS[min(self.limit, 1)]
+                return expected
+            if calls == self.patience:
                 self._graphs[key] = self._stage(leaves, structure)
             graph = self._graphs[key]
             if graph is not None and not _equal(graph(*leaves), expected):
                 _log.info("%s: a graph gave other values than the program; running without it.", self.name)
                 self._graphs[key], self.rung = None, "vmapped"
-            self._checked[key] = self._checked.get(key, 0) + 1
             return expected
 
     def _reference(self, *inputs: Any) -> Any:
@@ -339,16 +346,21 @@ class Density:
             return log_normalizer(self.program, values, sites) + coordinates.log_jacobian(position)
 
         key = ("unconstrained", coordinates.sites, sites, gradient)
-        return self.stage(key, grad_and_value(log_density) if gradient else log_density, (True, True))
+
+        def with_gradient(position: Tensor, others: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            # a closure: what is an argument of grad_and_value is wrapped, and a wrapped integer cannot be an index
+            return grad_and_value(lambda p: log_density(p, others))(position)
+
+        return self.stage(key, with_gradient if gradient else log_density, (True, True))
 
     def slopes(self, sites: Collection[str], enumerated: Collection[str]) -> Staged:
         """(values of ``sites``) -> (gradient, log p) with ``enumerated`` summed out; all on the constrained scale."""
         finite = tuple(enumerated)
 
-        def log_density(values: dict[str, Tensor]) -> Tensor:
-            return log_normalizer(self.program, values, finite)
+        def slopes(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+            return grad_and_value(lambda v: log_normalizer(self.program, v, finite))(values)
 
-        return self.stage(("slopes", tuple(sites), finite), grad_and_value(log_density), (True,))
+        return self.stage(("slopes", tuple(sites), finite), slopes, (True,))
 
     def gradients(self, site: str) -> Staged:
         """(points (chain, point, *site), values) -> gradient of the log-joint in ``site`` at each point, same shape."""

@@ -157,7 +157,9 @@ class EM(Backend[EMState, EMInfo]):
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):
                 pilot, _ = self.step(pilot, program)
-            chosen = pilot.objective.nan_to_num(nan=-math.inf).argsort(descending=True)[: self.restarts]
+            chosen = pilot.objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).argsort(descending=True)[
+                : self.restarts
+            ]
         state = _fresh({n: v[chosen] for n, v in pilot.values.items()} | given, self.restarts, pilot.roles, density)
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
         if given:  # the pilots were elsewhere
@@ -229,6 +231,8 @@ class EM(Backend[EMState, EMInfo]):
         families, points, climbed = {}, dict(state.points), []
         for name in state.roles.maximised:
             site = program.latents[name]
+            if site.is_constant:
+                continue
             for family in candidates(site.support, site.shape):
                 start = family.initial(state.values[name])
                 for _ in range(2):
@@ -415,7 +419,10 @@ class EM(Backend[EMState, EMInfo]):
         def at(position: Tensor, others: dict[str, Tensor], p: dict[str, Tensor], w: list[Tensor]) -> Tensor:
             return expected({**others, **coordinates.values(position)}, p, w)
 
-        staged = state.density.stage(("climb", self.objective), grad_and_value(at), (True, True, True, True))
+        def climb(position: Tensor, others: dict[str, Tensor], p: dict[str, Tensor], w: list[Tensor]) -> Any:
+            return grad_and_value(lambda x: at(x, others, p, w))(position)
+
+        staged = state.density.stage(("climb", self.objective), climb, (True, True, True, True))
         has_sites = bool(coordinates.sites)
         position = coordinates.position(state.values) if has_sites else reached.new_zeros(len(reached), 0)
         position = position.requires_grad_()
@@ -433,7 +440,7 @@ class EM(Backend[EMState, EMInfo]):
                 return loss.detach()
             gradient, value = staged(position.detach(), fixed, particles, weights)
             position.grad = -gradient.nan_to_num(nan=0.0)
-            return -value.sum().nan_to_num(nan=-math.inf)
+            return -value.sum().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
         with torch.no_grad():
             optimiser.step(closure)
@@ -444,7 +451,7 @@ class EM(Backend[EMState, EMInfo]):
     # ------------------------------------------------------------------------------------ result
     def sample(self, state: EMState, program: Program) -> tuple[EMState, Draw]:
         values = self.values(state, program)
-        best = state.objective.nan_to_num(nan=-math.inf).argmax()
+        best = _finite(state.objective).argmax()
         return state, Draw({name: value[best][None] for name, value in values.items()}, {})
 
     def values(self, state: EMState, program: Program) -> dict[str, Tensor]:
@@ -455,7 +462,7 @@ class EM(Backend[EMState, EMInfo]):
         return {name: values[name] for name in program.latents}
 
     def history(self, records: dict[str, Tensor], state: EMState) -> dict[str, Tensor]:
-        best = int(state.objective.nan_to_num(nan=-math.inf).argmax())
+        best = int(_finite(state.objective).argmax())
         return {name: value[:, best] for name, value in records.items()}
 
     def plan(self, state: EMState, program: Program) -> Plan:
@@ -478,6 +485,11 @@ def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles, density: Dens
     infinite = torch.full((restarts,), math.inf, dtype=density.program.dtype, device=density.program.device)
     zero = infinite.new_zeros(())
     return EMState(values, {}, {}, -infinite, infinite, infinite, zero, roles, density, ())
+
+
+def _finite(objective: Tensor) -> Tensor:
+    """What is not finite ranks last."""
+    return objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
 def _joint_message(density: Density, family: Family, name: str, points: Points, values: dict[str, Tensor]) -> Conditional:

@@ -27,7 +27,7 @@ from inference.program import Program
 
 __all__ = ["Factor", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
 
-WIDEST = 2**24  # entries of one table, per chain; 128 MiB in float64
+WIDEST = 2**20  # entries of one table, per chain; 8 MiB in float64
 
 
 class Factor(NamedTuple):
@@ -74,7 +74,13 @@ def factors(
     Raises:
         Unsupported: If a site depends on an enumerated site of a plate that it is not in.
     """
-    trace = program.trace(values, data=data, enumerated=enumerated)
+    try:
+        trace = program.trace(values, data=data, enumerated=enumerated)
+    except IndexError as error:
+        raise Unsupported(
+            f"{program.name} indexes a plate of a finite site while it is enumerated: the elements of that plate are "
+            "coupled. Use one site for each element, or pyro.ops.indexing.Vindex."
+        ) from error
     nodes = {
         name: node
         for name, node in trace.nodes.items()
@@ -135,12 +141,12 @@ def _logsumexp(table: Tensor, dim: int) -> Tensor:
     return (table - top).exp().sum(dim).log() + top.squeeze(dim)
 
 
-def _check_width(dims: tuple[str, ...], group: Collection[Factor]) -> None:
+def _check_width(dims: tuple[str, ...], group: Collection[Factor], widest: int) -> None:
     sizes = {dim: size for factor in group for dim, size in zip(factor.dims, factor.table.shape, strict=True)}
     width = math.prod(sizes[dim] for dim in dims)
-    if width > WIDEST:
+    if width > widest:
         raise Unsupported(
-            f"Summing out {', '.join(dims)} jointly needs a table of {width:,} entries (at most {WIDEST:,}). "
+            f"Summing out {', '.join(dims)} jointly needs a table of {width:,} entries (at most {widest:,}). "
             "Update these sites one at a time."
         )
 
@@ -190,7 +196,7 @@ def eliminate(
             involved = [factor for factor in group if variable in factor.dims]
             group = [factor for factor in group if variable not in factor.dims]
             dims = (*sorted(d for d in neighbours[variable] if d != variable), variable)
-            _check_width(dims, involved)
+            _check_width(dims, involved, max(WIDEST, *(4 * factor.table.numel() for factor in involved)))
             table = _aligned(involved, dims)
             records.append(Record(variable, table, dims))
             table = table.amax(-1) if maximise else _logsumexp(table, -1)

@@ -104,9 +104,15 @@ class _Buffer:
 
 
 def _check(backend: Backend[Any, Any]) -> None:
-    least = {"chains": 1, "draws": 1, "warmup": 0, "thin": 1, "steps": 1, "restarts": 1, "particles": 1}
+    least = {"chains": 1, "draws": 1, "warmup": 0, "thin": 1, "steps": 1, "restarts": 1, "batch_size": 1, "most_steps": 1}
     for field in dataclasses.fields(backend):
         value = getattr(backend, field.name)
+        if field.name == "target" and not 0.0 < value < 1.0:
+            raise ValueError(f"{type(backend).__name__}(target={value!r}): must lie between 0 and 1.")
+        if field.name == "tolerance" and not value >= 0.0:
+            raise ValueError(f"{type(backend).__name__}(tolerance={value!r}): must not be negative.")
+        if field.name == "batch_size" and value is None:
+            continue
         if field.name in least and (not isinstance(value, int) or value < least[field.name]):
             raise ValueError(
                 f"{type(backend).__name__}({field.name}={value!r}): must be an integer of at least {least[field.name]}."

@@ -6,6 +6,7 @@ Nothing here changes a global for longer than a ``with`` block.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import warnings
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to
 from torch.overrides import TorchFunctionMode
 
+from inference.contract import Unsupported
+
 __all__ = [
     "Arithmetic",
     "Enumerated",
@@ -35,14 +38,6 @@ __all__ = [
     "reproducible",
     "start_flat",
 ]
-
-_PRODUCTS = frozenset(
-    {
-        torch.matmul, torch.mm, torch.mv, torch.bmm, torch.dot, torch.einsum, torch.addmm, torch.addmv, torch.tensordot,
-        torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.mv,
-        torch.Tensor.bmm, torch.Tensor.dot, torch.Tensor.addmm, torch.Tensor.addmv, torch.nn.functional.linear,
-    }
-)  # fmt: skip
 
 
 def base(distribution: Any) -> Any:
@@ -83,7 +78,16 @@ class Substitute(Messenger):
         if name in self.resampled:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         elif msg["is_observed"]:
-            return
+            if (
+                isinstance(msg["value"], Tensor)
+                and msg["value"].dtype == torch.bool
+                and not msg["infer"].get("_deterministic")
+            ):
+                family = type(base(msg["fn"])).__name__
+                raise ValueError(
+                    f"Site '{name}' is {family}, which has numbers for values, but its data are bool. Convert them first, "
+                    "for example by x.double()."
+                )
         elif name in self.values:
             msg["value"], msg["done"] = self.values[name], True
         elif name in self.enumerated:
@@ -173,10 +177,18 @@ class Rescale(Messenger):
 class Arithmetic(TorchFunctionMode):
     """Kindnesses to a program inside a run.
 
-    Matrix products may mix float32 constants of the program with the float64 values of the run. A matrix that has no
+    Floating tensors of several types are widened to the widest, so that float32 constants of the program mix with the
+    float64 values of the run (torch would let 0-dimensional float64 times float32 be float32). A matrix that has no
     Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains. ``x[mask] = 0``,
     which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``.
+
+    Args:
+        widest: Most entries of a tensor; None sets no limit.
     """
+
+    def __init__(self, widest: int | None = None) -> None:
+        super().__init__()
+        self.widest = widest
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -184,19 +196,44 @@ class Arithmetic(TorchFunctionMode):
         if func in (torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky) and not kwargs and len(args) == 1:
             factor, failed = torch.linalg.cholesky_ex(args[0])
             return torch.where((failed > 0)[..., None, None], torch.nan, factor)
-        if func is torch.Tensor.__setitem__ and isinstance(args[1], Tensor) and not isinstance(args[2], Tensor):
-            if args[1].dtype == torch.bool:
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__":
+            if isinstance(args[1], Tensor) and args[1].dtype == torch.bool and not isinstance(args[2], Tensor):
                 args[0].masked_fill_(args[1], args[2])
                 return None
             return func(*args)
-        if func in _PRODUCTS:
-            dtypes = {leaf.dtype for leaf in args if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        if not name.endswith("_") or name.endswith("__"):
+            tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
+            for leaf in args:
+                if isinstance(leaf, (list, tuple)):
+                    tensors += [part for part in leaf if isinstance(part, Tensor)]
+            dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
             if len(dtypes) > 1:
-                widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-                args = tuple(
-                    leaf.to(widest) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in args
-                )
+                args = _widened(args, max(dtypes, key=lambda dtype: dtype.itemsize))
+            if self.widest is not None and len(tensors) > 1:
+                _refuse_wide([tensor.shape for tensor in tensors], self.widest)
         return func(*args, **(kwargs or {}))
+
+
+def _widened(argument: Any, dtype: torch.dtype) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.to(dtype) if argument.is_floating_point() else argument
+    if type(argument) in (list, tuple):
+        return type(argument)(_widened(part, dtype) for part in argument)
+    return argument
+
+
+def _refuse_wide(shapes: list[torch.Size], widest: int) -> None:
+    """Raises before a table is made that would not fit into memory."""
+    try:
+        width = math.prod(torch.broadcast_shapes(*shapes))
+    except RuntimeError:  # no broadcasting, as in a matrix product
+        return
+    if width > widest:
+        raise Unsupported(
+            f"Enumerating the finite sites jointly needs a table of {width:,} entries (at most {widest:,}). "
+            "Update these sites one at a time."
+        )
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def assign(
         Unsupported: If an override does not fit its sites.
         ValueError: If an override names an unknown site, or one twice.
     """
-    from inference.blocks import AdaptiveWalk, Conjugate, Current, Enumerate, Hamiltonian
+    from inference.blocks import AdaptiveWalk, Conjugate, Constant, Current, Enumerate, Hamiltonian
     from inference.density import Density
     from inference.start import starting_values
 
@@ -125,7 +125,9 @@ def assign(
             for name in finite:
                 take(Enumerate(), [name], f"alone: {reason}")
     for name in list(left):
-        if program.latents[name].is_continuous:
+        if program.latents[name].is_constant:
+            take(Constant(), [name], "has one value only")
+        elif program.latents[name].is_continuous:
             try:
                 take(Conjugate(), [name])
             except Unsupported:

@@ -81,9 +81,20 @@ class Site:
         return self.choices is None and not self.support.is_discrete
 
     @cached_property
+    def is_constant(self) -> bool:
+        """Whether the support is a single point, such as the simplex of one element."""
+        return self.is_continuous and not self.transform.inverse_shape(self.shape).numel()
+
+    @cached_property
     def transform(self) -> Any:
         """Bijection from unconstrained values to the support."""
-        return biject_to(self.support)
+        try:
+            return biject_to(self.support)
+        except NotImplementedError:
+            raise Unsupported(
+                f"Site '{self.name}' is {self.family}, whose support {self.support} has no unconstrained coordinates. "
+                "Rewrite the site with one of pyro.infer.reparam, for example ProjectedNormalReparam."
+            ) from None
 
 
 def _site(name: str, node: Mapping[str, Any]) -> Site:
@@ -246,7 +257,7 @@ class Program:
         handled = Weights(self._table)(Substitute(values, enumerated, resampled)(self.call))
         if enumerated:
             handled = Enumerated(first_available_dim=-1 - self.nesting)(handled)
-        with quiet(), Arithmetic():
+        with quiet(), Arithmetic(self.widest if enumerated else None):
             trace = poutine.trace(handled).get_trace(*args, **kwargs)
             if not resampled:
                 trace.compute_log_prob()
@@ -257,6 +268,11 @@ class Program:
         trace = self.trace(values, data=data)
         terms = [node["log_prob_sum"] for node in trace.nodes.values() if _is_statement(node)]
         return torch.stack([term.to(self.dtype) for term in terms]).sum()
+
+    @property
+    def widest(self) -> int:
+        """Entries that one table of an enumeration may have for one chain."""
+        return max(2**20, 64 * max((leaf.numel() for leaf in self.data), default=1))
 
     def deterministics(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of the ``pyro.deterministic`` statements at constrained values of all latent sites."""
@@ -312,6 +328,7 @@ class Program:
         for name, site in self.latents.items():
             if not site.is_continuous:
                 continue
+            _ = site.transform  # raises if there is none
             bounds = [_bounds(trace.nodes[name]["fn"].support) for trace in traces]
             if any(not torch.equal(a, b) for row in bounds[1:] for a, b in zip(bounds[0], row, strict=True)):
                 raise Unsupported(

@@ -53,8 +53,11 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
                 f"start= gives '{name}' the shape {tuple(value.shape)}, but it must be {tuple(site.shape)}, or "
                 f"{(chains, *site.shape)} with a chain axis."
             )
-        if not bool(site.support.check(value).all()):
-            raise ValueError(f"start= gives '{name}' a value outside its support {site.support}.")
+        inside = bool(site.support.check(value).all())
+        if inside and site.is_continuous:
+            inside = bool(site.transform.inv(value).isfinite().all())  # the edge is not inside
+        if not inside:
+            raise ValueError(f"start= gives '{name}' a value outside its support {site.support}, or at its edge.")
         values[name] = value.clone()
     return values
 
@@ -92,7 +95,7 @@ def starting_values(program: Program, chains: int, start: Any = None) -> dict[st
         log_density = density.marginal(free)(others) if others else density.joint(values)
     except Unsupported:
         log_density = density.joint(values)
-    log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf).reshape(chains, share)
+    log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).reshape(chains, share)
     best = log_density.argmax(1)
     lost = log_density.amax(1) == -torch.inf
     if bool(lost.all()):
@@ -116,9 +119,10 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
     coordinates = Unconstrained(program, program.continuous)
     staged = program.density.unconstrained(coordinates, program.finite)
     scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)
+    others = {name: v for name, v in values.items() if name not in (*program.continuous, *program.finite)}
     start = position = coordinates.position(values)
     first, second = torch.zeros_like(position), torch.zeros_like(position)
-    gradient, before = staged(position, {})
+    gradient, before = staged(position, others)
     log_density, enough = before, torch.full_like(before, torch.inf)
     for i in range(1, _LONGEST_ASCENT + 1):
         climbs = (log_density < enough) | log_density.isnan()
@@ -128,8 +132,8 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
         first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
         step = (first / (1 - 0.9**i)) / ((second / (1 - 0.95**i)).sqrt() + 1e-12)
         position = torch.where(climbs.unsqueeze(-1), position + 0.05 * scale * step, position)
-        gradient, log_density = staged(position, {})
+        gradient, log_density = staged(position, others)
         if i == _ASCENT:
-            enough = log_density.nan_to_num(nan=-torch.inf).amax().expand_as(log_density)
+            enough = log_density.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amax().expand_as(log_density)
     position = torch.where((log_density > before).unsqueeze(-1), position, start)
     return {**values, **coordinates.values(position)}

@@ -24,7 +24,7 @@ from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
-from inference.handlers import Arithmetic, Rescale, Substitute, Table, Weights, base, quiet
+from inference.handlers import Rescale, Substitute, Table, Weights, base, quiet
 from inference.program import Program
 from inference.start import ascended, starting_values
 
@@ -100,7 +100,7 @@ class _Guide:
         handled = Weights(table)(Substitute(values or {})(call))
         if scale != 1.0:
             handled = Rescale(program.row_plates, scale)(handled)
-        with quiet(), Arithmetic():
+        with quiet():
             trace = poutine.trace(handled).get_trace(*args, **kwargs)
             trace.compute_log_prob()
         return trace
@@ -193,6 +193,12 @@ class SVI(Backend[SVIState, SVIInfo]):
         if chosen is None or automatic:
             if not program.continuous:
                 raise Unsupported(f"{program.name} has no continuous site for an automatic guide. Use Gibbs().")
+            endless = [n for n in program.latents if n not in program.continuous and n not in program.finite]
+            if endless:
+                raise Unsupported(
+                    f"An automatic guide sums discrete sites out, but '{endless[0]}' ({program.latents[endless[0]].family}) has "
+                    "infinitely many values. Use Gibbs(), or a guide of your own."
+                )
             values = self._best_start(program)
             initial = init_to_value(values=values)
             visible = poutine.block(Substitute({})(program.call), hide=[*program.finite])
@@ -211,7 +217,11 @@ class SVI(Backend[SVIState, SVIInfo]):
         if self.start is None:
             values = ascended(program, values)
         continuous = {name: values[name] for name in program.continuous}
-        best = program.density.marginal(program.finite)(continuous).nan_to_num(nan=-torch.inf).argmax()
+        best = (
+            program.density.marginal(program.finite)(continuous)
+            .nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+            .argmax()
+        )
         return {name: value[best] for name, value in values.items()}
 
     def _check_sites(self, trace: poutine.Trace, program: Program) -> None:

@@ -68,11 +68,11 @@ class Entry:
 # Settings that suffice for a few thousand rows and a dozen unknowns: R-hat below 1.01 with room, seconds each. A random
 # walk needs some 200 steps for an independent draw in 11 dimensions, hence the thinning.
 METHODS: dict[str, Backend[Any, Any]] = {
-    "svi": SVI(steps=1000, learning_rate=0.02, draws=2000),
+    "svi": SVI(steps=600, learning_rate=0.05),
     "em": EM(restarts=10),
-    "gibbs": Gibbs(chains=8, warmup=200, draws=500),
-    "mh": MetropolisHastings(chains=16, warmup=1000, draws=500, thin=20),
-    "hmc": HMC(chains=8, warmup=300, draws=1000),
+    "gibbs": Gibbs(warmup=200, draws=600),
+    "mh": MetropolisHastings(chains=16, draws=500, thin=20),
+    "hmc": HMC(chains=16, warmup=300, draws=600),
 }
 
 MODELS: dict[str, Entry] = {

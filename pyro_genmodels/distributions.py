@@ -65,9 +65,7 @@ class InverseWishart(TorchDistribution):
         log_det = 2.0 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_det_scale = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         shape = torch.broadcast_shapes(root.shape, factor.shape)
-        trace = (
-            torch.linalg.solve_triangular(root.expand(shape), factor.expand(shape), upper=False).square().sum((-2, -1))
-        )
+        trace = torch.linalg.solve_triangular(root.expand(shape), factor.expand(shape), upper=False).square().sum((-2, -1))
         log_gamma = torch.lgamma(0.5 * (self.df.unsqueeze(-1) - torch.arange(size, device=value.device))).sum(-1)
         log_gamma = log_gamma + 0.25 * size * (size - 1) * math.log(math.pi)
         log_scale = 0.5 * self.df * (log_det_scale - size * math.log(2.0)) - log_gamma

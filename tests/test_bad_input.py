@@ -71,9 +71,7 @@ def pieces(*sentences: str) -> str:
     return "(?s)" + ".*".join(re.escape(sentence) for sentence in sentences)
 
 
-def refuse(
-    backend: str, error: type[Exception], sentences: tuple[str, ...], model: Any, *args: Any, **options: Any
-) -> None:
+def refuse(backend: str, error: type[Exception], sentences: tuple[str, ...], model: Any, *args: Any, **options: Any) -> None:
     """The fit raises this error with these pieces in its message, and has not taken a step before."""
     steps: list[int] = []
     watched = BACKENDS[backend](callbacks=(lambda step, info: steps.append(step),), **options)
@@ -169,7 +167,7 @@ def test_empty_data_are_refused(backend: str, model: Any) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal", "spherical"])
+@pytest.mark.parametrize("covariance", ["full", "spherical"])
 def test_one_row_gives_a_finite_answer(backend: str, covariance: str) -> None:
     assert_finite(BACKENDS[backend]().fit(GMM(1, covariance), ROWS[:1]))
 
@@ -442,7 +440,7 @@ def test_a_start_of_the_wrong_shape_is_refused(backend: str) -> None:
 
 @with_start
 @pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
-def test_a_start_outside_the_support_is_refused(backend: str, value: float) -> None:
+def test_a_start_outside_the_support_or_at_its_edge_is_refused(backend: str, value: float) -> None:
     sentences = ("start= gives 'spread' a value outside its support",)
     refuse(backend, ValueError, sentences, regression, Y, Y, start={"spread": value})
 

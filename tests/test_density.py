@@ -88,9 +88,7 @@ def assert_is_pyros(program: Program, rung: str, calls: int) -> None:
     density, size = unconstrained(program, rung, gradient=True)
     args, kwargs = program.arguments()
     start = init_to_value(values=program.sample_prior())  # Pyro cannot start flat priors itself
-    _, potential, _, _ = initialize_model(
-        program.call, args, kwargs, max_plate_nesting=program.nesting, init_strategy=start
-    )
+    _, potential, _, _ = initialize_model(program.call, args, kwargs, max_plate_nesting=program.nesting, init_strategy=start)
     coordinates = Unconstrained(program, program.continuous)
     for position in positions(size, calls):
         gradients, values = density(position, {})

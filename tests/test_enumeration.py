@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,14 +252,17 @@ def test_the_sum_is_that_of_plain_pyro(program: Callable[[Tensor], None], device
 @EVERY
 def test_the_gradient_of_the_sum_is_the_mean_of_gradients(program: Callable[[Tensor], None], device: torch.device) -> None:
     """∂ log Z / ∂m = E[∂ log p(z, m, y) / ∂m | m, y], Fisher's identity, the expectation over all assignments."""
-    y = OBSERVED.to(device)
+    y, m = OBSERVED.to(device), MIDDLES[1].to(device)
     looked = Program(program, (y,))
     found = list(assignments(looked))
     stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
-    m = MIDDLES[1].to(device)
     slope = torch.func.grad(lambda value: log_normalizer(looked, {"m": value}, looked.finite))(m)
-    each = torch.func.vmap(torch.func.grad_and_value(lambda value, z: looked.log_joint({**z, "m": value})), (None, 0))
-    slopes, joints = each(m, stacked)
+
+
+    def slope_and_value(z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.func.grad_and_value(lambda value: looked.log_joint({**z, "m": value}))(m)
+
+    slopes, joints = torch.func.vmap(slope_and_value)(stacked)
     torch.testing.assert_close(slope, (joints.softmax(0) * slopes.nan_to_num(nan=0.0)).sum(), rtol=1e-9, atol=1e-10)
 
 
@@ -487,6 +491,16 @@ def test_the_sum_of_a_plate_is_refused(backend: Any, device: torch.device) -> No
         backend(chains=2, warmup=1, draws=1, progress=False).fit(summed, OBSERVED.to(device))
 
 
+@pytest.fixture
+def limited_memory(device: torch.device) -> Iterator[None]:
+    """At most 6 GB, so that a table that should not be made is an error here and not the end of the process."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if device.type == "cpu":
+        resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def wide(y: Tensor) -> None:
     """One observation sees nine sites of eight values: a table of 8⁹ entries."""
     m = pyro.sample("m", dist.Normal(y.new_tensor(0.0), 1.0))
@@ -496,12 +510,29 @@ def wide(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(total, 1.0), obs=y[0])
 
 
+@pytest.mark.usefixtures("limited_memory")
 @pytest.mark.parametrize("backend", [HMC, MetropolisHastings], ids=lambda b: b.__name__)
 def test_too_wide_a_table_is_refused_with_its_width(backend: Any, device: torch.device) -> None:
     with pytest.raises(Unsupported, match="134,217,728"):
         backend(chains=2, warmup=1, draws=1, progress=False).fit(wide, OBSERVED.to(device))
 
 
+def joined(y: Tensor) -> None:
+    """Tables of two sites each, whose join is wide: every site is tied to the first and to one seen with all others."""
+    m = pyro.sample("m", dist.Normal(y.new_tensor(0.0), 1.0))
+    z = [pyro.sample(f"z_{i}", dist.Categorical(y.new_ones(64) / 64)) for i in range(6)]
+    for i, j in itertools.combinations(range(6), 2):
+        pyro.sample(f"y_{i}{j}", dist.Normal(m + 0.01 * z[i] * z[j], 1.0), obs=y[0])
+
+
+@pytest.mark.parametrize("backend", [HMC, MetropolisHastings], ids=lambda b: b.__name__)
+def test_too_wide_a_join_is_refused_with_its_width(backend: Any, device: torch.device) -> None:
+    """A complete graph of six sites of 64 values: 64⁶ entries."""
+    with pytest.raises(Unsupported, match="68,719,476,736"):
+        backend(chains=2, warmup=1, draws=1, progress=False).fit(joined, OBSERVED.to(device))
+
+
+@pytest.mark.usefixtures("limited_memory")
 def test_gibbs_takes_one_site_at_a_time_where_the_joint_is_too_wide(device: torch.device) -> None:
     posterior = Gibbs(chains=4, warmup=2, draws=5, seed=0, progress=False).fit(wide, OBSERVED.to(device))
     assert posterior.plan is not None

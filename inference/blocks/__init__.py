@@ -2,8 +2,9 @@
 
 from inference.blocks.block import Block, Current, Move
 from inference.blocks.conjugate import Conjugate
+from inference.blocks.constant import Constant
 from inference.blocks.enumerate import Enumerate
 from inference.blocks.hamiltonian import Hamiltonian
 from inference.blocks.walk import AdaptiveWalk
 
-__all__ = ["AdaptiveWalk", "Block", "Conjugate", "Current", "Enumerate", "Hamiltonian", "Move"]
+__all__ = ["AdaptiveWalk", "Block", "Conjugate", "Constant", "Current", "Enumerate", "Hamiltonian", "Move"]

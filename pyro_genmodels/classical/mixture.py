@@ -64,6 +64,7 @@ class GMM(GenerativeModel):
         given = [tensor for tensor in (location, scale) if tensor is not None]
         self.features = features or (len(given[0]) if given else None)
         self._has_location, self._has_scale = location is not None, scale is not None
+        self._has_features = self.features is not None
         self.location: Any
         self.scale: Any
         self.register_buffer("location", location)
@@ -117,9 +118,7 @@ class GMM(GenerativeModel):
         self._shape(x.shape[1], x)
         location, deviation = x.mean(0), x.std(0, correction=0)
         self.location = self.location if self._has_location else location
-        self.scale = (
-            self.scale if self._has_scale else torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        )
+        self.scale = self.scale if self._has_scale else torch.where(deviation > 0, deviation, torch.ones_like(deviation))
         with torch.no_grad():
             standard = (x - self.location) / self.scale
             direction = torch.linalg.svd(standard, full_matrices=False).Vh[0]
@@ -131,9 +130,11 @@ class GMM(GenerativeModel):
     def _check(self, x: Tensor) -> None:
         if x.dim() != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be a table (rows, features).")
+        if not x.shape[1]:
+            raise ValueError("x has no columns.")
         if not x.is_floating_point():
             raise ValueError(f"x holds {str(x.dtype).removeprefix('torch.')}, but must be floating: pass x.double().")
-        if self.features is not None and x.shape[1] != self.features and (self._has_location or self._has_scale):
+        if self._has_features and x.shape[1] != self.features:
             raise ValueError(f"x has {x.shape[1]} features, but this GMM was built for {self.features}.")
         bad = (~x.isfinite()).nonzero()
         if len(bad):
@@ -200,9 +201,7 @@ class GMM(GenerativeModel):
             factor = 0.5 * self.scale[:, None] * factor * freedom.sqrt()[:, None, None]
             approximate = InverseWishart(freedom + features + 1.0, factor @ factor.mT)
             return (
-                approximate
-                if self.covariance == "full"
-                else InverseWishart(approximate.df[0], approximate.scale_matrix[0])
+                approximate if self.covariance == "full" else InverseWishart(approximate.df[0], approximate.scale_matrix[0])
             )
         mean = 0.25 * guess["covariances"].exp()
         if self.covariance == "diagonal":

@@ -1,0 +1,27 @@
+"""Sites that have only one possible value, such as the weights of a mixture of one component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from inference.blocks.block import Block, Current, Move
+from inference.density import Density
+
+__all__ = ["Constant"]
+
+
+@dataclass(frozen=True)
+class Constant(Block):
+    """Leaves its sites where they are."""
+
+    @property
+    def update(self) -> str:
+        return "Constant"
+
+    def init(self, density: Density, current: Current) -> tuple[()]:
+        return ()
+
+    def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
+        return (), current, Move(torch.ones_like(current.log_joint))
