@@ -157,9 +157,7 @@ class EM(Backend[EMState, EMInfo]):
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):
                 pilot, _ = self.step(pilot, program)
-            chosen = pilot.objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).argsort(descending=True)[
-                : self.restarts
-            ]
+            chosen = _finite(pilot.objective).argsort(descending=True)[: self.restarts]
         state = _fresh({n: v[chosen] for n, v in pilot.values.items()} | given, self.restarts, pilot.roles, density)
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
         if given:  # the pilots were elsewhere
@@ -440,7 +438,7 @@ class EM(Backend[EMState, EMInfo]):
                 return loss.detach()
             gradient, value = staged(position.detach(), fixed, particles, weights)
             position.grad = -gradient.nan_to_num(nan=0.0)
-            return -value.sum().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+            return -_finite(value.sum())
 
         with torch.no_grad():
             optimiser.step(closure)

@@ -78,11 +78,8 @@ class Substitute(Messenger):
         if name in self.resampled:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         elif msg["is_observed"]:
-            if (
-                isinstance(msg["value"], Tensor)
-                and msg["value"].dtype == torch.bool
-                and not msg["infer"].get("_deterministic")
-            ):
+            is_data = isinstance(msg["value"], Tensor) and not msg["infer"].get("_deterministic")
+            if is_data and msg["value"].dtype == torch.bool:
                 family = type(base(msg["fn"])).__name__
                 raise ValueError(
                     f"Site '{name}' is {family}, which has numbers for values, but its data are bool. Convert them first, "
@@ -180,7 +177,7 @@ class Arithmetic(TorchFunctionMode):
     Floating tensors of several types are widened to the widest, so that float32 constants of the program mix with the
     float64 values of the run (torch would let 0-dimensional float64 times float32 be float32). A matrix that has no
     Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains. ``x[mask] = 0``,
-    which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``.
+    which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``. A scalar finite site may be an index.
 
     Args:
         widest: Most entries of a tensor; None sets no limit.
@@ -197,6 +194,8 @@ class Arithmetic(TorchFunctionMode):
             factor, failed = torch.linalg.cholesky_ex(args[0])
             return torch.where((failed > 0)[..., None, None], torch.nan, factor)
         name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            return _picked(*args)
         if name == "__setitem__":
             if isinstance(args[1], Tensor) and args[1].dtype == torch.bool and not isinstance(args[2], Tensor):
                 args[0].masked_fill_(args[1], args[2])
@@ -213,6 +212,24 @@ class Arithmetic(TorchFunctionMode):
             if self.widest is not None and len(tensors) > 1:
                 _refuse_wide([tensor.shape for tensor in tensors], self.widest)
         return func(*args, **(kwargs or {}))
+
+
+def _is_whole(index: Any) -> bool:
+    return isinstance(index, Tensor) and not index.dim() and not index.is_floating_point() and index.dtype != torch.bool
+
+
+def _picked(table: Tensor, index: Any) -> Tensor:
+    """``table[index]``; a 0-dimensional integer tensor stays a tensor (torch would call ``.item()`` on a wrapped one)."""
+    parts = index if isinstance(index, tuple) else (index,)
+    whole = [i for i, part in enumerate(parts) if _is_whole(part)]
+    if whole and all(isinstance(part, Tensor) for part in parts):
+        found = table[tuple(part.unsqueeze(0) if _is_whole(part) else part for part in parts)]
+        return found.squeeze(0) if len(whole) == len(parts) else found
+    if len(whole) == 1 and all(isinstance(part, slice) for i, part in enumerate(parts) if i not in whole):
+        (axis,) = whole
+        rest = tuple(part for i, part in enumerate(parts) if i != axis)
+        return table.index_select(axis, parts[axis].reshape(1)).squeeze(axis)[rest]
+    return table[index]
 
 
 def _widened(argument: Any, dtype: torch.dtype) -> Any:

@@ -235,6 +235,12 @@ class Program:
         leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
         return tree_unflatten([self._cast(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
+    def handled(
+        self, values: Mapping[str, Tensor], enumerated: Collection[str] = (), resampled: Collection[str] = ()
+    ) -> Callable[..., Any]:
+        """The program at given values, its weights kept out of Pyro's store; see ``trace``."""
+        return Weights(self._table)(Substitute(values, enumerated, resampled)(self.call))
+
     def trace(
         self,
         values: Mapping[str, Tensor],
@@ -254,13 +260,16 @@ class Program:
             resampled: Observed sites that are drawn instead; no log-probabilities then.
         """
         args, kwargs = self.arguments(data) if arguments is None else arguments
-        handled = Weights(self._table)(Substitute(values, enumerated, resampled)(self.call))
+        handled = self.handled(values, enumerated, resampled)
         if enumerated:
             handled = Enumerated(first_available_dim=-1 - self.nesting)(handled)
         with quiet(), Arithmetic(self.widest if enumerated else None):
-            trace = poutine.trace(handled).get_trace(*args, **kwargs)
-            if not resampled:
-                trace.compute_log_prob()
+            try:
+                trace = poutine.trace(handled).get_trace(*args, **kwargs)
+                if not resampled:
+                    trace.compute_log_prob()
+            except Unsupported as refusal:  # without the table of shapes that Pyro adds
+                raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
         return trace
 
     def log_joint(self, values: Mapping[str, Tensor], data: list[Tensor] | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
-from inference.handlers import Rescale, Substitute, Table, Weights, base, quiet
+from inference.handlers import Arithmetic, Rescale, Substitute, Table, Weights, base, quiet
 from inference.program import Program
 from inference.start import ascended, starting_values
 
@@ -195,14 +195,15 @@ class SVI(Backend[SVIState, SVIInfo]):
                 raise Unsupported(f"{program.name} has no continuous site for an automatic guide. Use Gibbs().")
             endless = [n for n in program.latents if n not in program.continuous and n not in program.finite]
             if endless:
+                family = program.latents[endless[0]].family
                 raise Unsupported(
-                    f"An automatic guide sums discrete sites out, but '{endless[0]}' ({program.latents[endless[0]].family}) has "
-                    "infinitely many values. Use Gibbs(), or a guide of your own."
+                    f"An automatic guide sums discrete sites out, but '{endless[0]}' ({family}) has infinitely many values. "
+                    "Use Gibbs(), or a guide of your own."
                 )
             values = self._best_start(program)
             initial = init_to_value(values=values)
-            visible = poutine.block(Substitute({})(program.call), hide=[*program.finite])
-            with quiet():
+            visible = poutine.block(program.handled({}), hide=[*program.finite])
+            with quiet(), Arithmetic():
                 guide = (chosen or AutoNormal)(visible, init_loc_fn=initial)
                 args, kwargs = program.arguments()
                 guide(*args, **kwargs)  # an automatic guide makes its weights at its first call
@@ -217,11 +218,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         if self.start is None:
             values = ascended(program, values)
         continuous = {name: values[name] for name in program.continuous}
-        best = (
-            program.density.marginal(program.finite)(continuous)
-            .nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-            .argmax()
-        )
+        log_density = program.density.marginal(program.finite)(continuous)
+        best = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).argmax()
         return {name: value[best] for name, value in values.items()}
 
     def _check_sites(self, trace: poutine.Trace, program: Program) -> None:

@@ -290,10 +290,9 @@ class Comparison:
     def figures(self) -> Iterator[tuple[str, Any]]:
         """File names and figures: the density, and, where there are chains, traces and effective sizes."""
         yield "density.png", plots.density_contours(self.model, self.x, self.posteriors, self.columns)
-        chains = {name: self.posteriors[name] for name in self.samplers if self.posteriors[name].stats["lp"].shape[1] > 3}
-        if chains:
-            yield "traces.png", plots.traces(chains, self.entry.shown)
-            yield "effective_sizes.png", plots.effective_sizes(chains, self.entry.judged)
+        if any(self.posteriors[name].stats["lp"].shape[1] > 3 for name in self.samplers):
+            yield "traces.png", plots.traces(self.posteriors, self.entry.shown)
+            yield "effective_sizes.png", plots.effective_sizes(self.posteriors, self.entry.judged)
 
 
 def compare(

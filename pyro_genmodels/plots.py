@@ -6,7 +6,6 @@ drawn as they are in ``posterior.draws``: match them before (``dataclasses.repla
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,7 +68,7 @@ def density_contours(
     named = _named(posteriors)
     labels = [columns[i] if columns is not None else f"x{i + 1}" for i in shown]
     figure, axes = _panels(len(named), width=3.4, height=3.3, sharey=True)
-    for axis, (name, posterior), colour in zip(axes, named.items(), itertools.cycle(_COLOURS)):
+    for axis, (name, (posterior, colour)) in zip(axes, named.items()):
         draws = _some(posterior.draws, _DRAWS)
         if isinstance(model, GMM):
             draws = _marginal(model, draws, shown)
@@ -79,6 +78,7 @@ def density_contours(
         axis.set_xlabel(labels[0])
     for axis in axes[:: _across(len(named))]:
         axis.set_ylabel(labels[1] if len(shown) == 2 else "density")
+    _explain(figure, len(shown), isinstance(model, GMM))
     return figure
 
 
@@ -86,27 +86,26 @@ def traces(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure
     """Draws in the order in which they were made: a row for each element of the sites, a column for each sampler.
 
     Args:
-        posteriors: What was inferred; those with fewer than two draws are left out.
+        posteriors: What was inferred; point estimates and guides, which have independent draws, are left out.
         sites: Names of the sites; None takes all that do not belong to the rows of the data. At most eight elements.
 
     Raises:
-        ValueError: If there is nothing with two draws.
+        ValueError: If no posterior comes from Markov chains.
     """
-    named = {name: posterior for name, posterior in _named(posteriors).items() if _count(posterior) > 1}
+    named = _chained(posteriors, 2)
     if not named:
-        raise ValueError("There is nothing to trace: no posterior has two draws.")
-    found = {name: elements(posterior, sites) for name, posterior in named.items()}
+        raise ValueError("There is nothing to trace: no posterior has Markov chains of two draws.")
+    found = {name: elements(posterior, sites) for name, (posterior, _) in named.items()}
     labels = list(next(iter(found.values())))[:_ROWS]
     figure = _figure(2.6 * max(len(named), 2) + 0.6, 0.95 * len(labels) + 0.8)
     grid = figure.subplots(len(labels), len(named), squeeze=False, sharex="col", sharey="row")
-    for j, (name, colour) in enumerate(zip(named, itertools.cycle(_COLOURS))):
+    for j, (name, (_, colour)) in enumerate(named.items()):
         for i, label in enumerate(labels):
             axis, values = grid[i, j], found[name][label]
             _dress(axis)
             step = -(-values.shape[1] // 1000)
-            shades = np.linspace(0.35, 0.9, len(values))
-            for chain, shade in zip(values[:, ::step], shades):
-                axis.plot(np.arange(len(chain)) * step, chain, color=colour, alpha=shade, linewidth=0.5)
+            for chain, shade in zip(values[:, ::step], np.linspace(1.35, 0.45, len(values))):
+                axis.plot(np.arange(len(chain)) * step, chain, color=_mix(colour, shade), linewidth=0.4, alpha=0.8)
             axis.set_xlim(0, values.shape[1] - 1)
         grid[0, j].set_title(f"{name} ({len(found[name][labels[0]])} chains)")
         grid[-1, j].set_xlabel("draw")
@@ -122,23 +121,23 @@ def effective_sizes(posteriors: Posteriors, sites: Sequence[str] | None = None) 
     Elements that change when exchangeable labels are renamed are sorted over the labels first.
 
     Args:
-        posteriors: What Markov chains have found; point estimates and guides, which have independent draws, are left out.
+        posteriors: What was inferred; point estimates and guides are left out.
         sites: Names of the sites; None takes all that do not belong to the rows of the data.
 
     Raises:
         ValueError: If no posterior comes from Markov chains.
     """
-    named = {n: p for n, p in _named(posteriors).items() if p.info.get("kind", "samples") == "samples" and _count(p) > 3}
+    named = _chained(posteriors, 4)
     if not named:
         raise ValueError("There are no effective sample sizes: no posterior has Markov chains of four draws.")
-    sizes = {name: _least(posterior, sites) for name, posterior in named.items()}
+    sizes = {name: _least(posterior, sites) for name, (posterior, _) in named.items()}
     labels = list(next(iter(sizes.values())))
     figure = _figure(9.0, 1.0 + 0.28 * len(labels) * len(named))
     for axis, is_rate in zip(figure.subplots(1, 2, sharey=True), (False, True)):
         _dress(axis)
         thickness = 0.8 / len(named)
-        for j, (name, colour) in enumerate(zip(named, itertools.cycle(_COLOURS))):
-            seconds = float(named[name].info.get("sampling_time", np.nan)) if is_rate else 1.0
+        for j, (name, (posterior, colour)) in enumerate(named.items()):
+            seconds = float(posterior.info.get("sampling_time", np.nan)) if is_rate else 1.0
             lengths = [sizes[name][label] / seconds for label in labels]
             places = np.arange(len(labels)) + (j - 0.5 * (len(named) - 1)) * thickness
             bars = axis.barh(places, lengths, 0.86 * thickness, color=colour, label=name)
@@ -162,11 +161,11 @@ def learning_curve(posteriors: Posteriors) -> Figure:
     Raises:
         ValueError: If no posterior has a history.
     """
-    named = {name: posterior for name, posterior in _named(posteriors).items() if posterior.history}
+    named = {name: pair for name, pair in _named(posteriors).items() if pair[0].history}
     if not named:
         raise ValueError("There is no curve to draw: no posterior has a history.")
     figure, axes = _panels(len(named), width=3.4, height=2.8)
-    for axis, (name, posterior), colour in zip(axes, named.items(), itertools.cycle(_COLOURS)):
+    for axis, (name, (posterior, colour)) in zip(axes, named.items()):
         label, values = next(iter(posterior.history.items()))
         curve = values.detach().cpu().double().reshape(len(values), -1).numpy()
         axis.plot(curve, color=colour, linewidth=0.8, alpha=0.35 if label == "loss" else 0.8)
@@ -204,10 +203,20 @@ def elements(posterior: Posterior, sites: Sequence[str] | None = None) -> dict[s
     return found
 
 
-def _named(posteriors: Posteriors) -> dict[str, Posterior]:
+def _named(posteriors: Posteriors) -> dict[str, tuple[Posterior, str]]:
+    """Name to posterior and colour, which is the same in every picture of the same posteriors."""
     if isinstance(posteriors, Posterior):
-        return {str(posteriors.info.get("backend", "posterior")): posteriors}
-    return dict(posteriors)
+        posteriors = {str(posteriors.info.get("backend", "posterior")): posteriors}
+    return {name: (posterior, _COLOURS[i % len(_COLOURS)]) for i, (name, posterior) in enumerate(posteriors.items())}
+
+
+def _chained(posteriors: Posteriors, least: int) -> dict[str, tuple[Posterior, str]]:
+    """Those that come from Markov chains with at least that many draws."""
+    return {
+        name: (posterior, colour)
+        for name, (posterior, colour) in _named(posteriors).items()
+        if posterior.info.get("kind", "samples") == "samples" and _count(posterior) >= least
+    }
 
 
 def _count(posterior: Posterior) -> int:
@@ -315,11 +324,30 @@ def _curve(axis: Axes, model: Scored, x: Tensor, draws: Mapping[str, Tensor], co
     axis.set_ylim(bottom=0.0)
 
 
-def _mix(colour: str, share: float) -> tuple[float, ...]:
-    """The colour, on white."""
+def _explain(figure: Figure, dimensions: int, has_components: bool) -> None:
+    """What is drawn, below the panels."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    if dimensions == 2:
+        handles = [
+            (Line2D([], [], color=_INK, alpha=0.6, marker="o", markersize=3, linewidth=0), "data"),
+            (Patch(facecolor=_mix(_INK, 0.25), edgecolor=_INK), "50, 80, 95 % of the predicted mass"),
+        ]
+        handles += [(Line2D([], [], color=_INK, linewidth=1.6), "components, two standard deviations")] * has_components
+        handles += [(Line2D([], [], color=_INK, linewidth=0.4), "the same at single draws")] * has_components
+    else:
+        handles = [(Patch(facecolor=_FAINT), "data"), (Line2D([], [], color=_INK, linewidth=2.0), "predicted density")]
+        handles += [(Line2D([], [], color=_INK, linewidth=0.9, linestyle="--"), "each component's part")] * has_components
+    figure.legend(*zip(*handles), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+
+
+def _mix(colour: str, share: float) -> tuple[float, float, float]:
+    """The colour, with white where the share is below 1, with black where it is above."""
     from matplotlib.colors import to_rgb
 
-    return tuple(1.0 - share * (1.0 - part) for part in to_rgb(colour))
+    red, green, blue = (1.0 - share * (1.0 - c) if share <= 1.0 else c * (2.0 - share) for c in to_rgb(colour))
+    return red, green, blue
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -167,9 +167,8 @@ def test_empty_data_are_refused(backend: str, model: Any) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("covariance", ["full", "spherical"])
-def test_one_row_gives_a_finite_answer(backend: str, covariance: str) -> None:
-    assert_finite(BACKENDS[backend]().fit(GMM(1, covariance), ROWS[:1]))
+def test_one_row_gives_a_finite_answer(backend: str) -> None:
+    assert_finite(BACKENDS[backend]().fit(GMM(1), ROWS[:1]))
 
 
 @every_backend
@@ -183,10 +182,9 @@ def test_more_components_than_rows_are_refused(backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("covariance", ["full", "diagonal"])
-def test_a_constant_column_gives_a_finite_answer(backend: str, covariance: str) -> None:
+def test_a_constant_column_gives_a_finite_answer(backend: str) -> None:
     x = torch.stack([ROWS[:, 0], torch.full((12,), 7.0)], 1)
-    assert_finite(BACKENDS[backend]().fit(GMM(2, covariance), x))
+    assert_finite(BACKENDS[backend]().fit(GMM(2), x))
 
 
 @every_backend

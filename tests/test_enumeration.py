@@ -513,7 +513,7 @@ def wide(y: Tensor) -> None:
 @pytest.mark.usefixtures("limited_memory")
 @pytest.mark.parametrize("backend", [HMC, MetropolisHastings], ids=lambda b: b.__name__)
 def test_too_wide_a_table_is_refused_with_its_width(backend: Any, device: torch.device) -> None:
-    with pytest.raises(Unsupported, match="134,217,728"):
+    with pytest.raises(Unsupported, match="needs a table of [0-9,]{9,} entries"):
         backend(chains=2, warmup=1, draws=1, progress=False).fit(wide, OBSERVED.to(device))
 
 
@@ -538,5 +538,6 @@ def test_gibbs_takes_one_site_at_a_time_where_the_joint_is_too_wide(device: torc
     assert posterior.plan is not None
     for i in range(9):
         update = posterior.plan[f"z_{i}"]
-        assert update.update == "Enumerate" and update.sites == (f"z_{i}",) and "134,217,728" in update.note
+        assert update.update == "Enumerate" and update.sites == (f"z_{i}",) and "needs a table of" in update.note
+        assert "\n" not in update.note
         assert update.certificate is not None and update.certificate < 1e-8

@@ -21,12 +21,13 @@ import scipy.special
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from torch import Tensor
+from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
 
 from pyro_genmodels import datasets
 from pyro_genmodels.distributions import InverseWishart
 
-__all__ = ["BY_NAME", "ZOO", "Instance", "Moments"]
+__all__ = ["BY_NAME", "ZOO", "Guide", "Instance", "Moments"]
 
 
 class Moments(NamedTuple):
@@ -47,7 +48,7 @@ class Instance:
         solution: Returns the exact moments of the posterior, site to ``Moments``; None if there is no formula.
         peak: Returns where the constrained density, with its finite sites and those local to an observed plate averaged
             out, is largest; site to value. None if there is no formula.
-        guide: A guide whose family contains the posterior, or the name of a Pyro autoguide; None if there is none.
+        guide: Class of guides whose family contains the posterior, Pyro's automatic ones among them; None if there is none.
         refused: Names of back-ends that cannot run it.
     """
 
@@ -56,7 +57,7 @@ class Instance:
     plan: dict[str, str]
     solution: Callable[[], dict[str, Moments]] | None = None
     peak: Callable[[], dict[str, Any]] | None = None
-    guide: Callable[..., Any] | str | None = None
+    guide: type[Guide] | type[AutoGuide] | None = None
     refused: frozenset[str] = field(default=frozenset())
 
     @property
@@ -109,6 +110,18 @@ def _dirichlet(concentration: np.ndarray) -> Moments:
     return Moments(mean, np.sqrt(mean * (1 - mean) / (total + 1)))
 
 
+class Guide(nn.Module):
+    """A guide whose family contains the posterior; the logarithms of its parameters are its weights."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.ones(size, dtype=torch.float64))
+
+    def moments(self) -> dict[str, Moments]:
+        """Mean and standard deviation of every site, by the formula of its family."""
+        raise NotImplementedError
+
+
 # ------------------------------------------------------------------------------------- one parameter
 FLIPS, TRIALS = _array(3, 7, 4, 6, 8, 2, 5), 10
 
@@ -128,10 +141,17 @@ def _beta_moments() -> dict[str, Moments]:
     return {"fairness": Moments(a / (a + b), math.sqrt(a * b / (a + b + 1)) / (a + b))}
 
 
-def _beta_guide(successes: Tensor) -> None:
-    a = pyro.param("a", successes.new_tensor(20.0), constraint=constraints.positive)  # noqa: TID251
-    b = pyro.param("b", successes.new_tensor(20.0), constraint=constraints.positive)  # noqa: TID251
-    pyro.sample("fairness", dist.Beta(a, b))
+class BetaGuide(Guide):
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, successes: Tensor) -> None:
+        a, b = self.log.exp()
+        pyro.sample("fairness", dist.Beta(a, b))
+
+    def moments(self) -> dict[str, Moments]:
+        a, b = self.log.exp().tolist()
+        return {"fairness": Moments(a / (a + b), math.sqrt(a * b / (a + b + 1)) / (a + b))}
 
 
 COUNTS = _array(2, 0, 4, 1, 3, 2, 5, 1, 0, 2, 3, 1)
@@ -143,10 +163,16 @@ def gamma_poisson(counts: Tensor) -> None:
         pyro.sample("counts", dist.Poisson(rate), obs=counts)
 
 
-def _gamma_guide(counts: Tensor) -> None:
-    concentration = pyro.param("concentration", counts.new_tensor(20.0), constraint=constraints.positive)  # noqa: TID251
-    rate = pyro.param("rate_of_rate", counts.new_tensor(10.0), constraint=constraints.positive)  # noqa: TID251
-    pyro.sample("rate", dist.Gamma(concentration, rate))
+class GammaGuide(Guide):
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, counts: Tensor) -> None:
+        concentration, rate = self.log.exp()
+        pyro.sample("rate", dist.Gamma(concentration, rate))
+
+    def moments(self) -> dict[str, Moments]:
+        return {"rate": _gamma(*self.log.exp().tolist())}
 
 
 def tempered(counts: Tensor) -> None:
@@ -166,9 +192,15 @@ def dirichlet_multinomial(table: Tensor) -> None:
         pyro.sample("table", dist.Multinomial(10, shares), obs=table)
 
 
-def _dirichlet_guide(table: Tensor) -> None:
-    concentration = pyro.param("concentration", 5.0 + 0.0 * PRIOR.to(table), constraint=constraints.positive)  # noqa: TID251
-    pyro.sample("shares", dist.Dirichlet(concentration))
+class DirichletGuide(Guide):
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def forward(self, table: Tensor) -> None:
+        pyro.sample("shares", dist.Dirichlet(self.log.exp()))
+
+    def moments(self) -> dict[str, Moments]:
+        return {"shares": _dirichlet(self.log.detach().exp().cpu().numpy())}
 
 
 WAITS = _array(0.3, 1.7, 0.2, 0.9, 2.4, 0.6, 0.1, 1.1, 0.8, 0.5)
@@ -192,8 +224,18 @@ def _lognormal() -> tuple[float, float]:
     return variance * (0.5 + float(WAITS.log().sum()) / 0.64), variance
 
 
-def _lognormal_moments() -> dict[str, Moments]:
-    m, v = _lognormal()
+class LogNormalGuide(Guide):
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, sizes: Tensor) -> None:
+        pyro.sample("middle", dist.LogNormal(self.log[0], self.log[1].exp()))
+
+    def moments(self) -> dict[str, Moments]:
+        return _lognormal_moments(float(self.log[0]), math.exp(2 * float(self.log[1])))
+
+
+def _lognormal_moments(m: float, v: float) -> dict[str, Moments]:
     return {"middle": Moments(math.exp(m + v / 2), math.exp(m + v / 2) * math.sqrt(math.expm1(v)))}
 
 
@@ -216,23 +258,28 @@ def _normal_inverse_gamma() -> tuple[float, float, float, float]:
     return k, m, 3.0 + n / 2, 4.0 + 0.5 * (float(SCALARS.square().sum()) - k * m**2)
 
 
-def _normal_variance_moments() -> dict[str, Moments]:
-    k, m, a, b = _normal_inverse_gamma()
+class NormalInverseGammaGuide(Guide):
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.m = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, y: Tensor) -> None:
+        k, a, b = self.log.exp()
+        variance = pyro.sample("variance", dist.InverseGamma(a, b))
+        pyro.sample("mean", dist.Normal(self.m, (variance / k).sqrt()))
+
+    def moments(self) -> dict[str, Moments]:
+        k, a, b = self.log.exp().tolist()
+        return _normal_inverse_gamma_moments(k, float(self.m), a, b)
+
+
+def _normal_inverse_gamma_moments(k: float, m: float, a: float, b: float) -> dict[str, Moments]:
     return {"mean": Moments(m, math.sqrt(b / (a - 1) / k)), "variance": _inverse_gamma(a, b)}
 
 
 def _normal_variance_mode() -> dict[str, Any]:
     _, m, a, b = _normal_inverse_gamma()
     return {"mean": m, "variance": b / (a + 1.5)}
-
-
-def _normal_variance_guide(y: Tensor) -> None:
-    a = pyro.param("a", y.new_tensor(10.0), constraint=constraints.positive)  # noqa: TID251
-    b = pyro.param("b", y.new_tensor(30.0), constraint=constraints.positive)  # noqa: TID251
-    m = pyro.param("m", y.new_tensor(1.0))  # noqa: TID251
-    k = pyro.param("k", y.new_tensor(10.0), constraint=constraints.positive)  # noqa: TID251
-    variance = pyro.sample("variance", dist.InverseGamma(a, b))
-    pyro.sample("mean", dist.Normal(m, (variance / k).sqrt()))
 
 
 def normal_independent(y: Tensor) -> None:
@@ -731,22 +778,22 @@ _SAMPLED = frozenset({"MetropolisHastings", "HMC"})
 ZOO: tuple[Instance, ...] = (
     Instance(
         beta_binomial, (FLIPS,), {"fairness": "Beta"},
-        _beta_moments, lambda: {"fairness": (_beta()[0] - 1) / (sum(_beta()) - 2)}, _beta_guide,
+        _beta_moments, lambda: {"fairness": (_beta()[0] - 1) / (sum(_beta()) - 2)}, BetaGuide,
     ),
     Instance(
         gamma_poisson, (COUNTS,), {"rate": "Gamma"},
         lambda: {"rate": _gamma(*_gamma_poisson(1.0))},
-        lambda: {"rate": (_gamma_poisson(1.0)[0] - 1) / _gamma_poisson(1.0)[1]}, _gamma_guide,
+        lambda: {"rate": (_gamma_poisson(1.0)[0] - 1) / _gamma_poisson(1.0)[1]}, GammaGuide,
     ),
     Instance(
         tempered, (COUNTS,), {"rate": "Gamma"},
         lambda: {"rate": _gamma(*_gamma_poisson(0.5))},
-        lambda: {"rate": (_gamma_poisson(0.5)[0] - 1) / _gamma_poisson(0.5)[1]}, _gamma_guide,
+        lambda: {"rate": (_gamma_poisson(0.5)[0] - 1) / _gamma_poisson(0.5)[1]}, GammaGuide,
     ),
     Instance(
         dirichlet_multinomial, (TABLE,), {"shares": "Dirichlet"},
         lambda: {"shares": _dirichlet((PRIOR + TABLE.sum(0)).numpy())},
-        lambda: {"shares": (PRIOR + TABLE.sum(0) - 1) / (PRIOR + TABLE.sum(0) - 1).sum()}, _dirichlet_guide,
+        lambda: {"shares": (PRIOR + TABLE.sum(0) - 1) / (PRIOR + TABLE.sum(0) - 1).sum()}, DirichletGuide,
     ),
     Instance(
         exponential_gamma, (WAITS,), {"rate": "Gamma"},
@@ -755,11 +802,12 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         lognormal, (WAITS,), {"middle": "LogNormal"},
-        _lognormal_moments, lambda: {"middle": math.exp(_lognormal()[0] - _lognormal()[1])}, "AutoNormal",
+        lambda: _lognormal_moments(*_lognormal()),
+        lambda: {"middle": math.exp(_lognormal()[0] - _lognormal()[1])}, LogNormalGuide,
     ),
     Instance(
         normal_variance, (SCALARS,), {"variance": "InverseGamma", "mean": "Normal"},
-        _normal_variance_moments, _normal_variance_mode, _normal_variance_guide,
+        lambda: _normal_inverse_gamma_moments(*_normal_inverse_gamma()), _normal_variance_mode, NormalInverseGammaGuide,
     ),
     Instance(
         normal_independent, (SCALARS,), {"mean": "Normal", "variance": "InverseGamma"},
@@ -767,7 +815,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         masked, (SCALARS, IS_SEEN), {"mean": "Normal"},
-        _masked_moments, lambda: {"mean": _masked_moments()["mean"].mean}, "AutoNormal",
+        _masked_moments, lambda: {"mean": _masked_moments()["mean"].mean}, AutoNormal,
     ),
     Instance(
         flat_location, (SCALARS,), {"location": "Normal"},
@@ -776,15 +824,15 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         regression_event, (DESIGN, RESPONSE), {"beta": "Gaussian"},
-        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]}, "AutoMultivariateNormal",
+        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]}, AutoMultivariateNormal,
     ),
     Instance(
         regression_plate, (DESIGN, RESPONSE), {"beta": "Gaussian"},
-        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]}, "AutoMultivariateNormal",
+        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]}, AutoMultivariateNormal,
     ),
     Instance(
         regression_matrix, (DESIGN, RESPONSE), {"beta": "Gaussian"},
-        lambda: _regression_moments(_MATRIX), lambda: {"beta": _regression(_MATRIX)[0]}, "AutoMultivariateNormal",
+        lambda: _regression_moments(_MATRIX), lambda: {"beta": _regression(_MATRIX)[0]}, AutoMultivariateNormal,
     ),
     Instance(
         flat_regression, (DESIGN, RESPONSE), {"beta": "Gaussian", "noise": "InverseGamma of the square"},
@@ -804,7 +852,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         random_walk, (STEPS,), {f"state_{i}": "Normal" for i in range(4)},
         _random_walk_moments, lambda: {name: both.mean for name, both in _random_walk_moments().items()},
-        "AutoMultivariateNormal",
+        AutoMultivariateNormal,
     ),
     Instance(
         hierarchical, (GROUPED,),

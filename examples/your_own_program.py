@@ -1,0 +1,81 @@
+"""A program of your own, by five back-ends: when did accidents in British coal mines become fewer?
+
+    python examples/your_own_program.py
+
+Nothing to inherit and nothing to register: any function with ``pyro.sample`` in it is a model. The year of the change is
+a discrete site: Gibbs draws it, the other back-ends sum it out and draw it back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
+from pyro_genmodels import datasets
+
+
+def coal(years: Tensor, counts: Tensor) -> None:
+    """Accidents come at one rate before the year of the switch, and at another from then on."""
+    early = pyro.sample("early", dist.Gamma(2.0, 1.0))
+    late = pyro.sample("late", dist.Gamma(2.0, 1.0))
+    switch = pyro.sample("switch", dist.Categorical(logits=torch.zeros(len(years))))
+    with pyro.plate("year", len(years)):
+        pyro.sample("n", dist.Poisson(torch.where(years < years[switch], early, late)), obs=counts)
+
+
+def main(smoke: bool = False, folder: str = "runs/your_own_program") -> None:
+    """Fits, prints a table and saves ``switch.png``.
+
+    Args:
+        smoke: Whether to take a few steps only, to see that all runs.
+        folder: Where the picture goes.
+    """
+    data = datasets.load("coal")
+    years, counts = data["years"], data["counts"]
+    size = 20 if smoke else 500
+    backends = {
+        "SVI": SVI(seed=0, steps=2 * size),
+        "EM": EM(seed=0),
+        "Gibbs": Gibbs(seed=0, draws=size, warmup=size // 5),
+        "Metropolis-Hastings": MetropolisHastings(seed=0, draws=size, warmup=size, thin=10),
+        "HMC": HMC(seed=0, draws=size, warmup=size // 2),
+    }
+    posteriors = {name: backend.fit(coal, years, counts) for name, backend in backends.items()}
+
+    print(f"{'':20}  seconds      early rate       late rate  last year of the early rate, and its probability")
+    for name, posterior in posteriors.items():
+        rates = [f"{posterior.draws[site].mean():.3f} ({posterior.draws[site].std(correction=0):.3f})" for site in ("early", "late")]
+        share = posterior.draws["switch"].flatten().bincount(minlength=len(years)) / posterior.draws["switch"].numel()
+        best = int(share.argmax())
+        print(
+            f"{name:20}  {posterior.info['sampling_time']:7.1f}  {rates[0]:>14}  {rates[1]:>14}  "
+            f"{years[best] - 1:.0f} ({share[best]:.2f})"
+        )
+    print(f"\nHow Gibbs updates each site:\n{posteriors['Gibbs'].plan}")
+
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    left.bar(years, counts, color="#d9dde3", width=0.9, label="accidents")
+    for name, posterior in posteriors.items():
+        early, late, switch = (posterior.draws[site].flatten() for site in ("early", "late", "switch"))
+        is_early = years < years[switch][:, None]
+        left.plot(years, torch.where(is_early, early[:, None], late[:, None]).mean(0), linewidth=1.3, label=name)
+    left.set(xlabel="year", ylabel="accidents in a year, and the rate behind them")
+    left.legend(frameon=False)
+    switch = posteriors["Gibbs"].draws["switch"].flatten()
+    right.hist(years[switch] - 1, bins=torch.arange(1875.5, 1905.5), density=True, color="#3c9d78")
+    right.set(xlabel="last year of the early rate", ylabel="probability (Gibbs)")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture := Path(folder) / "switch.png")
+    print(f"\nSaved {picture}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # two threads are slower on tensors this small
+    main()
