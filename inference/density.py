@@ -41,7 +41,7 @@ _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows 
 _LARGEST_STAGED = 100_000
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
 _SECONDS_TO_COMPILE = (3.0, 0.01)  # constant and per node, measured on two cores
-_COMPILER = {"cpp.vec_isa_ok": True}  # trusts the processor's flags; asking the compiler takes ten seconds
+_COMPILER: dict[str, Any] = {"cpp.vec_isa_ok": True}  # trusts the processor's flags; asking the compiler takes ten seconds
 
 _log = logging.getLogger("inference")
 
@@ -208,12 +208,13 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     mutable: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if _is_mutable(node):
-            frontier = [node, *node.all_input_nodes]
-            while frontier:
+            mutable.add(node)
+            frontier = _written(node)
+            while frontier:  # up to where the memory was made
                 ancestor = frontier.pop()
                 if ancestor not in mutable:
                     mutable.add(ancestor)
-                    frontier.extend(ancestor.all_input_nodes)
+                    frontier.extend(ancestor.all_input_nodes if _is_view(ancestor) else ())
     known: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         filled = _filled(node) if node not in mutable else None
@@ -242,6 +243,20 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
 def _is_mutable(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an in-place operation writes to."""
+    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    pairs = zip(declared, node.args, strict=False)
+    written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
+    return [value for value in written if isinstance(value, fx.Node)]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a result may share its memory with an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(value.alias_info is not None for value in schema.returns)
 
 
 def _filled(node: fx.Node) -> Tensor | None:

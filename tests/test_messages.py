@@ -538,7 +538,7 @@ def wishart(is_inverse: bool) -> WishartConditional:
 
 
 GAUSSIAN = GaussianConditional(
-    double([0.5, -1.0, 2.0]), double([[2.0, 0.3, -0.4], [0.3, 1.0, 0.2], [-0.4, 0.2, 3.0]]), Gaussian(torch.Size([3]), (0,))
+    double([0.5, -1.0, 2.0]), double([[2.0, 0.3, -0.4], [0.3, 1.0, 0.2], [-0.4, 0.2, 3.0]]), Gaussian(torch.Size([3]), (0,)).coupling
 )
 CONDITIONALS: dict[str, tuple[Conditional, Callable[[np.ndarray], Any]]] = {
     "Normal": (
@@ -719,7 +719,7 @@ def test_the_mode_of_a_flat_density_lies_in_the_support(conditional: Conditional
 IMPROPER: dict[str, Conditional] = {
     "Normal": NormalConditional(double([0.0, 0.0], [0.0, 0.0]), double([1.0, 1.0], [1.0, -1.0])),
     "Gaussian": GaussianConditional(
-        torch.zeros(2, 2, dtype=torch.float64), torch.stack([EYE, double([1.0, 2.0], [2.0, 1.0])]), Gaussian(torch.Size([2]), (0,))
+        torch.zeros(2, 2, dtype=torch.float64), torch.stack([EYE, double([1.0, 2.0], [2.0, 1.0])]), Gaussian(torch.Size([2]), (0,)).coupling
     ),
     "Gamma": PowerGammaConditional(double([1.0], [-0.5]), double([1.0], [1.0]), 1.0),
     "InverseGamma": PowerGammaConditional(double([1.0], [1.0]), double([1.0], [0.0]), -1.0),

@@ -113,9 +113,9 @@ def _dirichlet(concentration: np.ndarray) -> Moments:
 class Guide(nn.Module):
     """A guide whose family contains the posterior; the logarithms of its parameters are its weights."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, start: float = 2.0) -> None:
         super().__init__()
-        self.log = nn.Parameter(torch.ones(size, dtype=torch.float64))
+        self.log = nn.Parameter(torch.full((size,), start, dtype=torch.float64))
 
     def moments(self) -> dict[str, Moments]:
         """Mean and standard deviation of every site, by the formula of its family."""
@@ -226,13 +226,14 @@ def _lognormal() -> tuple[float, float]:
 
 class LogNormalGuide(Guide):
     def __init__(self) -> None:
-        super().__init__(2)
+        super().__init__(2, 0.0)
 
     def forward(self, sizes: Tensor) -> None:
         pyro.sample("middle", dist.LogNormal(self.log[0], self.log[1].exp()))
 
     def moments(self) -> dict[str, Moments]:
-        return _lognormal_moments(float(self.log[0]), math.exp(2 * float(self.log[1])))
+        m, log_sd = self.log.tolist()
+        return _lognormal_moments(m, math.exp(2 * log_sd))
 
 
 def _lognormal_moments(m: float, v: float) -> dict[str, Moments]:
@@ -270,7 +271,7 @@ class NormalInverseGammaGuide(Guide):
 
     def moments(self) -> dict[str, Moments]:
         k, a, b = self.log.exp().tolist()
-        return _normal_inverse_gamma_moments(k, float(self.m), a, b)
+        return _normal_inverse_gamma_moments(k, self.m.item(), a, b)
 
 
 def _normal_inverse_gamma_moments(k: float, m: float, a: float, b: float) -> dict[str, Moments]:
@@ -788,7 +789,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         tempered, (COUNTS,), {"rate": "Gamma"},
         lambda: {"rate": _gamma(*_gamma_poisson(0.5))},
-        lambda: {"rate": (_gamma_poisson(0.5)[0] - 1) / _gamma_poisson(0.5)[1]}, GammaGuide,
+        lambda: {"rate": (_gamma_poisson(0.5)[0] - 1) / _gamma_poisson(0.5)[1]},
     ),
     Instance(
         dirichlet_multinomial, (TABLE,), {"shares": "Dirichlet"},
@@ -824,11 +825,11 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         regression_event, (DESIGN, RESPONSE), {"beta": "Gaussian"},
-        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]}, AutoMultivariateNormal,
+        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]},
     ),
     Instance(
         regression_plate, (DESIGN, RESPONSE), {"beta": "Gaussian"},
-        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]}, AutoMultivariateNormal,
+        lambda: _regression_moments(_EYE), lambda: {"beta": _regression(_EYE)[0]},
     ),
     Instance(
         regression_matrix, (DESIGN, RESPONSE), {"beta": "Gaussian"},
@@ -852,7 +853,6 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         random_walk, (STEPS,), {f"state_{i}": "Normal" for i in range(4)},
         _random_walk_moments, lambda: {name: both.mean for name, both in _random_walk_moments().items()},
-        AutoMultivariateNormal,
     ),
     Instance(
         hierarchical, (GROUPED,),
