@@ -76,7 +76,9 @@ def factors(
     """
     try:
         trace = program.trace(values, data=data, enumerated=enumerated)
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
+        if any(mark in str(error) for mark in ("item()", "control flow", "randomness", "data pointer", "numpy")):
+            raise
         raise Unsupported(
             f"{program.name} indexes a plate of a finite site while it is enumerated: the elements of that plate are "
             "coupled. Use one site for each element, or pyro.ops.indexing.Vindex."

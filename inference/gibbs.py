@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from inference.blocks import Block, Current
-from inference.contract import Backend, Draw
+from inference.contract import Backend, Draw, Unsupported
 from inference.fit import Sample
 from inference.plan import Plan, Update, assign
 from inference.program import Program
-from inference.start import starting_values
+from inference.start import ascended, starting_values
 
 __all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
 
@@ -92,6 +93,10 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         blocks, notes = assign(program, self.blocks)
         density = program.density
         values = starting_values(program, self.chains, self.start)
+        if self.start is None and not all(block.is_exact for block in blocks):
+            # one step size serves all chains of a Metropolis block: none may start where it is hopeless
+            with contextlib.suppress(Unsupported):  # finite sites that cannot be summed out
+                values = ascended(program, values)
         current = Current(values, density.joint(values))
         states = tuple(block.init(density, current) for block in blocks)
         zeros = current.log_joint.new_zeros(len(blocks))

@@ -196,6 +196,8 @@ class Arithmetic(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__getitem__":
             return _picked(*args)
+        if name == "gather" and not kwargs and args[0].dim() == 1 and args[2].dim() != 1:
+            return _picked(args[0], args[2])  # an enumerated index has dimensions that the table lacks
         if name == "__setitem__":
             if isinstance(args[1], Tensor) and args[1].dtype == torch.bool and not isinstance(args[2], Tensor):
                 args[0].masked_fill_(args[1], args[2])

@@ -68,9 +68,9 @@ class Entry:
 # Settings that suffice for a few thousand rows and a dozen unknowns: R-hat below 1.01 with room, seconds each. A random
 # walk needs some 200 steps for an independent draw in 11 dimensions, hence the thinning.
 METHODS: dict[str, Backend[Any, Any]] = {
-    "svi": SVI(steps=600, learning_rate=0.05),
+    "svi": SVI(steps=600, learning_rate=0.05, draws=500),
     "em": EM(restarts=10),
-    "gibbs": Gibbs(warmup=200, draws=600),
+    "gibbs": Gibbs(warmup=100, draws=600),
     "mh": MetropolisHastings(chains=16, draws=500, thin=20),
     "hmc": HMC(chains=16, warmup=300, draws=600),
 }
@@ -148,6 +148,7 @@ class Comparison:
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: str | None = None
     _pivot: dict[str, Tensor] = field(default_factory=dict)
+    _summaries: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, method: str, posterior: Posterior) -> None:
         """Takes a posterior in, its labels matched to those of the first, and its dimensions named."""
@@ -174,10 +175,14 @@ class Comparison:
 
     def summary(self, method: str) -> dict[str, float]:
         """Wall time, held-out density, and how well the chains mixed, judged on what renaming labels leaves alone."""
-        posterior = self.posteriors[method]
+        if method not in self._summaries:
+            self._summaries[method] = self._summarised(self.posteriors[method], method in self.samplers)
+        return self._summaries[method]
+
+    def _summarised(self, posterior: Posterior, has_chains: bool) -> dict[str, float]:
         seconds = float(posterior.info["sampling_time"])
         worst = least = math.nan
-        if method in self.samplers:
+        if has_chains:
             draws = {site: posterior.draws[site] for site in self.entry.judged} | {"lp": posterior.stats["lp"]}
             invariant = relabel.invariant(draws, posterior.symmetry)
             worst = _extreme(np.max, [arviz.rhat(values.double().numpy()) for values in invariant.values()])
@@ -333,7 +338,7 @@ def compare(
             comparison.interrupted = name
             break
         except (ValueError, RuntimeError, ArithmeticError) as error:
-            comparison.failures[name] = str(error)
+            comparison.failures[name] = (str(error) or type(error).__name__).splitlines()[0]
             continue
         comparison.add(name, posterior)
         if after is not None:
@@ -430,8 +435,8 @@ class Folder:
         for old in self._old:
             (self.path / old).unlink(missing_ok=True)
         self._old = []
-        self.files.append(name)
         self._replace(name, writer)
+        self.files.append(name)
         record = {"format": self._FORMAT, "files": self.files, **self.settings}
         self._replace(self._RECORD, lambda path: path.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 

@@ -1,7 +1,7 @@
 """Samplers agree with the reference draws of posteriordb, ten thousand nearly independent ones for each posterior.
 
-The programs are written anew from the Stan programs, and are tested themselves, without any sampler: the score, averaged over
-the reference draws, is zero (Stein's identity).
+The programs are written anew from the Stan programs, and are tested themselves, without any sampler: the score, averaged
+over the reference draws, is zero (Stein's identity).
 
 References:
     M. Magnusson et al., posteriordb: a set of posteriors for Bayesian inference and probabilistic programming (2023).
@@ -114,9 +114,9 @@ REFERENCES = (
         lambda draws: {"mu": draws["mu"], "tau": draws["tau"], **_named("theta", draws["theta"])},
         _schools_sites,
         {
-            "Gibbs": Gibbs(chains=32, warmup=500, draws=250, thin=8, seed=1, progress=False),
-            "MetropolisHastings": MetropolisHastings(chains=64, warmup=2000, draws=150, thin=40, seed=2, progress=False),
-            "HMC": HMC(chains=64, warmup=300, draws=150, seed=3, progress=False),
+            "Gibbs": Gibbs(chains=32, warmup=300, draws=250, thin=3, seed=1, progress=False),
+            "MetropolisHastings": MetropolisHastings(chains=32, warmup=2000, draws=250, thin=25, seed=2, progress=False),
+            "HMC": HMC(chains=32, warmup=300, draws=400, seed=3, progress=False),
         },
     ),
     Reference(
@@ -124,9 +124,9 @@ REFERENCES = (
         lambda draws: {**_named("beta", draws["beta"]), "sigma": draws["sigma"]},
         lambda draws: {"beta": _stack(draws, "beta", 2), "sigma": draws["sigma"]},
         {
-            "Gibbs": Gibbs(chains=32, warmup=100, draws=250, seed=1, progress=False),
-            "MetropolisHastings": MetropolisHastings(chains=32, warmup=1000, draws=250, thin=10, seed=2, progress=False),
-            "HMC": HMC(chains=32, warmup=300, draws=250, seed=3, progress=False),
+            "Gibbs": Gibbs(chains=16, warmup=100, draws=250, seed=1, progress=False),
+            "MetropolisHastings": MetropolisHastings(chains=16, warmup=1000, draws=250, thin=10, seed=2, progress=False),
+            "HMC": HMC(chains=16, warmup=300, draws=400, seed=3, progress=False),
         },
     ),
     Reference(
@@ -134,9 +134,9 @@ REFERENCES = (
         _sorted,
         lambda draws: {"mu": _stack(draws, "mu", 2), "sigma": _stack(draws, "sigma", 2), "theta": draws["theta"]},
         {
-            "Gibbs": Gibbs(chains=16, warmup=100, draws=200, seed=1, progress=False),
-            "MetropolisHastings": MetropolisHastings(chains=16, warmup=1000, draws=200, thin=10, seed=2, progress=False),
-            "HMC": HMC(chains=16, warmup=150, draws=150, seed=3, progress=False),
+            "Gibbs": Gibbs(chains=8, warmup=100, draws=300, seed=1, progress=False),
+            "MetropolisHastings": MetropolisHastings(chains=8, warmup=1000, draws=300, thin=10, seed=2, progress=False),
+            "HMC": HMC(chains=8, warmup=150, draws=400, seed=3, progress=False),
         },
     ),
 )  # fmt: skip

@@ -20,8 +20,13 @@ class Constant(Block):
     def update(self) -> str:
         return "Constant"
 
+    @property
+    def is_exact(self) -> bool:
+        return True
+
     def init(self, density: Density, current: Current) -> tuple[()]:
         return ()
 
     def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
-        return (), current, Move(torch.ones_like(current.log_joint))
+        still = torch.zeros_like(current.log_joint)
+        return (), current, Move(still + 1.0, still)
