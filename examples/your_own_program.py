@@ -63,7 +63,9 @@ def main(smoke: bool = False, folder: str = "runs/your_own_program") -> None:
     for i, (name, posterior) in enumerate(posteriors.items()):
         early, late, switch = (posterior.draws[site].flatten()[:, None] for site in ("early", "late", "switch"))
         rate = torch.where(years < years[switch], early, late).mean(0)
-        axis.plot(years, rate, linewidth=7 - 1.5 * i, label=f"mean rate, {name}")  # from broad to narrow: they lie on each other
+        axis.plot(
+            years, rate, linewidth=7 - 1.5 * i, label=f"mean rate, {name}"
+        )  # from broad to narrow: they lie on each other
     axis.set(xlabel="year", ylabel="accidents with ten or more dead")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,17 @@ import torch
 
 from inference import Backend, Posterior, arviz, checkpoint
 from pyro_genmodels import datasets
-from pyro_genmodels.comparison import METHODS, MODELS, Entry, Folder, check_writable, compare, is_interrupted, labelled
+from pyro_genmodels.comparison import (
+    METHODS,
+    MODELS,
+    Entry,
+    Folder,
+    check_writable,
+    compare,
+    is_interrupted,
+    labelled,
+    sentence,
+)
 from pyro_genmodels.datasets import Dataset
 
 __all__ = ["main"]
@@ -52,11 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is not _list:
             torch.set_num_threads(args.threads)
         return args.command(args)
-    except ValueError as error:
-        _say(f"genmodels: {error}")
-        return _BAD_INPUT
-    except OSError as error:
-        _say(f"genmodels: {_sentence(error)}")
+    except (ValueError, OSError) as error:
+        _say(f"genmodels: {sentence(error)}")
         return _BAD_INPUT
     except KeyboardInterrupt as stop:
         _say(f"genmodels: {stop}" if str(stop) else "genmodels: Stopped by Ctrl-C.")
@@ -188,40 +195,30 @@ def _compare(args: argparse.Namespace) -> int:
     settings["methods"] = {name: _settings(backend) for name, backend in backends.items()}
     folder = None if args.out is None else Folder(args.out, settings)
 
-    unsaved: list[str] = []
-
-    def write(name: str, writer: Callable[[Path], Any]) -> None:
-        """What cannot be saved, on a full disk say, may not cost what has yet to be computed and printed."""
-        try:
-            if folder is not None:
-                folder.write(name, writer)
-        except OSError as error:
-            unsaved.append(f"{args.out / name} could not be written: {_sentence(error)}")
-
     def save(name: str, posterior: Posterior) -> None:
-        write(f"{name}.nc", lambda path: arviz.write(posterior.to_arviz(), path))
+        if folder is not None:
+            folder.write(f"{name}.nc", lambda path: arviz.write(posterior.to_arviz(), path))
 
     found = compare(entry, options, data.x, data.columns, backends, held_out=args.held_out, seed=args.seed, after=save)
     if not found.posteriors:
         raise KeyboardInterrupt(f"Stopped by Ctrl-C during {found.interrupted}: there is nothing to show yet.")
     print(f"{_title(args, options)}: {len(found.x)} rows fitted, {len(found.test)} held out, seed {args.seed}\n")
-    print(found.table())
-    print(_LEGEND)
+    print(found.table(), _LEGEND, sep="\n")
     print("\nFindings", *found.findings(), sep="\n  ")
     if lines := found.agreement():
         print("\nAgreement", *lines, sep="\n  ")
     if folder is not None:
-        write("table.csv", found.write_table)
+        folder.write("table.csv", found.write_table)
         for name, figure in found.figures():
-            write(name, figure.savefig)
+            folder.write(name, figure.savefig)
         print(f"\nSaved in {args.out}: {', '.join(folder.files) or 'nothing'}")
-    for sentence in unsaved:
-        _say(f"genmodels: {sentence}")
+        for problem in folder.problems:
+            _say(f"genmodels: {problem}")
     if found.interrupted is not None:
         saved = ", and it is saved" if folder is not None else ""
         _say(f"genmodels: Stopped by Ctrl-C during {found.interrupted}; the above is what there is so far{saved}.")
         return _INTERRUPTED
-    return _BAD_INPUT if unsaved else 0
+    return _BAD_INPUT if folder is not None and folder.problems else 0
 
 
 def _entry(args: argparse.Namespace) -> Entry:
@@ -268,11 +265,6 @@ def _backend(name: str, args: argparse.Namespace) -> Backend[Any, Any]:
 
 def _title(args: argparse.Namespace, options: Mapping[str, Any]) -> str:
     return f"{args.model}({', '.join(f'{name}={value}' for name, value in options.items())}) on {args.data}"
-
-
-def _sentence(error: OSError) -> str:
-    """An error of the system without its number, if it says by itself which file it is about."""
-    return error.strerror if error.strerror and error.filename is None else str(error)
 
 
 def _say(sentence: str) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "compare",
     "is_interrupted",
     "labelled",
+    "sentence",
     "split",
 ]
 
@@ -268,13 +269,12 @@ class Comparison:
 
     def _scales(self, labels: Sequence[str]) -> dict[str, float | None]:
         """The standard deviation of the column that an element is about, None if it is about none."""
-        deviations = dict(zip(self.columns, self.x.std(0).tolist()))
-        return {
-            label: deviations.get(label.removesuffix("]").split(", ")[-1])
-            if self.entry.dims.get(label.split("[")[0], ())[-1:] == ("features",)
-            else None
-            for label in labels
-        }
+        deviations, scales = self.x.std(0).tolist(), []
+        for site in self.entry.shown:
+            count = next(iter(self.posteriors.values())).draws[site][0, 0].numel()
+            is_about_columns = self.entry.dims.get(site, ())[-1:] == ("features",)
+            scales += [deviations[i % len(deviations)] if is_about_columns else None for i in range(count)]
+        return dict(zip(labels, scales))
 
     def records(self) -> list[tuple[str, str, float, float, float]]:
         """The table for other tools: method, quantity, value, its standard error, the posterior's standard deviation."""
@@ -338,7 +338,7 @@ def compare(
             comparison.interrupted = name
             break
         except (ValueError, RuntimeError, ArithmeticError) as error:
-            comparison.failures[name] = (str(error) or type(error).__name__).splitlines()[0]
+            comparison.failures[name] = sentence(error)
             continue
         comparison.add(name, posterior)
         if after is not None:
@@ -387,7 +387,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 class Folder:
-    """A folder for the files of one comparison: its own, and complete or absent each.
+    """A folder for the files of one comparison: its own, each of them complete or absent.
 
     An earlier comparison in it is replaced as soon as there is a first result of the new one; anything else is refused.
 
@@ -405,6 +405,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path, self.settings = Path(path), settings
         self.files: list[str] = []
+        self.problems: list[str] = []
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"'{path}' is a file, but a folder is to be written there. Choose another name.")
         self._old = self._recorded()
@@ -428,9 +429,14 @@ class Folder:
     def write(self, name: str, writer: Callable[[Path], Any]) -> None:
         """Writes one file whole: ``writer`` is given the place to write to.
 
-        Raises:
-            OSError: If it cannot be written.
+        What cannot be written, to a full disk say, may not cost what has yet to be computed: it goes to ``problems``.
         """
+        try:
+            self._write(name, writer)
+        except OSError as error:
+            self.problems.append(f"Cannot write '{self.path / name}': {sentence(error)}.")
+
+    def _write(self, name: str, writer: Callable[[Path], Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         for old in self._old:
             (self.path / old).unlink(missing_ok=True)
@@ -448,6 +454,13 @@ class Folder:
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _ordered(point: Mapping[str, Tensor], symmetry: Mapping[str, int | None]) -> dict[str, Tensor]:

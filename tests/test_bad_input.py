@@ -31,7 +31,7 @@ from inference import (
 )
 from pyro_genmodels import GMM, datasets
 
-CHAINS = {"chains": 2, "warmup": 4, "draws": 5}
+CHAINS: dict[str, Any] = {"chains": 2, "warmup": 4, "draws": 5}
 BACKENDS: dict[str, Callable[..., Backend[Any, Any]]] = {
     "Gibbs": lambda **options: Gibbs(**{**CHAINS, "progress": False, "seed": 0, **options}),
     "MetropolisHastings": lambda **options: MetropolisHastings(**{**CHAINS, "progress": False, "seed": 0, **options}),
@@ -135,7 +135,11 @@ def test_a_program_that_masks_missing_values_is_accepted(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("given", ["features", "location", "scale"])
 def test_a_mixture_built_for_another_width_refuses_the_data(backend: str, given: str) -> None:
-    options = {"features": {"features": 3}, "location": {"location": torch.zeros(3)}, "scale": {"scale": torch.ones(3)}}
+    options: dict[str, Any] = {
+        "features": {"features": 3},
+        "location": {"location": torch.zeros(3)},
+        "scale": {"scale": torch.ones(3)},
+    }
     sentence = "x has 2 features, but this GMM was built for 3."
     refuse(backend, ValueError, (sentence,), GMM(2, **options[given]), ROWS)
 
@@ -305,7 +309,7 @@ def in_place(level: Tensor) -> Tensor:
     return table
 
 
-LEAVERS = {
+LEAVERS: dict[Callable[[Tensor], Tensor], str] = {
     item: "Python number",
     floated: "Python number",
     to_numpy: "numpy",

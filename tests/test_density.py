@@ -371,7 +371,7 @@ def test_coordinates_of_several_sites_lie_one_after_the_other() -> None:
     coordinates = Unconstrained(program, sites)
     position = torch.randn(coordinates.size, dtype=torch.float64)
     assert coordinates.sizes == [2 * 3, 1, 2 * 2]
-    total = 0.0
+    total = position.new_zeros(())
     for site, part in zip(sites, position.split(coordinates.sizes), strict=True):
         alone = Unconstrained(program, [site])
         assert torch.equal(alone.values(part)[site], coordinates.values(position)[site])

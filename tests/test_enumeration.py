@@ -271,7 +271,7 @@ DRAWS = 20_000
 
 @EVERY
 def test_draws_have_the_exact_frequencies(program: Callable[[Tensor], None], device: torch.device) -> None:
-    """G-test of the joint configurations, the rare ones pooled, at 10⁻⁵ each: of 18 programs, a false alarm in 5000 seeds."""
+    """G-test of joint configurations, the rare ones pooled, at 10⁻⁵ each: of 18 programs, a false alarm in 5000 seeds."""
     y = OBSERVED.to(device)
     looked = Program(program, (y,))
     density = Density(looked, rung="vmapped")

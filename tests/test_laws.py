@@ -34,7 +34,8 @@ Fit = Callable[..., Posterior]
 ROWS = datasets.load("faithful").arrays["x"][:30]
 COVARIANCES = ("full", "tied", "diagonal", "spherical")
 
-CHAINS = {"chains": 2, "warmup": 6, "draws": 6}
+CHAINS: dict[str, Any] = {"chains": 2, "warmup": 6, "draws": 6}
+DETERMINISTIC: Any = torch.utils.deterministic
 BACKENDS: dict[str, Callable[..., Backend[Any, Any]]] = {
     "Gibbs": lambda **options: Gibbs(**{**CHAINS, "progress": False, "seed": 0, **options}),
     "MetropolisHastings": lambda **options: MetropolisHastings(**{**CHAINS, "progress": False, "seed": 0, **options}),
@@ -209,7 +210,7 @@ def world() -> dict[str, Any]:
         "torch validation": torch.distributions.Distribution._validate_args,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "fill": DETERMINISTIC.fill_uninitialized_memory,
         "warnings": list(warnings.filters),
         "store": {name: value.tolist() for name, value in store.items()},
     }
@@ -218,17 +219,17 @@ def world() -> dict[str, Any]:
 @contextlib.contextmanager
 def unusual() -> Iterator[None]:
     """The opposite of every default, restored."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = DETERMINISTIC.fill_uninitialized_memory
     with pyro.settings.context(validate_infer=False, validate_poutine=False, validate_distributions_torch=False):
         torch.set_default_dtype(torch.float64)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = not fill
+        DETERMINISTIC.fill_uninitialized_memory = not fill
         try:
             yield
         finally:
             torch.set_default_dtype(torch.float32)
             torch.use_deterministic_algorithms(False)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            DETERMINISTIC.fill_uninitialized_memory = fill
 
 
 def stop_at_once(step: int, info: Any) -> None:
