@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("PYRO_GENMODELS_RUNG", "staged")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -15,7 +17,9 @@ import pyro
 import pytest
 import torch
 
+from inference import HMC, Gibbs, MetropolisHastings, Posterior
 from inference.handlers import isolated, quiet, reproducible
+from zoo import BY_NAME, Instance
 
 torch.set_num_threads(1)
 
@@ -28,6 +32,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the programs of a test run."""
     return torch.device(request.config.getoption("--device"))
+
+
+# Sweeps or steps per draw, where a draw would be much like the last one.
+GIBBS_THIN = {"thinned": 10, "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2}
+METROPOLIS_THIN = {"hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15}
+# Chains where one evaluation is dear: the change-point has a table of years by years.
+CHAINS = {"coal": 16}
+
+
+def _gibbs(name: str) -> Gibbs:
+    return Gibbs(chains=64, warmup=60, draws=60, thin=GIBBS_THIN.get(name, 1), seed=1, progress=False)
+
+
+def _metropolis(name: str) -> MetropolisHastings:
+    chains, thin = CHAINS.get(name, 48), METROPOLIS_THIN.get(name, 10)
+    return MetropolisHastings(chains=chains, warmup=500, draws=60, thin=thin, seed=2, progress=False)
+
+
+def _hmc(name: str) -> HMC:
+    return HMC(chains=CHAINS.get(name, 48), warmup=150, draws=100, seed=3, progress=False)
+
+
+SAMPLERS: dict[str, Callable[[str], Any]] = {"Gibbs": _gibbs, "MetropolisHastings": _metropolis, "HMC": _hmc}
+
+
+@pytest.fixture(scope="session")
+def sampled(device: torch.device) -> Callable[[Instance, str], Posterior]:
+    """Fits an instance of the zoo by one of ``SAMPLERS``, once for all tests that look at it."""
+
+    @functools.cache
+    def fitted(name: str, sampler: str) -> Posterior:
+        return SAMPLERS[sampler](name).fit(BY_NAME[name].program, *BY_NAME[name].on(device))
+
+    return lambda instance, sampler: fitted(instance.name, sampler)
 
 
 @pytest.fixture(autouse=True)

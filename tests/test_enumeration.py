@@ -66,9 +66,9 @@ def hierarchy(y: Tensor) -> None:
     top = pyro.sample("top", dist.Categorical(START.to(y)))
     with pyro.plate("outer", 2, dim=-2):
         middle = pyro.sample("middle", dist.Categorical(MOVES.to(y)[top]))
-        with pyro.plate("inner", 3, dim=-1):
+        with pyro.plate("inner", 2, dim=-1):
             low = pyro.sample("low", dist.Categorical(SECOND.to(y)[top, middle]))
-            pyro.sample("y", dist.Normal(m + LEVELS.to(y)[low] - 0.5 * LEVELS.to(y)[top], 1.0), obs=y.reshape(2, 3))
+            pyro.sample("y", dist.Normal(m + LEVELS.to(y)[low] - 0.5 * LEVELS.to(y)[top], 1.0), obs=y[:4].reshape(2, 2))
 
 
 def shared(y: Tensor) -> None:

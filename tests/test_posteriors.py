@@ -18,31 +18,13 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoGuide
 
-from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Posterior, arviz
+from conftest import SAMPLERS
+from inference import EM, SVI, Posterior, arviz
 from zoo import BY_NAME, CENTRES, ROWS, SHARES, ZOO, Guide, Instance, Moments, NormalInverseGammaGuide
 
 LIMIT = 4.0  # Monte-Carlo standard errors
 LEAST = 400  # effective draws, so that a standard error means something
 
-# Sweeps per draw where the sites of a plan are strongly correlated, so that a draw would be much like the last.
-THIN = {"thinned": 10, "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2}
-# Chains where one evaluation is dear: the change-point has a table of years by years.
-CHAINS = {"coal": 16}
-
-
-def _gibbs(name: str) -> Gibbs:
-    return Gibbs(chains=64, warmup=60, draws=60, thin=THIN.get(name, 1), seed=1, progress=False)
-
-
-def _metropolis(name: str) -> MetropolisHastings:
-    return MetropolisHastings(chains=CHAINS.get(name, 48), warmup=600, draws=60, thin=20, seed=2, progress=False)
-
-
-def _hmc(name: str) -> HMC:
-    return HMC(chains=CHAINS.get(name, 48), warmup=150, draws=100, seed=3, progress=False)
-
-
-SAMPLERS = {"Gibbs": _gibbs, "MetropolisHastings": _metropolis, "HMC": _hmc}
 SOLVED = [instance for instance in ZOO if instance.solution is not None]
 
 
@@ -59,10 +41,10 @@ def z_scores(draws: np.ndarray, exact: Moments) -> tuple[np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("instance", SOLVED, ids=lambda instance: instance.name)
-def test_samplers_agree_with_the_exact_posterior(instance: Instance, sampler: str, device: torch.device) -> None:
+def test_samplers_agree_with_the_exact_posterior(instance: Instance, sampler: str, sampled: Any) -> None:
     if sampler in instance.refused:
         pytest.skip("this program is refused, with a sentence: test_bad_input")
-    posterior = SAMPLERS[sampler](instance.name).fit(instance.program, *instance.on(device))
+    posterior = sampled(instance, sampler)
     assert posterior.draws.keys() == instance.moments.keys()
     for site, exact in instance.moments.items():
         draws = posterior.draws[site].double().numpy()
@@ -132,10 +114,9 @@ def test_draws_of_a_guide_are_draws_of_it(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_finite_sites_are_drawn_with_their_exact_probabilities(sampler: str, device: torch.device) -> None:
+def test_finite_sites_are_drawn_with_their_exact_probabilities(sampler: str, sampled: Any) -> None:
     """Every label of every row of the mixture: probabilities, not only means, within four standard errors."""
-    instance = BY_NAME["mixture"]
-    draws = SAMPLERS[sampler]("mixture").fit(instance.program, *instance.on(device)).draws["z"].numpy()
+    draws = sampled(BY_NAME["mixture"], sampler).draws["z"].numpy()
     z = np.array(list(itertools.product(range(3), repeat=len(ROWS))))
     member = z[:, :, None] == np.arange(3)
     counts, sums = member.sum(1), (member * ROWS.numpy()[:, None]).sum(1)
