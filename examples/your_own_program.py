@@ -59,13 +59,12 @@ def main(smoke: bool = False, folder: str = "runs/your_own_program") -> None:
 
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
-    axis.bar(years, counts, color="#d9dde3", width=0.9, label="accidents")
+    axis.bar(years.numpy(), counts.numpy(), color="#d9dde3", width=0.9, label="accidents")
     for i, (name, posterior) in enumerate(posteriors.items()):
         early, late, switch = (posterior.draws[site].flatten()[:, None] for site in ("early", "late", "switch"))
         rate = torch.where(years < years[switch], early, late).mean(0)
-        axis.plot(
-            years, rate, linewidth=7 - 1.5 * i, label=f"mean rate, {name}"
-        )  # from broad to narrow: they lie on each other
+        # from broad to narrow: they lie on each other
+        axis.plot(years.numpy(), rate.numpy(), linewidth=7 - 1.5 * i, label=f"mean rate, {name}")
     axis.set(xlabel="year", ylabel="accidents with ten or more dead")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -450,7 +450,7 @@ class EM(Backend[EMState, EMInfo]):
     def sample(self, state: EMState, program: Program) -> tuple[EMState, Draw]:
         values = self.values(state, program)
         best = _finite(state.objective).argmax()
-        return state, Draw({name: value[best][None] for name, value in values.items()}, {})
+        return state, Draw({name: value[best][None] for name, value in values.items()}, {"lp": state.objective[best][None]})
 
     def values(self, state: EMState, program: Program) -> dict[str, Tensor]:
         values = dict(state.values)

@@ -249,15 +249,17 @@ class Program:
         arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         enumerated: Collection[str] = (),
         resampled: Collection[str] = (),
+        evaluated: bool = True,
     ) -> poutine.Trace:
-        """Runs the program once on constrained ``values``; log-probabilities are computed, sites not named are drawn.
+        """Runs the program once on constrained ``values``; sites not named are drawn.
 
         Args:
             values: Site to value.
             data: Tensors in place of those among the arguments.
             arguments: Positional and keyword arguments in place of those of the program.
             enumerated: Finite sites that take all their values at once, in dimensions left of all plates.
-            resampled: Observed sites that are drawn instead; no log-probabilities then.
+            resampled: Observed sites that are drawn instead.
+            evaluated: Whether log-probabilities are computed.
         """
         args, kwargs = self.arguments(data) if arguments is None else arguments
         handled = self.handled(values, enumerated, resampled)
@@ -266,7 +268,7 @@ class Program:
         with quiet(), Arithmetic(self.widest if enumerated else None):
             try:
                 trace = poutine.trace(handled).get_trace(*args, **kwargs)
-                if not resampled:
+                if evaluated and not resampled:
                     trace.compute_log_prob()
             except Unsupported as refusal:  # without the table of shapes that Pyro adds
                 raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
@@ -290,7 +292,7 @@ class Program:
 
     def sample_prior(self) -> dict[str, Tensor]:
         """One draw of all latent sites; flat ones start anywhere on (-2, 2), unconstrained."""
-        trace = self.trace({})
+        trace = self.trace({}, evaluated=False)
         return {name: trace.nodes[name]["value"].detach() for name in self.latents}
 
     def _look(self) -> None:

@@ -76,8 +76,14 @@ def _candidates(program: Program, count: int) -> dict[str, Tensor]:
     return {name: torch.stack([draw[name] for draw in draws]) for name in program.latents}
 
 
-def starting_values(program: Program, chains: int, start: Any = None) -> dict[str, Tensor]:
+def starting_values(program: Program, chains: int, start: Any = None, most: int = _MOST) -> dict[str, Tensor]:
     """Values of all latent sites, (chain, *site): for each chain the best of a few candidates, given sites as given.
+
+    Args:
+        program: The program.
+        chains: Number of chains.
+        start: As ``given_values`` takes it.
+        most: Candidates for each chain, at most.
 
     Raises:
         ValueError: If the log-density is not finite at any candidate.
@@ -85,7 +91,7 @@ def starting_values(program: Program, chains: int, start: Any = None) -> dict[st
     given = given_values(program, start, chains)
     if len(given) == len(program.latents):
         return given
-    share = min(max(_LEAST, _CANDIDATES // chains), _MOST)
+    share = min(max(_LEAST, _CANDIDATES // chains), most)
     values = _candidates(program, chains * share)
     values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
     density = Density(program, rung="vmapped")
@@ -116,6 +122,8 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
     standard deviations at most: towards the mass, not down a funnel); those that are then lower than the best of them go on
     until they are as high as it was.
     """
+    if not program.continuous:
+        return dict(values)
     coordinates = Unconstrained(program, program.continuous)
     staged = program.density.unconstrained(coordinates, program.finite)
     scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)

@@ -1,0 +1,63 @@
+"""Every example runs, and so does every block of README, whose promises hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyro_genmodels import cli
+from pyro_genmodels.comparison import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(path).main(smoke=True, folder=str(tmp_path / "runs"))
+    printed = capsys.readouterr().out
+    for name in ("SVI", "EM", "Gibbs", "Metropolis-Hastings", "HMC"):
+        assert re.search(rf"^{name} .*\d", printed, re.MULTILINE)
+    pictures = [*(tmp_path / "runs").glob("*.png")]
+    assert pictures and all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_fit_one_screen(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_the_code_in_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)
+    x, y = namespace["x"], namespace["y"]
+    # ordinary least squares: the priors are wide, the posterior sd is 0.07, its Monte-Carlo error below 0.01
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    fitted = re.findall(r"tensor\((-?[\d.]+)", capsys.readouterr().out)
+    assert [float(value) for value in fitted] == pytest.approx([float(slope)] * 2, abs=0.03)
+    assert namespace["posterior"].diagnose() == []
+
+
+def test_readme_names_what_there_is() -> None:
+    reading = README.split("in this order:")[1].split("\n\n")[0]
+    for path in re.findall(r"`([\w/]+\.py)`", reading):
+        assert (ROOT / path).is_file(), path
+    for command in re.findall(r"^genmodels (.*?)(?:\s+#.*)?$", README, re.MULTILINE):
+        args = cli._parser().parse_args(command.split())
+        assert set((args.method or "em").split(",")) <= set(METHODS)
