@@ -30,7 +30,7 @@ def main(smoke: bool = False, folder: str = "runs/gmm_five_ways") -> None:
         "SVI": SVI(seed=0, steps=size, learning_rate=0.05),
         "EM": EM(seed=0),
         "Gibbs": Gibbs(seed=0, draws=size, warmup=size // 5),
-        "Metropolis-Hastings": MetropolisHastings(seed=0, draws=size, warmup=2 * size, thin=1 if smoke else 16),
+        "Metropolis-Hastings": MetropolisHastings(seed=0, chains=16, draws=size, warmup=2 * size, thin=1 if smoke else 20),
         "HMC": HMC(seed=0, chains=8, draws=size, warmup=size // 2),
     }
     posteriors = {name: backend.fit(GMM(components=2), data.x) for name, backend in backends.items()}

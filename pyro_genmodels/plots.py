@@ -141,8 +141,10 @@ def effective_sizes(posteriors: Posteriors, sites: Sequence[str] | None = None) 
             lengths = [sizes[name][label] / seconds for label in labels]
             places = np.arange(len(labels)) + (j - 0.5 * (len(named) - 1)) * thickness
             bars = axis.barh(places, lengths, 0.86 * thickness, color=colour, label=name)
-            axis.bar_label(bars, fmt="{:,.0f}" if not is_rate else "{:,.3g}", padding=3, color=_INK, fontsize=8)
+            axis.bar_label(bars, fmt=_rounded, padding=3, color=_INK, fontsize=8)
         axis.set_yticks(np.arange(len(labels)), labels)
+        axis.xaxis.set_major_formatter(lambda value, _: _rounded(value))
+        axis.locator_params(axis="x", nbins=5)
         axis.margins(x=0.15)
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
@@ -150,6 +152,10 @@ def effective_sizes(posteriors: Posteriors, sites: Sequence[str] | None = None) 
     figure.axes[0].invert_yaxis()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     return figure
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def learning_curve(posteriors: Posteriors) -> Figure:
