@@ -16,8 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +42,8 @@ _PATIENCE = 12  # calls before a graph is recorded, which costs as much as about
 _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows faster than the gain)
 _LARGEST_STAGED = 100_000
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
-_SECONDS_TO_COMPILE = (3.0, 0.01)  # constant and per node, measured on two cores
+_SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two cores without a cache
+_ENOUGH = sys.maxsize
 _COMPILER: dict[str, Any] = {"cpp.vec_isa_ok": True}  # trusts the processor's flags; asking the compiler takes ten seconds
 
 _log = logging.getLogger("inference")
@@ -67,6 +70,17 @@ def _translated(error: Exception, name: str) -> Exception:
     return error
 
 
+@dataclass
+class _Variant:
+    """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for."""
+
+    calls: int = 0
+    checks: int = 0
+    evaluations: int = -1
+    graph: fx.GraphModule | None = None
+    run: Callable[..., Any] | None = None
+
+
 class Staged:
     """``function`` of one chain, called with a leading chain axis.
 
@@ -74,7 +88,7 @@ class Staged:
         function: Takes trees of tensors without the chain axis, returns a tree of tensors.
         batched: For each argument, whether it has a chain axis.
         name: Of the program, for errors.
-        evaluations: How many calls the run's configuration asks for.
+        evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
 
     Attributes:
@@ -99,33 +113,31 @@ class Staged:
         self.limit = RUNGS.index(limit)
         self.rung, self.nodes = "", 0
         self.patience = _PATIENCE if rung is None else 0
-        self._graphs: dict[Hashable, Callable[..., Any] | None] = {}
-        self._calls: dict[Hashable, int] = {}
+        self._variants: dict[Hashable, _Variant] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         leaves, structure = tree_flatten(inputs)
         key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
-        calls = self._calls.get(key, 0)
+        variant = self._variants.setdefault(key, _Variant())
         with torch.no_grad():
-            if calls > self.patience + _CHECKS:
-                graph = self._graphs[key]
-                return self._reference(*inputs) if graph is None else graph(*leaves)
-            self._calls[key] = calls + 1
+            if variant.calls == self.patience:
+                self._stage(variant, leaves, structure)
+            if variant.graph is not None and variant.evaluations < self.evaluations:
+                self._compile(variant, leaves)
+            variant.calls += 1
+            if variant.run is not None and not variant.checks:
+                return variant.run(*leaves)
             expected = self._reference(*inputs)
-            if calls < self.patience:
+            if variant.run is None:
                 self.rung = RUNGS[min(self.limit, 1)]
-                return expected
-            if calls == self.patience:
-                self._graphs[key] = self._stage(leaves, structure)
-            graph = self._graphs[key]
-            if graph is not None and not _equal(graph(*leaves), expected):
-                _log.info("%s: a graph gave other values than the program; running without it.", self.name)
-                self._graphs[key], self.rung = None, "vmapped"
+            else:
+                variant.checks -= 1
+                if not _equal(variant.run(*leaves), expected):
+                    self._step_down(variant)
             return expected
 
     def _reference(self, *inputs: Any) -> Any:
         if self.limit == 0:
-            self.rung = "looped"
             return self._looped(*inputs)
         try:
             return vmap(self.function, in_dims=self.in_dims)(*inputs)
@@ -145,10 +157,9 @@ class Staged:
         ]
         return tree_map(lambda *parts: torch.stack(parts), *rows)
 
-    def _stage(self, leaves: list[Tensor], structure: Any) -> Callable[..., Any] | None:
-        self.rung = RUNGS[min(self.limit, 1)]
+    def _stage(self, variant: _Variant, leaves: list[Tensor], structure: Any) -> None:
         if self.limit < RUNGS.index("staged"):
-            return None
+            return
 
         def flat(*flat_leaves: Tensor) -> Any:
             return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
@@ -161,23 +172,35 @@ class Staged:
             graph = fold(graph)
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
-            return None
+            return
         self.nodes = len(graph.graph.nodes)
-        if self.nodes > _LARGEST_STAGED:
-            return None
-        self.rung = "staged"
+        if self.nodes <= _LARGEST_STAGED:
+            variant.graph = variant.run = graph
+            variant.checks, self.rung = _CHECKS, "staged"
+
+    def _compile(self, variant: _Variant, leaves: list[Tensor]) -> None:
+        variant.evaluations = self.evaluations
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
-            return graph
+            return
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
-                compiled = torch.compile(graph, dynamic=False, fullgraph=True, options=_COMPILER)
+                assert variant.graph is not None
+                compiled = torch.compile(variant.graph, dynamic=False, fullgraph=True, options=_COMPILER)
                 compiled(*leaves)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
-            return graph
-        self.rung = "compiled"
-        return compiled
+            return
+        variant.run, variant.checks, self.rung = compiled, _CHECKS, "compiled"
+        variant.evaluations = _ENOUGH
+
+    def _step_down(self, variant: _Variant) -> None:
+        _log.info("%s: a %s graph gave other values than the program; running without it.", self.name, self.rung)
+        if variant.run is variant.graph:
+            variant.graph = variant.run = None
+            self.rung = "vmapped"
+        else:
+            variant.run, variant.checks, self.rung = variant.graph, _CHECKS, "staged"
 
     def _pays_to_compile(self) -> bool:
         constant, per_node = _SECONDS_TO_COMPILE
@@ -330,13 +353,18 @@ class Density:
         self.program, self.evaluations, self.limit = program, evaluations, rung
         self.functions: dict[Hashable, Staged] = {}
 
-    def stage(self, key: Hashable, function: Callable[..., Any], batched: tuple[bool, ...]) -> Staged:
-        """``function`` for all chains; the same ``key`` gives the same staged function again."""
+    def stage(
+        self, key: Hashable, function: Callable[..., Any], batched: tuple[bool, ...], evaluations: int | None = None
+    ) -> Staged:
+        """``function`` for all chains; the same ``key`` gives the same staged function again.
+
+        ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all.
+        """
         if key not in self.functions:
-            self.functions[key] = Staged(
-                function, batched, name=self.program.name, evaluations=self.evaluations, rung=self.limit
-            )
-        return self.functions[key]
+            self.functions[key] = Staged(function, batched, name=self.program.name, rung=self.limit)
+        staged = self.functions[key]
+        staged.evaluations = max(staged.evaluations, self.evaluations if evaluations is None else evaluations)
+        return staged
 
     @cached_property
     def joint(self) -> Staged:
@@ -353,7 +381,13 @@ class Density:
         sites = tuple(enumerated)
         return self.stage(("marginal", sites), lambda values: log_normalizer(self.program, values, sites), (True,))
 
-    def unconstrained(self, coordinates: Unconstrained, enumerated: Collection[str] = (), gradient: bool = True) -> Staged:
+    def unconstrained(
+        self,
+        coordinates: Unconstrained,
+        enumerated: Collection[str] = (),
+        gradient: bool = True,
+        evaluations: int | None = None,
+    ) -> Staged:
         """(position (chain, size), other values) -> log-density of the position, or (gradient, log-density)."""
         sites = tuple(enumerated)
 
@@ -367,7 +401,7 @@ class Density:
             # a closure: what is an argument of grad_and_value is wrapped, and a wrapped integer cannot be an index
             return grad_and_value(lambda p: log_density(p, others))(position)
 
-        return self.stage(key, with_gradient if gradient else log_density, (True, True))
+        return self.stage(key, with_gradient if gradient else log_density, (True, True), evaluations)
 
     def slopes(self, sites: Collection[str], enumerated: Collection[str]) -> Staged:
         """(values of ``sites``) -> (gradient, log p) with ``enumerated`` summed out; all on the constrained scale."""
@@ -389,14 +423,14 @@ class Density:
 
         return self.stage(("gradients", site), at_points, (True, True))
 
-    def draw(self, sites: Collection[str]) -> Staged:
+    def draw(self, sites: Collection[str], evaluations: int | None = None) -> Staged:
         """(values of the other sites, site to uniforms (chain, *batch)) -> exact joint draw of finite ``sites``, log q."""
         names = tuple(sites)
 
         def drawn(values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
             return self._drawn(values, uniforms, names)[:2]
 
-        return self.stage(("draw", names), drawn, (True, True))
+        return self.stage(("draw", names), drawn, (True, True), evaluations)
 
     def redraw(self, sites: Collection[str]) -> Staged:
         """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values."""

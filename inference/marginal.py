@@ -106,7 +106,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
             return torch.zeros((), dtype=program.dtype)
         density = program.density
         others = {name: values[name] for name in program.continuous}
-        drawn, log_q = density.draw(program.finite)(others, density.uniforms(program.finite, self.chains))
+        drawn, log_q = density.draw(program.finite, self.draws)(others, density.uniforms(program.finite, self.chains))
         joint = density.joint({**others, **drawn})
         error = (joint - log_q - density.marginal(program.finite)(others)).abs()
         precision = 1e-10 if program.dtype == torch.float64 else 1e-4
@@ -140,7 +140,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         values = self._parts(program)[0].values(state.kernel.position)
         if program.finite:
             uniforms = program.density.uniforms(program.finite, self.chains)
-            values |= program.density.draw(program.finite)(values, uniforms)[0]
+            values |= program.density.draw(program.finite, self.draws)(values, uniforms)[0]
         return {name: values[name] for name in program.latents}
 
     def plan(self, state: MarginalState, program: Program) -> Plan:

@@ -125,7 +125,7 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
     if not program.continuous:
         return dict(values)
     coordinates = Unconstrained(program, program.continuous)
-    staged = program.density.unconstrained(coordinates, program.finite)
+    staged = program.density.unconstrained(coordinates, program.finite, evaluations=_LONGEST_ASCENT)
     scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)
     others = {name: v for name, v in values.items() if name not in (*program.continuous, *program.finite)}
     start = position = coordinates.position(values)

@@ -258,7 +258,6 @@ def test_the_gradient_of_the_sum_is_the_mean_of_gradients(program: Any, device: 
     stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
     slope = torch.func.grad(lambda value: log_normalizer(looked, {"m": value}, looked.finite))(m)
 
-
     def slope_and_value(z: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return torch.func.grad_and_value(lambda value: looked.log_joint({**z, "m": value}))(m)
 

@@ -141,9 +141,7 @@ def test_single_precision_constants_of_the_program_do_not_cost_conjugacy(device:
 # --------------------------------------------------------------------------------------- overrides
 def test_blocks_override_the_plan(device: torch.device) -> None:
     instance = BY_NAME["normal_independent"]
-    backend = Gibbs(
-        chains=8, warmup=50, draws=20, seed=0, progress=False, blocks={("mean", "variance"): Hamiltonian()}
-    )
+    backend = Gibbs(chains=8, warmup=50, draws=20, seed=0, progress=False, blocks={("mean", "variance"): Hamiltonian()})
     posterior = backend.fit(instance.program, *instance.on(device))
     assert posterior.plan is not None
     assert posterior.plan["mean"].sites == ("mean", "variance") and posterior.plan["mean"].update == "HMC"

@@ -562,9 +562,9 @@ CONDITIONALS: dict[str, tuple[Conditional, Callable[[np.ndarray], Any]]] = {
     ),
     "InverseGamma of the square": (
         power_gamma(-2.0),
-        lambda x: (
-            scipy.stats.invgamma.logpdf(x**2, [2.5, 0.7, 40.0], scale=np.array([1.2, 3.0, 8.0])) + np.log(2 * x)
-        ).sum(-1),
+        lambda x: (scipy.stats.invgamma.logpdf(x**2, [2.5, 0.7, 40.0], scale=np.array([1.2, 3.0, 8.0])) + np.log(2 * x)).sum(
+            -1
+        ),
     ),
     "Gamma of the square": (
         power_gamma(2.0),

@@ -32,9 +32,7 @@ class Normal:
     def log_likelihood(self, draws: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"y": -0.5 * (Y - draws["mu"][..., None]) ** 2 - 0.5 * math.log(2 * math.pi)}
 
-    def predict(
-        self, draws: dict[str, Tensor], args: Any = None, kwargs: Any = None, seed: int = 0
-    ) -> dict[str, Tensor]:
+    def predict(self, draws: dict[str, Tensor], args: Any = None, kwargs: Any = None, seed: int = 0) -> dict[str, Tensor]:
         y = args[0] if args else Y
         noise = torch.randn((*draws["mu"].shape, len(y)), generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
         return {"y": draws["mu"][..., None] + noise}

@@ -91,9 +91,7 @@ def test_sites_that_a_pivot_lacks_are_renamed_along() -> None:
 def test_groups_of_different_size_are_matched_on_their_own() -> None:
     draws = mixture()
     two = torch.stack([draws["offset"], draws["offset"] + 100.0], -1)
-    flipped = torch.where(
-        torch.rand(CHAINS, DRAWS, 1, generator=torch.Generator().manual_seed(2)) < 0.5, two, two.flip(-1)
-    )
+    flipped = torch.where(torch.rand(CHAINS, DRAWS, 1, generator=torch.Generator().manual_seed(2)) < 0.5, two, two.flip(-1))
     both = {"means": renamed(draws, random_order())["means"], "two": flipped}
     pivot = {"means": draws["means"][0, 0], "two": two[0, 0]}
     matched = relabel.match(both, {"means": 0, "two": 0}, pivot)
