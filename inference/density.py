@@ -182,11 +182,14 @@ class Staged:
         variant.evaluations = self.evaluations
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
             return
+        from torch._inductor import config as inductor  # imported where it is used: it takes seconds
+
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
                 assert variant.graph is not None
-                compiled = torch.compile(variant.graph, dynamic=False, fullgraph=True, options=_COMPILER)
+                options = {**_COMPILER, "deterministic": True} if hasattr(inductor, "deterministic") else _COMPILER
+                compiled = torch.compile(variant.graph, dynamic=False, fullgraph=True, options=options)
                 compiled(*leaves)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
@@ -424,10 +427,10 @@ class Density:
         return self.stage(("gradients", site), at_points, (True, True))
 
     def draw(self, sites: Collection[str], evaluations: int | None = None) -> Staged:
-        """(values of the other sites, site to uniforms (chain, *batch)) -> exact joint draw of finite ``sites``, log q."""
+        """(values of the other sites, ``uniforms`` of the sites) -> exact joint draw of finite ``sites``, log q."""
         names = tuple(sites)
 
-        def drawn(values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        def drawn(values: Mapping[str, Tensor], uniforms: Tensor) -> tuple[dict[str, Tensor], Tensor]:
             return self._drawn(values, uniforms, names)[:2]
 
         return self.stage(("draw", names), drawn, (True, True), evaluations)
@@ -436,42 +439,47 @@ class Density:
         """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values."""
         names = tuple(sites)
 
-        def redrawn(
-            values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor]
-        ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        def redrawn(values: Mapping[str, Tensor], uniforms: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
             drawn, log_q, records = self._drawn(values, uniforms, names)
-            _, log_q_present = draw_back(
-                self.program,
-                records,
-                lambda site, logits: indices(self.program, site, values[site]).reshape(logits.shape[:-1]),
-            )
-            return drawn, log_q, log_q_present
+
+            def present(sites: tuple[str, ...], logits: Tensor) -> Tensor:
+                found = [indices(self.program, site, values[site]).reshape(logits.shape[1:-1]) for site in sites]
+                return torch.stack(found)
+
+            return drawn, log_q, draw_back(self.program, records, present)[1]
 
         return self.stage(("redraw", names), redrawn, (True, True))
 
     def _drawn(
-        self, values: Mapping[str, Tensor], uniforms: Mapping[str, Tensor], sites: tuple[str, ...]
+        self, values: Mapping[str, Tensor], uniforms: Tensor, sites: tuple[str, ...]
     ) -> tuple[dict[str, Tensor], Tensor, Any]:
         others = {name: value for name, value in values.items() if name not in sites}
         found = factors(self.program, others, sites)
         _, records = eliminate(found, plates_of(self.program, sites))
 
-        def pick(site: str, logits: Tensor) -> Tensor:
+        latents, first, offsets = self.program.latents, 0, {}
+        for site in sites:
+            offsets[site] = first
+            first += latents[site].batch_shape.numel()
+
+        def pick(group: tuple[str, ...], logits: Tensor) -> Tensor:
             cumulative = logits.exp().cumsum(-1)
-            level = uniforms[site].reshape(logits.shape[:-1]).unsqueeze(-1) * cumulative[..., -1:]
+            own = torch.arange(logits.shape[1:-1].numel(), device=logits.device)
+            where = torch.tensor([offsets[site] for site in group], device=logits.device)[:, None] + own
+            level = uniforms[where].reshape(logits.shape[:-1]).unsqueeze(-1) * cumulative[..., -1:]
             return (cumulative < level).sum(-1)
 
         picked, log_q = draw_back(self.program, records, pick)
         drawn = {}
         for site in sites:
-            choices = self.program.latents[site].choices
+            choices = latents[site].choices
             assert choices is not None
-            zeros = torch.zeros(self.program.latents[site].batch_shape, dtype=torch.long, device=choices.device)
-            drawn[site] = choices[picked.get(site, zeros)]
+            zeros = torch.zeros(latents[site].batch_shape, dtype=torch.long, device=choices.device)
+            index = picked.get(site, zeros)
+            drawn[site] = index.to(choices.dtype) if latents[site].is_indexed else choices[index]
         return drawn, log_q, records
 
-    def uniforms(self, sites: Collection[str], chains: int) -> dict[str, Tensor]:
-        """Fresh uniforms for ``draw`` and ``redraw``."""
-        shapes = {site: self.program.latents[site].batch_shape for site in sites}
-        device, dtype = self.program.device, self.program.dtype
-        return {site: torch.rand(chains, *shape, device=device, dtype=dtype) for site, shape in shapes.items()}
+    def uniforms(self, sites: Collection[str], chains: int) -> Tensor:
+        """Fresh uniforms for ``draw`` and ``redraw``, one for each element of the sites; (chain, element)."""
+        count = sum(self.program.latents[site].batch_shape.numel() for site in sites)
+        return torch.rand(chains, count, device=self.program.device, dtype=self.program.dtype)

@@ -30,7 +30,7 @@ from inference.blocks.block import is_certified
 from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density, Unconstrained
-from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of
+from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of, total
 from inference.fit import Optimise
 from inference.messages import Family, Gaussian, Normal, candidates
 from inference.plan import Plan, Update, assign
@@ -268,9 +268,9 @@ class EM(Backend[EMState, EMInfo]):
                 found = self._factors(program, {**theta, **particle}, roles)
 
                 def log_z(tables: list[Tensor]) -> Tensor:
-                    replaced = [f._replace(table=t) for f, t in zip(found, tables, strict=True)]
+                    replaced = [f.with_table(t) for f, t in zip(found, tables, strict=True)]
                     left, _ = eliminate(replaced, plates_of(program, program.finite), maximise=self.hard)
-                    return torch.stack([f.table for f in left]).sum()
+                    return total(left)
 
                 weights, value = grad_and_value(log_z)([f.table for f in found])
                 return value, weights
@@ -294,10 +294,10 @@ class EM(Backend[EMState, EMInfo]):
         return state._replace(objective=objective), weights
 
     def _marginal(self, state: EMState, program: Program, values: dict[str, Tensor]) -> Tensor:
-        def total(all_values: dict[str, Tensor]) -> Tensor:
-            return torch.stack([f.table.sum() for f in self._factors(program, all_values, state.roles)]).sum()
+        def objective(all_values: dict[str, Tensor]) -> Tensor:
+            return total(self._factors(program, all_values, state.roles))
 
-        return state.density.stage(("total", self.objective), total, (True,))(values)
+        return state.density.stage(("total", self.objective), objective, (True,))(values)
 
     def _conditional(self, state: EMState, program: Program) -> Conditional:
         (name,) = [n for n in state.roles.averaged if n not in program.finite]

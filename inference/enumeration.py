@@ -16,39 +16,73 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from inference.contract import Unsupported
+from inference.dependence import lanes, lifetimes
 from inference.program import Program
 
-__all__ = ["Factor", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
+__all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
 
 WIDEST = 2**20  # entries of one table, per chain; 8 MiB in float64
+_SMALL = 4096  # entries of a table up to which sites with two neighbours are eliminated together
+
+# Takes sites of one batch shape and their log-probabilities (site, *batch without gaps, K), returns indices (site, *batch).
+Pick = Callable[[tuple[str, ...], Tensor], Tensor]
 
 
 class Factor(NamedTuple):
-    """A table of log-values. ``dims`` names the dimensions of ``table``; ``plates`` are those it belongs to."""
+    """A table of log-values, or one row of a stack of tables of one shape.
 
-    table: Tensor
+    ``dims`` names the dimensions of ``table``; ``plates`` are those of them that it is multiplied over.
+    """
+
+    source: Tensor
     dims: tuple[str, ...]
     plates: frozenset[str]
     site: str = ""
+    row: int | None = None
+
+    @property
+    def table(self) -> Tensor:
+        return self.source if self.row is None else self.source[self.row]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.source.shape if self.row is None else self.source.shape[1:]
 
     @property
     def variables(self) -> tuple[str, ...]:
         return tuple(dim for dim in self.dims if dim not in self.plates)
 
+    def with_table(self, table: Tensor) -> Factor:
+        return self._replace(source=table, row=None)
+
+
+def _stack(group: Sequence[Factor]) -> Tensor:
+    """Tables of one shape and order of dimensions, (factor, *shape)."""
+    source, rows = group[0].source, [factor.row for factor in group]
+    if rows[0] is None or any(factor.source is not source for factor in group):
+        return torch.stack([factor.table for factor in group])
+    picked = [row for row in rows if row is not None]
+    return source if picked == list(range(len(source))) else source[torch.tensor(picked, device=source.device)]
+
 
 class Record(NamedTuple):
-    """What is needed to draw ``variable`` back: its log-weights given all that was eliminated later."""
+    """What is needed to draw ``sites`` back, all at once: their log-weights given their neighbours.
 
-    variable: str
+    ``table`` is (site, *batch, *neighbour, K); ``batch`` names the batch dimensions, ``neighbours`` the sites, row by row.
+    """
+
+    sites: tuple[str, ...]
     table: Tensor
-    dims: tuple[str, ...]
+    batch: tuple[str, ...]
+    neighbours: tuple[tuple[str, ...], ...]
 
 
 def place(program: Program, site: str) -> tuple[str, ...]:
@@ -66,6 +100,16 @@ def place(program: Program, site: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _spread(program: Program, lane: Mapping[str, int]) -> dict[str, Tensor]:
+    """Every finite site in ``lane`` with all its values at once, in a dimension left of all plates."""
+    spread = {}
+    for site, number in lane.items():
+        choices = program.latents[site].choices
+        assert choices is not None
+        spread[site] = choices.reshape(len(choices), *(1,) * (program.nesting + number), *choices.shape[1:])
+    return spread
+
+
 def factors(
     program: Program, values: Mapping[str, Tensor], enumerated: Collection[str], data: list[Tensor] | None = None
 ) -> list[Factor]:
@@ -74,8 +118,10 @@ def factors(
     Raises:
         Unsupported: If a site depends on an enumerated site of a plate that it is not in.
     """
+    lives = lifetimes(program.dependence, enumerated)
+    lane = lanes(lives)
     try:
-        trace = program.trace(values, data=data, enumerated=enumerated)
+        nodes, stacks = program.log_probs({**values, **_spread(program, lane)}, data, is_wide=True)
     except (IndexError, RuntimeError) as error:
         if any(mark in str(error) for mark in ("item()", "control flow", "randomness", "data pointer", "numpy")):
             raise
@@ -83,58 +129,59 @@ def factors(
             f"{program.name} indexes a plate of a finite site while it is enumerated: the elements of that plate are "
             "coupled. Use one site for each element, or pyro.ops.indexing.Vindex."
         ) from error
-    nodes = {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and name in program.batch_shapes and name not in program.deterministic
-    }
-    variables = {
-        node["infer"]["_dim_to_id"][node["infer"]["_enumerate_dim"]]: name
-        for name, node in nodes.items()
-        if "_enumerate_dim" in node["infer"]
-    }
+    statements = list(program.dependence)
+    alive: dict[str, dict[int, str]] = {name: {} for name in statements}  # statement -> dimension -> site
+    for site, (first, last) in lives.items():
+        for name in statements[first : last + 1]:
+            alive[name][-1 - program.nesting - lane[site]] = site
     found = []
-    for name, node in nodes.items():
-        table, batch = node["log_prob"], program.batch_shapes[name]
-        plates = {frame.dim: frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
-        dims, shape = [], []
-        for dim in range(-table.dim(), 0):
-            size = table.shape[dim]
-            if dim < -program.nesting:
-                if size == 1:
-                    continue
-                dims.append(variables[node["infer"]["_dim_to_id"][dim]])
-            elif dim in plates:
-                dims.append(plates[dim])
-            elif size == 1:
-                continue
-            elif len(batch) >= -dim and batch[dim] == size:
-                dims.append(f"dimension {dim}")
-            else:
-                raise Unsupported(
-                    f"Site '{name}' depends on a finite site inside a plate of size {size} that it is not in itself, so "
-                    "that the elements of the plate are coupled. Update that site one element at a time, or put "
-                    f"'{name}' into the plate."
-                )
-            shape.append(size)
-        own = frozenset(dims) - set(variables.values())
-        found.append(Factor(table.reshape(shape), tuple(dims), own, name))
-    return found
+    for names, table in stacks:
+        shape, sources = table.shape[1:], {}
+        for row, name in enumerate(names):
+            if name in program.batch_shapes and name not in program.deterministic:
+                dims = _dims(program, nodes[name], name, shape, alive[name])
+                kept = tuple(dims)  # one tensor for all rows that keep the same dimensions
+                if kept not in sources:
+                    sources[kept] = table.reshape(len(names), *(shape[dim] for dim in kept))
+                labels = tuple(dims.values())
+                found.append(Factor(sources[kept], labels, frozenset(labels) - lane.keys(), name, row))
+    number = {name: i for i, name in enumerate(statements)}
+    return sorted(found, key=lambda factor: number[factor.site])
 
 
-def _aligned(group: Collection[Factor], dims: tuple[str, ...]) -> Tensor:
-    """Sum of tables over the union of their dimensions, in the order of ``dims``."""
-    total = None
-    for factor in group:
-        order = sorted(range(len(factor.dims)), key=lambda i: dims.index(factor.dims[i]))
-        table = factor.table.permute(order)
-        present = [factor.dims[i] for i in order]
-        for i, dim in enumerate(dims):
-            if dim not in present:
-                table = table.unsqueeze(i)
-        total = table if total is None else total + table
-    assert total is not None
-    return total
+def _dims(
+    program: Program, node: Mapping[str, Any], name: str, shape: torch.Size, alive: Mapping[int, str]
+) -> dict[int, str]:
+    """The dimensions of a statement's log-probabilities to their names; those of size 1 only if they are plates."""
+    plates = {frame.dim: frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
+    batch, dims = program.batch_shapes[name], {}
+    for dim in range(-len(shape), 0):
+        size = shape[dim]
+        if dim in plates:
+            dims[dim] = plates[dim]
+        elif size == 1:
+            continue
+        elif dim < -program.nesting:
+            dims[dim] = alive[dim]
+        elif len(batch) >= -dim and batch[dim] == size:
+            dims[dim] = f"dimension {dim}"
+        else:
+            raise Unsupported(
+                f"Site '{name}' depends on a finite site inside a plate of size {size} that it is not in itself, so "
+                "that the elements of the plate are coupled. Update that site one element at a time, or put "
+                f"'{name}' into the plate."
+            )
+    return dims
+
+
+def _aligned(table: Tensor, dims: Sequence[Hashable], wanted: Sequence[Hashable]) -> Tensor:
+    """A stack of tables with the dimensions in the order ``wanted``, those that are missing of size 1."""
+    order = sorted(range(len(dims)), key=lambda i: wanted.index(dims[i]))
+    table = table.permute(0, *(i + 1 for i in order))
+    for i, dim in enumerate(wanted):
+        if dim not in dims:
+            table = table.unsqueeze(i + 1)
+    return table
 
 
 def _logsumexp(table: Tensor, dim: int) -> Tensor:
@@ -143,14 +190,107 @@ def _logsumexp(table: Tensor, dim: int) -> Tensor:
     return (table - top).exp().sum(dim).log() + top.squeeze(dim)
 
 
-def _check_width(dims: tuple[str, ...], group: Collection[Factor], widest: int) -> None:
-    sizes = {dim: size for factor in group for dim, size in zip(factor.dims, factor.table.shape, strict=True)}
-    width = math.prod(sizes[dim] for dim in dims)
-    if width > widest:
-        raise Unsupported(
-            f"Summing out {', '.join(dims)} jointly needs a table of {width:,} entries (at most {widest:,}). "
-            "Update these sites one at a time."
-        )
+class _Group:
+    """Factors of one set of plates, while the variables that are local to them are eliminated."""
+
+    def __init__(self, factors: list[Factor], local: Collection[str]) -> None:
+        self.local = dict.fromkeys(v for factor in factors for v in factor.variables if v in local)
+        self.factors: dict[int, Factor] = {}
+        self.of: dict[str, dict[int, None]] = {variable: {} for variable in self.local}  # its factors
+        self._costs: dict[str, tuple[int, set[str]]] = {}
+        self._count = 0
+        for factor in factors:
+            self.add(factor)
+
+    def add(self, factor: Factor) -> None:
+        self.factors[self._count] = factor
+        for variable in factor.variables:
+            if variable in self.local:
+                self.of[variable][self._count] = None
+                self._costs.pop(variable, None)
+        self._count += 1
+
+    def take(self, variable: str) -> list[Factor]:
+        """Removes a variable and its factors."""
+        taken = {i: self.factors.pop(i) for i in self.of.pop(variable)}
+        del self.local[variable]
+        for i, factor in taken.items():
+            for other in factor.variables:
+                if other in self.local:
+                    del self.of[other][i]
+        return list(taken.values())
+
+    def cost(self, variable: str) -> tuple[int, set[str]]:
+        """Entries of the table that summing a variable out makes, and its neighbours."""
+        if variable not in self._costs:
+            involved = [self.factors[i] for i in self.of[variable]]
+            sizes = {dim: size for factor in involved for dim, size in zip(factor.dims, factor.shape, strict=True)}
+            neighbours = {other for factor in involved for other in factor.variables} - {variable}
+            self._costs[variable] = math.prod(sizes.values()), neighbours
+        return self._costs[variable]
+
+    def next(self) -> list[str]:
+        """Variables to sum out together: all of an independent set with two neighbours at most, else the cheapest one.
+
+        Every other state of a chain goes at once, so that a chain of n states takes log₂ n rounds.
+        """
+        chosen: list[str] = []
+        if len(self.local) > 2:
+            blocked: set[str] = set()
+            for variable in self.local:
+                width, neighbours = self.cost(variable)
+                if variable not in blocked and len(neighbours) <= 2 and width <= _SMALL:
+                    chosen.append(variable)
+                    blocked |= neighbours
+        return chosen or [min(self.local, key=lambda v: (self.cost(v)[0], v))]
+
+
+class _Form(NamedTuple):
+    """What variables that are summed out in one operation share: dimensions and shapes of their factors, by role."""
+
+    factors: tuple[tuple[tuple[Hashable, ...], torch.Size], ...]
+    neighbours: tuple[frozenset[str], ...]
+
+
+def _form(
+    variable: str, involved: list[Factor], plates_of: Mapping[str, frozenset[str]]
+) -> tuple[_Form, list[Factor], tuple[str, ...]]:
+    """The form of a variable, its factors in the order of the form, and its neighbours."""
+    neighbours = tuple(dict.fromkeys(v for factor in involved for v in factor.variables if v != variable))
+    roles: dict[str, Hashable] = {variable: -1, **{other: i for i, other in enumerate(neighbours)}}
+    keyed = [(tuple(roles.get(dim, dim) for dim in factor.dims), factor.shape) for factor in involved]
+    order = sorted(range(len(keyed)), key=lambda i: str(keyed[i][0]))
+    form = _Form(tuple(keyed[i] for i in order), tuple(plates_of[other] for other in neighbours))
+    return form, [involved[i] for i in order], neighbours
+
+
+def _sum_out(
+    form: _Form, members: list[tuple[str, list[Factor], tuple[str, ...]]], leaf: frozenset[str], maximise: bool
+) -> tuple[list[Factor], Record]:
+    """Sums variables of one form out, each of its own factors."""
+    count, batch = len(members), tuple(sorted(leaf))
+    wanted = (*batch, *range(len(form.neighbours)), -1)
+    total: Tensor | None = None
+    start = 0
+    while start < len(form.factors):
+        dims, shape = form.factors[start]
+        end = start + 1
+        while end < len(form.factors) and form.factors[end] == (dims, shape):
+            end += 1
+        stack = _stack([factor for _, factors, _ in members for factor in factors[start:end]])
+        if end - start > 1:
+            stack = stack.unflatten(0, (count, end - start)).sum(1)
+        aligned = _aligned(stack, dims, wanted)
+        total = aligned if total is None else total + aligned
+        start = end
+    assert total is not None
+    left = total.amax(-1) if maximise else _logsumexp(total, -1)
+    sites = tuple(variable for variable, _, _ in members)
+    made = [
+        Factor(left, (*batch, *neighbours), leaf, factors[0].site, row)
+        for row, (_, factors, neighbours) in enumerate(members)
+    ]
+    return made, Record(sites, total, batch, tuple(neighbours for _, _, neighbours in members))
 
 
 def eliminate(
@@ -178,9 +318,9 @@ def eliminate(
     done, pending, records = [], list(found), []
     while pending:
         leaf = max((factor.plates for factor in pending), key=lambda plates: (len(plates), sorted(plates)))
-        group = [factor for factor in pending if factor.plates == leaf]
+        inside = [factor for factor in pending if factor.plates == leaf]
         pending = [factor for factor in pending if factor.plates != leaf]
-        local = {v for factor in group for v in factor.variables if plates_of[v] == leaf}
+        local = {v for factor in inside for v in factor.variables if plates_of[v] == leaf}
         for factor in pending:
             outside = local & set(factor.variables)
             if outside:
@@ -188,38 +328,67 @@ def eliminate(
                     f"Site '{factor.site}' depends on '{min(outside)}', which lives in plates {sorted(leaf)} that the "
                     "first is not in: the elements of those plates are coupled."
                 )
-        while local:
-            # the variable whose neighbours make the smallest table goes first
-            neighbours = {
-                v: dict.fromkeys(dim for factor in group if v in factor.dims for dim in factor.dims) for v in local
-            }
-            variable = min(local, key=lambda v: (len(neighbours[v]), v))
-            local.remove(variable)
-            involved = [factor for factor in group if variable in factor.dims]
-            group = [factor for factor in group if variable not in factor.dims]
-            dims = (*sorted(d for d in neighbours[variable] if d != variable), variable)
-            _check_width(dims, involved, max(WIDEST, *(4 * factor.table.numel() for factor in involved)))
-            table = _aligned(involved, dims)
-            records.append(Record(variable, table, dims))
-            table = table.amax(-1) if maximise else _logsumexp(table, -1)
-            group.append(Factor(table, dims[:-1], leaf, involved[0].site))
-        for factor in group:
+        group = _Group(inside, local)
+        while group.local:
+            forms: dict[_Form, list[tuple[str, list[Factor], tuple[str, ...]]]] = {}
+            for variable in group.next():
+                _check_width(group, variable)
+                form, involved, neighbours = _form(variable, group.take(variable), plates_of)
+                forms.setdefault(form, []).append((variable, involved, neighbours))
+            for form, members in forms.items():
+                made, record = _sum_out(form, members, leaf, maximise)
+                records.append(record)
+                for factor in made:
+                    group.add(factor)
+        products: dict[Hashable, Tensor] = {}
+        for factor in group.factors.values():
             target = frozenset().union(*(plates_of[v] for v in factor.variables)) | (leaf & keep)
             if factor.variables and not target < leaf:
                 raise Unsupported(
                     f"Finite sites {', '.join(sorted(factor.variables))} are coupled across the plates {sorted(leaf)}, so "
                     "that they cannot be summed out jointly. Update one of them at a time."
                 )
-            reduced = [i for i, dim in enumerate(factor.dims) if dim in leaf and dim not in target]
-            table = factor.table.sum(reduced) if reduced else factor.table
-            for i in reduced:
-                table = table * (scales or {}).get(factor.dims[i], 1.0)
-            left = Factor(table, tuple(d for i, d in enumerate(factor.dims) if i not in reduced), target, factor.site)
+            left = _multiplied(factor, target, scales or {}, products)
             if left.variables or target - keep:
                 pending.append(left)
             else:
                 done.append(left)
     return done, records
+
+
+def _multiplied(
+    factor: Factor, target: frozenset[str], scales: Mapping[str, float], products: dict[Hashable, Tensor]
+) -> Factor:
+    """The product of a factor over all its plates but ``target``; ``products`` holds those of whole stacks."""
+    reduced = [i for i, dim in enumerate(factor.dims) if dim in factor.plates and dim not in target]
+    key = id(factor.source), factor.dims if scales else (), tuple(reduced)
+    if key not in products:
+        offset = 0 if factor.row is None else 1
+        table = factor.source.sum([i + offset for i in reduced]) if reduced else factor.source
+        for i in reduced:
+            table = table * scales.get(factor.dims[i], 1.0)
+        products[key] = table
+    dims = tuple(dim for i, dim in enumerate(factor.dims) if i not in reduced)
+    return Factor(products[key], dims, target, factor.site, factor.row)
+
+
+def _check_width(group: _Group, variable: str) -> None:
+    width, neighbours = group.cost(variable)
+    widest = max(WIDEST, *(4 * math.prod(group.factors[i].shape) for i in group.of[variable]))
+    if width > widest:
+        raise Unsupported(
+            f"Summing out {', '.join(sorted((variable, *neighbours)))} jointly needs a table of {width:,} entries (at most "
+            f"{widest:,}). Update these sites one at a time."
+        )
+
+
+def total(found: Collection[Factor]) -> Tensor:
+    """Sum of all entries of all tables, a scalar."""
+    rows: dict[int, list[Factor]] = defaultdict(list)
+    for factor in found:
+        rows[id(factor.source)].append(factor)
+    parts = [_stack(group).sum() if group[0].row is not None else group[0].table.sum() for group in rows.values()]
+    return torch.stack(parts).sum()
 
 
 def plates_of(program: Program, sites: Collection[str]) -> dict[str, frozenset[str]]:
@@ -237,8 +406,7 @@ def log_normalizer(
     """log Σ p(z, values, data) over all values z of the sites ``enumerated``; a scalar. For the rest see ``eliminate``."""
     if not enumerated and not scales:
         return program.log_joint(values, data)
-    left, _ = eliminate(factors(program, values, enumerated, data), plates_of(program, enumerated), scales=scales)
-    return torch.stack([factor.table for factor in left]).sum()
+    return total(eliminate(factors(program, values, enumerated, data), plates_of(program, enumerated), scales=scales)[0])
 
 
 def indices(program: Program, site: str, value: Tensor) -> Tensor:
@@ -252,37 +420,35 @@ def indices(program: Program, site: str, value: Tensor) -> Tensor:
     return matches.to(torch.uint8).argmax(-1)
 
 
-def draw_back(
-    program: Program,
-    records: list[Record],
-    pick: Callable[[str, Tensor], Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
+def draw_back(program: Program, records: list[Record], pick: Pick) -> tuple[dict[str, Tensor], Tensor]:
     """Fixes the eliminated variables in reverse order.
 
     Args:
         program: The program.
         records: What ``eliminate`` returned.
-        pick: Takes a site and its log-probabilities (*batch without gaps, K) and returns indices (*batch without gaps).
+        pick: How to choose.
 
     Returns:
         Site to index (of its batch shape) and log q, the sum of the log-probabilities of what was picked.
     """
-    picked: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+    pools: dict[tuple[str, ...], Tensor] = {}  # batch dimensions -> indices picked so far, (site, *batch)
+    rows: dict[str, int] = {}
     log_q: Tensor | float = 0.0
-    for variable, table, dims in reversed(records):
-        for other in [dim for dim in dims if dim in picked]:
-            index, index_dims = picked[other]
-            axis = dims.index(other)
-            rest = dims[:axis] + dims[axis + 1 :]
-            aligned = _aligned([Factor(index, index_dims, frozenset())], rest)
-            table = torch.take_along_dim(
-                table, aligned.expand(table.shape[:axis] + table.shape[axis + 1 :]).unsqueeze(axis), axis
-            ).squeeze(axis)
-            dims = rest
-        order = place(program, variable)
-        logits = table.permute([*(dims.index(dim) for dim in order), dims.index(variable)]).log_softmax(-1)
-        index = pick(variable, logits)
+    for sites, table, batch, neighbours in reversed(records):
+        for j in reversed(range(len(neighbours[0]))):
+            names = [row[j] for row in neighbours]
+            order = place(program, names[0])
+            chosen = torch.tensor([rows[name] for name in names], device=table.device)
+            index = _aligned(pools[order][chosen], order, batch)
+            index = index.reshape(index.shape + (1,) * (j + 2))
+            shape = (*table.shape[:-2], 1, table.shape[-1])
+            table = torch.take_along_dim(table, index.expand(shape), -2).squeeze(-2)
+        order = place(program, sites[0])
+        logits = table.permute(0, *(batch.index(dim) + 1 for dim in order), -1).log_softmax(-1)
+        index = pick(sites, logits)
         log_q = log_q + logits.gather(-1, index.unsqueeze(-1)).sum()
-        picked[variable] = index, order
-    shaped = {v: index.reshape(program.batch_shapes[v]) for v, (index, _) in picked.items()}
-    return shaped, torch.as_tensor(log_q, dtype=program.dtype)
+        first = len(pools[order]) if order in pools else 0
+        pools[order] = torch.cat([pools[order], index]) if first else index
+        rows.update(zip(sites, range(first, first + len(sites)), strict=True))
+    drawn = {site: pools[place(program, site)][row].reshape(program.batch_shapes[site]) for site, row in rows.items()}
+    return drawn, torch.as_tensor(log_q, dtype=program.dtype)

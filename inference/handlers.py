@@ -17,8 +17,6 @@ import numpy as np
 import pyro
 import torch
 from pyro.distributions import ImproperUniform
-from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
@@ -28,7 +26,6 @@ from inference.contract import Unsupported
 
 __all__ = [
     "Arithmetic",
-    "Enumerated",
     "Rescale",
     "Substitute",
     "Weights",
@@ -55,22 +52,20 @@ def start_flat(distribution: Any) -> Tensor:
 
 
 class Substitute(Messenger):
-    """Gives latent sites their values, marks others for enumeration and starts flat priors.
+    """Gives latent sites their values and starts flat priors. A program's own marks for enumeration are overruled.
 
     Args:
         values: Site to value; a site that is not named is sampled.
-        enumerated: Sites that are enumerated in parallel; a program's own marks are overruled.
         resampled: Observed sites that are sampled anew (posterior prediction).
     """
 
     def __init__(
         self,
         values: Mapping[str, Tensor],
-        enumerated: Collection[str] = (),
         resampled: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.values, self.enumerated, self.resampled = values, frozenset(enumerated), frozenset(resampled)
+        self.values, self.resampled = values, frozenset(resampled)
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -87,23 +82,8 @@ class Substitute(Messenger):
                 )
         elif name in self.values:
             msg["value"], msg["done"] = self.values[name], True
-        elif name in self.enumerated:
-            msg["infer"]["enumerate"] = "parallel"
         elif isinstance(base(msg["fn"]), ImproperUniform):
             msg["value"], msg["done"] = start_flat(msg["fn"]), True
-
-
-class Enumerated(EnumMessenger):
-    """Pyro's parallel enumeration, without the ``.data`` that ``vmap`` forbids."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        value = msg["value"]
-        if not isinstance(msg["fn"], TorchDistributionMixin) or value is None:
-            return
-        shape = value.shape[: value.dim() - msg["fn"].event_dim]
-        dim_to_id = msg["infer"].setdefault("_dim_to_id", {})
-        dim_to_id.update(self._param_dims.get(msg["name"], {}))
-        self._value_dims[msg["name"]] = {dim: id_ for dim, id_ in dim_to_id.items() if len(shape) >= -dim and shape[dim] > 1}
 
 
 class Table(dict[str, Tensor]):
@@ -293,15 +273,15 @@ def reproducible(dtype: torch.dtype, device: torch.device | None = None) -> Iter
     Without deterministic algorithms gathers on two threads differ from run to run. On a GPU an operation that has no
     deterministic form runs all the same.
     """
-    before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # not use_deterministic_algorithms, which imports torch's compiler: three seconds
+    before = torch.get_default_dtype(), torch.get_deterministic_debug_mode()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_default_dtype(dtype)
-    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
+    torch.set_deterministic_debug_mode("warn" if on_gpu else "error")
     settings.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():
@@ -309,5 +289,5 @@ def reproducible(dtype: torch.dtype, device: torch.device | None = None) -> Iter
             yield
     finally:
         torch.set_default_dtype(before[0])
-        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before[1])
         settings.fill_uninitialized_memory = fill

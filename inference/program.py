@@ -20,14 +20,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
 from inference.contract import Guided, Prepared, Programmed, Unsupported
-from inference.handlers import Arithmetic, Enumerated, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.dependence import Followed
+from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.stacking import Stack, log_probs
 
 if TYPE_CHECKING:
     from inference.density import Density
 
 __all__ = ["Plate", "Program", "Site"]
 
-_LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷
+_LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
+_MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 
 
 @dataclass(frozen=True)
@@ -235,11 +238,9 @@ class Program:
         leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
         return tree_unflatten([self._cast(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
-    def handled(
-        self, values: Mapping[str, Tensor], enumerated: Collection[str] = (), resampled: Collection[str] = ()
-    ) -> Callable[..., Any]:
+    def handled(self, values: Mapping[str, Tensor], resampled: Collection[str] = ()) -> Callable[..., Any]:
         """The program at given values, its weights kept out of Pyro's store; see ``trace``."""
-        return Weights(self._table)(Substitute(values, enumerated, resampled)(self.call))
+        return Weights(self._table)(Substitute(values, resampled)(self.call))
 
     def trace(
         self,
@@ -247,7 +248,6 @@ class Program:
         *,
         data: list[Tensor] | None = None,
         arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
-        enumerated: Collection[str] = (),
         resampled: Collection[str] = (),
         evaluated: bool = True,
     ) -> poutine.Trace:
@@ -257,28 +257,38 @@ class Program:
             values: Site to value.
             data: Tensors in place of those among the arguments.
             arguments: Positional and keyword arguments in place of those of the program.
-            enumerated: Finite sites that take all their values at once, in dimensions left of all plates.
             resampled: Observed sites that are drawn instead.
             evaluated: Whether log-probabilities are computed.
         """
         args, kwargs = self.arguments(data) if arguments is None else arguments
-        handled = self.handled(values, enumerated, resampled)
-        if enumerated:
-            handled = Enumerated(first_available_dim=-1 - self.nesting)(handled)
-        with quiet(), Arithmetic(self.widest if enumerated else None):
+        with quiet(), Arithmetic():
+            trace = poutine.trace(self.handled(values, resampled)).get_trace(*args, **kwargs)
+            if evaluated and not resampled:
+                trace.compute_log_prob()
+        return trace
+
+    def log_probs(
+        self, values: Mapping[str, Tensor], data: list[Tensor] | None = None, is_wide: bool = False
+    ) -> tuple[Mapping[str, Mapping[str, Any]], list[Stack]]:
+        """Runs the program on constrained ``values``; its statements, and their log-probabilities in stacks.
+
+        Args:
+            values: Site to value. Finite sites may have all their values at once, in dimensions left of all plates.
+            data: Tensors in place of those among the arguments.
+            is_wide: Whether to refuse tensors that would not fit into memory.
+        """
+        args, kwargs = self.arguments(data)
+        with quiet(), Arithmetic(self.widest if is_wide else None):
             try:
-                trace = poutine.trace(handled).get_trace(*args, **kwargs)
-                if evaluated and not resampled:
-                    trace.compute_log_prob()
+                nodes = poutine.trace(self.handled(values)).get_trace(*args, **kwargs).nodes
+                return nodes, log_probs(nodes)
             except Unsupported as refusal:  # without the table of shapes that Pyro adds
                 raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
-        return trace
 
     def log_joint(self, values: Mapping[str, Tensor], data: list[Tensor] | None = None) -> Tensor:
         """log p(values, data), a scalar, at constrained values of all latent sites."""
-        trace = self.trace(values, data=data)
-        terms = [node["log_prob_sum"] for node in trace.nodes.values() if _is_statement(node)]
-        return torch.stack([term.to(self.dtype) for term in terms]).sum()
+        _, stacks = self.log_probs(values, data)
+        return torch.stack([stack.table.sum().to(self.dtype) for stack in stacks]).sum()
 
     @property
     def widest(self) -> int:
@@ -298,7 +308,9 @@ class Program:
     def _look(self) -> None:
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
-            traces = [self.trace({}) for _ in range(_LOOKS)]
+            traces = [self.trace({}, evaluated=False)]
+            looks = _LOOKS if len(traces[0].nodes) < _MANY else _FEWER_LOOKS
+            traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
             self._check_structure(traces)
             nodes = {name: node for name, node in traces[0].nodes.items() if _is_statement(node)}
             kinds = {name: _kind(node) for name, node in nodes.items()}
@@ -315,6 +327,17 @@ class Program:
             self._check_supports(traces)
             self._check_data(traces)
             self._check_randomness(traces)
+            self.dependence = self._follow(traces[0]) if self.finite else {}
+
+    def _follow(self, trace: poutine.Trace) -> dict[str, frozenset[str]]:
+        """Statement to the finite sites that its density depends on, in the order of the program."""
+        values = {name: trace.nodes[name]["value"].clone() for name in self.latents}
+        with Followed({name: values[name] for name in self.finite}) as followed:
+            nodes = self.trace(values).nodes
+            statements = {name: node for name, node in nodes.items() if _is_statement(node)}
+            return {
+                name: followed.of(node["log_prob"]) for name, node in statements.items() if name not in self.deterministic
+            }
 
     def _check_structure(self, traces: list[poutine.Trace]) -> None:
         seen = [{name: _kind(node) for name, node in t.nodes.items() if _is_statement(node)} for t in traces]
@@ -380,8 +403,8 @@ class Program:
                 f"{self.name} has hidden randomness: its log-density at the same values is {first:.6g}, then {second:.6g}. "
                 "Draw by pyro.sample only, and switch dropout off with .eval()."
             )
-        joints = [self.log_joint({name: t.nodes[name]["value"] for name in self.latents}) for t in traces]
-        if all(not joint.isfinite() for joint in joints):
+        joints = (self.log_joint({name: t.nodes[name]["value"] for name in self.latents}) for t in traces)
+        if not any(joint.isfinite() for joint in joints):
             for label, tensor in self._labelled():
                 bad = (~tensor.isfinite()).nonzero()
                 if len(bad):

@@ -327,7 +327,7 @@ def test_the_maximum_is_over_all_assignments(program: Callable[[Tensor], None], 
     stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
     joints = Density(looked, rung="vmapped").joint({**stacked, "m": m.expand(len(found))})
     torch.testing.assert_close(torch.stack([f.table for f in left]).sum(), joints.max(), rtol=1e-11, atol=1e-11)
-    picked, _ = draw_back(looked, records, lambda site, logits: logits.argmax(-1))
+    picked, _ = draw_back(looked, records, lambda sites, logits: logits.argmax(-1))
     best = {name: values[joints.argmax()] for name, values in stacked.items()}
     for name, index in picked.items():
         choices = looked.latents[name].choices
@@ -342,7 +342,7 @@ def test_marginals_are_gradients_of_the_sum(program: Callable[[Tensor], None], d
     m = MIDDLES[1].to(device)
     parts = factors(looked, {"m": m}, looked.finite)
     tables = [part.table.detach().requires_grad_() for part in parts]
-    replaced = [part._replace(table=table) for part, table in zip(parts, tables, strict=True)]
+    replaced = [part.with_table(table) for part, table in zip(parts, tables, strict=True)]
     left, _ = eliminate(replaced, plates_of(looked, looked.finite))
     gradients = torch.autograd.grad(torch.stack([f.table for f in left]).sum(), tables)
     found = list(assignments(looked))
