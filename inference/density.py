@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import grad, grad_and_value, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
 from inference.program import Program
+from inference.recording import record
 
 __all__ = ["RUNGS", "Density", "Staged", "Unconstrained"]
 
@@ -165,7 +165,7 @@ class Staged:
             return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
 
         try:
-            graph = make_fx(flat)(*leaves)
+            graph = record(flat, leaves)
             if not any(_is_mutable(node) for node in graph.graph.nodes):
                 merged = CSEPass()(graph)
                 graph = graph if merged is None else merged.graph_module
@@ -287,7 +287,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _filled(node: fx.Node) -> Tensor | None:
     """The value of a node that takes only the shape of its input, such as ``zeros_like``."""
-    aten, meta = torch.ops.aten, node.meta.get("val", node.meta.get("tensor_meta"))
+    aten, meta = torch.ops.aten, node.meta.get("val")
     if meta is None or node.op != "call_function":
         return None
     if node.target in (aten.zeros_like.default, aten.new_zeros.default):
@@ -300,8 +300,7 @@ def _filled(node: fx.Node) -> Tensor | None:
         return None
     if not isinstance(value, (int, float, bool)):
         return None
-    device: Any = node.kwargs.get("device") or getattr(meta, "device", None)
-    return torch.full(tuple(meta.shape), value, dtype=meta.dtype, device=device)
+    return torch.full(meta.shape, value, dtype=meta.dtype, device=meta.device)
 
 
 class Unconstrained:

@@ -327,7 +327,8 @@ class Program:
             self._check_supports(traces)
             self._check_data(traces)
             self._check_randomness(traces)
-            self.dependence = self._follow(traces[0]) if self.finite else {}
+            statements = [name for name in nodes if name not in self.deterministic]
+            self.dependence = self._follow(traces[0]) if self.finite else dict.fromkeys(statements, frozenset[str]())
 
     def _follow(self, trace: poutine.Trace) -> dict[str, frozenset[str]]:
         """Statement to the finite sites that its density depends on, in the order of the program."""

@@ -20,11 +20,11 @@ from pyro.infer.mcmc.util import initialize_model
 from scipy import stats
 from torch import Size, Tensor
 from torch.autograd.functional import jacobian
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.density import RUNGS, Density, Staged, Unconstrained, fold
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
+from inference.recording import record
 from inference.transforms import PositiveDefinite
 from pyro_genmodels import datasets
 from pyro_genmodels.distributions import InverseWishart
@@ -295,7 +295,7 @@ def test_folding_evaluates_once_what_does_not_depend_on_the_inputs() -> None:
         return x @ precision @ x
 
     x = torch.randn(3, dtype=torch.float64)
-    graph = fold(make_fx(quadratic)(x))
+    graph = fold(record(quadratic, [x]))
     targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert not any("inv" in target for target in targets)
     assert_close(graph(x), quadratic(x))
