@@ -11,7 +11,7 @@ from inference.contract import Backend, Draw, Unsupported
 from inference.em import EM
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
-from inference.metropolis import MetropolisHastings, RandomWalk
+from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
 from inference.posterior import Posterior
 from inference.svi import SVI
 
@@ -27,8 +27,11 @@ __all__ = [
     "Enumerate",
     "Gibbs",
     "Hamiltonian",
+    "Independence",
+    "Langevin",
     "MetropolisHastings",
     "Posterior",
+    "Prior",
     "RandomWalk",
     "Unsupported",
 ]

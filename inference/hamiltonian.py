@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference.marginal import MarginalSampler
 from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianInfo, HamiltonianKernel, HamiltonianState
+from inference.program import Program
 
 __all__ = ["HMC"]
 
@@ -48,7 +49,7 @@ class HMC(MarginalSampler):
     def needs_gradient(self) -> bool:
         return True
 
-    def begin(self, position: Tensor, density: Gradient) -> tuple[HamiltonianState, HamiltonianAdaptation]:
+    def begin(self, position: Tensor, density: Gradient, program: Program) -> tuple[HamiltonianState, HamiltonianAdaptation]:
         one = position.new_ones(())
         state = HamiltonianKernel(one, one, torch.ones_like(position[0]), one).init(position, density)
         return state, HamiltonianAdaptation.start(state, density)

@@ -11,7 +11,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyro
@@ -26,6 +26,7 @@ from inference.contract import Unsupported
 
 __all__ = [
     "Arithmetic",
+    "Drawing",
     "Rescale",
     "Substitute",
     "Weights",
@@ -93,10 +94,10 @@ class Table(dict[str, Tensor]):
         super().__init__()
         self.transforms: dict[str, Any] = {}
 
-    def frozen(self) -> Table:
-        """The same weights, without gradients."""
+    def frozen(self, dtype: torch.dtype | None = None) -> Table:
+        """The same weights, without gradients, and in another type if one is given."""
         other = Table()
-        other.update({name: leaf.detach() for name, leaf in self.items()})
+        other.update({name: leaf.detach().to(dtype) for name, leaf in self.items()})
         other.transforms = self.transforms
         return other
 
@@ -194,6 +195,45 @@ class Arithmetic(TorchFunctionMode):
             if self.widest is not None and len(tensors) > 1:
                 _refuse_wide([tensor.shape for tensor in tensors], self.widest)
         return func(*args, **(kwargs or {}))
+
+
+class Drawing(TorchFunctionMode):
+    """Lets ``vmap(randomness="different")`` draw from torch's distributions: it refuses to fill a tensor in place.
+
+    A fresh draw takes the place of the fill, whose result is all that the distributions use.
+    """
+
+    def __enter__(self) -> Self:
+        self._function = torch.distributions.dirichlet._Dirichlet
+        torch.distributions.dirichlet._Dirichlet = _Dirichlet  # type: ignore[misc, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *failure: Any) -> None:
+        torch.distributions.dirichlet._Dirichlet = self._function  # type: ignore[misc]
+        super().__exit__(*failure)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        fill = _FILLS.get(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {})) if fill is None else fill(*args, **(kwargs or {}))
+
+
+class _Dirichlet:
+    """The draw of ``torch.distributions.Dirichlet``, without the gradient that ``vmap`` cannot see through."""
+
+    @staticmethod
+    def apply(concentration: Tensor) -> Tensor:
+        return torch._sample_dirichlet(concentration)
+
+
+_FILLS: dict[str, Callable[..., Tensor]] = {
+    "normal_": lambda x, mean=0.0, std=1.0: mean + std * torch.randn_like(x),
+    "uniform_": lambda x, low=0.0, high=1.0: low + (high - low) * torch.rand_like(x),
+    "exponential_": lambda x, rate=1.0: -torch.rand_like(x).neg().log1p() / rate,
+    "cauchy_": lambda x, median=0.0, scale=1.0: median + scale * (math.pi * (torch.rand_like(x) - 0.5)).tan(),
+    "clamp_": lambda x, min=None, max=None: x.copy_(x.clamp(min, max)),
+}
 
 
 def _is_whole(index: Any) -> bool:

@@ -70,8 +70,13 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
     def needs_gradient(self) -> bool:
         """Whether the kernel's density returns (gradient, value)."""
 
+    @property
+    def climbs(self) -> bool:
+        """Whether chains first climb the density, where ``start`` does not say where they are."""
+        return True
+
     @abc.abstractmethod
-    def begin(self, position: Tensor, density: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program) -> tuple[Any, Any]:
         """The kernel's first state and its adaptation, at (chain, D)."""
 
     @abc.abstractmethod
@@ -95,8 +100,10 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         coordinates, density = self._parts(program)
         values = starting_values(program, self.chains, self.start)
         certificate = self._certify(values, program)
-        position = coordinates.position(ascended(program, values) if self.start is None else values)
-        kernel, adaptation = self.begin(position, density)
+        if self.start is None and self.climbs:
+            values = ascended(program, values)
+        position = coordinates.position(values)
+        kernel, adaptation = self.begin(position, density, program)
         zero = position.new_zeros(())
         return MarginalState(kernel, adaptation, zero, zero, certificate)
 

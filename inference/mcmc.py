@@ -32,6 +32,8 @@ __all__ = [
     "RandomWalkInfo",
     "RandomWalkKernel",
     "RandomWalkState",
+    "pulled",
+    "pushed",
     "window_ends",
 ]
 
@@ -80,6 +82,16 @@ class Moments(NamedTuple):
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def pushed(vector: Tensor, factor: Tensor) -> Tensor:
+    """L v for vectors (chain, D); ``factor`` is L (D, D) or its diagonal (D,)."""
+    return vector @ factor.T if factor.dim() == 2 else vector * factor
+
+
+def pulled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Lᵀ g, the gradient in the coordinates x of q = L x; shapes as for ``pushed``."""
+    return gradient @ factor if factor.dim() == 2 else gradient * factor
+
+
 # --------------------------------------------------------------------------------------- random walk
 class RandomWalkState(NamedTuple):
     """position (chain, D), log_density (chain,)."""
@@ -107,8 +119,7 @@ class RandomWalkKernel:
 
     def step(self, state: RandomWalkState, density: Callable[[Tensor], Tensor]) -> tuple[RandomWalkState, RandomWalkInfo]:
         noise = torch.randn_like(state.position)
-        step = noise @ self.factor.T if self.factor.dim() == 2 else noise * self.factor
-        proposal = state.position + self.scale * step
+        proposal = state.position + self.scale * pushed(noise, self.factor)
         log_density = density(proposal)
         log_ratio = (log_density - state.log_density).nan_to_num(nan=-math.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
@@ -183,7 +194,7 @@ class HamiltonianKernel:
     Args:
         step_size: ε, a scalar.
         length: Longest trajectory, in time; the trajectory takes ⌈jitter · length / ε⌉ steps.
-        scale: (D,), the standard deviations that whiten the coordinates.
+        scale: What whitens the coordinates: standard deviations (D,), or a factor L (D, D) of the covariance L Lᵀ.
         jitter: In (0, 1), from a sequence known in advance.
         most_steps: Cap on the number of steps.
     """
@@ -203,12 +214,12 @@ class HamiltonianKernel:
         position, log_density, gradient = state
         momentum = torch.randn_like(position)
         energy = 0.5 * momentum.square().sum(-1) - log_density
-        half, move = 0.5 * self.step_size * self.scale, self.step_size * self.scale
-        momentum = momentum + half * gradient
+        half, move = 0.5 * self.step_size, self.step_size
+        momentum = momentum + half * pulled(gradient, self.scale)
         for i in range(steps):
-            position = position + move * momentum
+            position = position + move * pushed(momentum, self.scale)
             gradient, log_density = density(position)
-            momentum = momentum + (half if i == steps - 1 else move) * gradient
+            momentum = momentum + (half if i == steps - 1 else move) * pulled(gradient, self.scale)
         new_energy = 0.5 * momentum.square().sum(-1) - log_density
         error = (new_energy - energy).nan_to_num(nan=math.inf)
         accepted = torch.rand_like(error).log() < -error
@@ -227,7 +238,7 @@ class HamiltonianKernel:
             n_steps=torch.full_like(rate, steps, dtype=torch.int64),
             step_size=self.step_size.expand_as(rate),
             proposal=position,
-            velocity=momentum * self.scale,
+            velocity=pushed(momentum, self.scale),
         )
         return kept, info
 

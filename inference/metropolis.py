@@ -4,24 +4,212 @@ References:
     N. Metropolis et al., Equation of state calculations by fast computing machines (1953).
     W. Hastings, Monte Carlo sampling methods using Markov chains and their applications (1970).
     G. Roberts, A. Gelman and W. Gilks, Weak convergence and optimal scaling of random walk Metropolis algorithms (1997).
+    G. Roberts and R. Tweedie, Exponential convergence of Langevin distributions and their discrete approximations (1996).
 """
 
 from __future__ import annotations
 
+import abc
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from inference.adaptation import StepAdaptation, first_log_step
+from inference.contract import Unsupported
+from inference.density import Unconstrained
+from inference.guides import Guide, GuideReference
 from inference.marginal import MarginalSampler
-from inference.mcmc import RandomWalkAdaptation, RandomWalkInfo, RandomWalkState
+from inference.mcmc import RandomWalkAdaptation
+from inference.posterior import Posterior
+from inference.program import Program
+from inference.proposals import IndependenceKernel, LangevinKernel, PriorReference, Reference, StudentReference
 
-__all__ = ["MetropolisHastings", "RandomWalk"]
+__all__ = ["Independence", "Langevin", "MetropolisHastings", "Prior", "Proposal", "RandomWalk"]
+
+
+class Proposal(abc.ABC):
+    """How to propose: gives a kernel and what it learns in warm-up."""
+
+    @property
+    def update(self) -> str:
+        """What a plan prints."""
+        return type(self).__name__
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the kernel's density returns (gradient, value)."""
+        return False
+
+    @property
+    def climbs(self) -> bool:
+        """Whether chains first climb the density, where nobody says where they start."""
+        return True
+
+    @abc.abstractmethod
+    def begin(
+        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
+    ) -> tuple[Any, Any]:
+        """The kernel's first state and what it has learnt, at (chain, D); ``is_given`` if the caller chose the place."""
+
+    @abc.abstractmethod
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
+        """One move: new state, adaptation and info; ``warmup`` is its length while it lasts, then 0."""
 
 
 @dataclass(frozen=True)
-class RandomWalk:
+class RandomWalk(Proposal):
     """A Gaussian step whose full covariance is learnt in warm-up, within chains and pooled over them."""
+
+    def begin(
+        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
+    ) -> tuple[Any, Any]:
+        adaptation = RandomWalkAdaptation.like(position)
+        return adaptation.kernel.init(position, density), adaptation
+
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
+        state, info = adaptation.kernel.step(kernel, density)
+        return state, adaptation.update(state, info, warmup) if warmup else adaptation, info
+
+
+@dataclass(frozen=True)
+class Langevin(Proposal):
+    """A Gaussian step along the gradient (MALA), preconditioned by the covariance of warm-up, pooled over chains.
+
+    Args:
+        target: Acceptance rate that warm-up aims at, in (0, 1); 0.574 is the best in high dimension.
+    """
+
+    target: float = 0.574
+
+    @property
+    def needs_gradient(self) -> bool:
+        return True
+
+    def begin(
+        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
+    ) -> tuple[Any, Any]:
+        if not 0.0 < self.target < 1.0:
+            raise ValueError(f"Langevin(target={self.target!r}): must lie between 0 and 1.")
+        adaptation = StepAdaptation.start(position, 0.0, is_dense=True)
+        state = LangevinKernel(adaptation.step_size(False), adaptation.factor).init(position, density)
+
+        def rate(step_size: float) -> Tensor:
+            kernel = LangevinKernel(position.new_tensor(step_size), adaptation.factor)
+            return kernel.step(state, density)[1].acceptance_rate
+
+        return state, StepAdaptation.start(position, first_log_step(rate), is_dense=True)
+
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
+        now = LangevinKernel(adaptation.step_size(is_final=not warmup), adaptation.factor)
+        state, info = now.step(kernel, density)
+        if warmup:
+            adaptation = adaptation.update(state.position, info.acceptance_rate, warmup, self.target)
+        return state, adaptation, info
+
+
+class _Independent(Proposal):
+    """What proposes from one distribution, wherever the chain is; it learns nothing, and starts in draws of it."""
+
+    @property
+    def climbs(self) -> bool:
+        return False
+
+    @abc.abstractmethod
+    def reference(self, program: Program) -> Reference:
+        """What is proposed from."""
+
+    def begin(
+        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
+    ) -> tuple[Any, Any]:
+        kernel = IndependenceKernel(self.reference(program))
+        return kernel.init(position if is_given else None, density, len(position)), kernel
+
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
+        state, info = adaptation.step(kernel, density)
+        return state, adaptation, info
+
+
+@dataclass(frozen=True)
+class Independence(_Independent):
+    """Draws of a fixed distribution q, accepted by their importance weights: an exact sampler of whatever q misses.
+
+    ``posterior.stats`` then has ``log_q`` beside ``lp``, both in unconstrained coordinates, and ``log_weight``, that of
+    each proposal, for PSIS and for the evidence (the mean of its exponential).
+
+    Args:
+        guide: A Pyro guide, used as it is; or the Posterior of a variational fit, whose guide is taken; or that of a
+            sampler, to whose draws a mixture of Student distributions is fitted; None takes the model's own guide.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from inference import SVI, Independence, MetropolisHastings
+        >>> def coin(flips):
+        ...     fairness = pyro.sample("fairness", dist.Beta(2.0, 2.0))
+        ...     with pyro.plate("flip", len(flips)):
+        ...         pyro.sample("heads", dist.Bernoulli(fairness), obs=flips)
+        >>> fit = SVI(seed=0, steps=300, progress=False).fit(coin, torch.ones(8))
+        >>> exact = MetropolisHastings(proposal=Independence(fit), draws=100, warmup=0, seed=0, progress=False)
+        >>> exact.fit(coin, torch.ones(8)).draws["fairness"].shape
+        torch.Size([4, 100])
+    """
+
+    guide: Callable[..., Any] | Posterior | None = field(default=None)
+
+    def reference(self, program: Program) -> Reference:
+        chosen = program.guide if self.guide is None else self.guide
+        if chosen is None:
+            raise Unsupported(
+                f"Independence() needs something to propose from, but {program.name} brings no guide. Give a fitted "
+                "Posterior, such as Independence(SVI().fit(...)), or a Pyro guide."
+            )
+        if isinstance(chosen, Posterior):
+            return _of_posterior(chosen, program)
+        if inspect.isclass(chosen) or not callable(chosen):
+            raise TypeError(
+                f"Independence(guide={chosen!r}): must be a Pyro guide or a fitted Posterior. A class of automatic guides "
+                "has to be fitted first: Independence(SVI(guide=...).fit(...))."
+            )
+        return GuideReference(Guide(chosen), program)
+
+
+def _of_posterior(posterior: Posterior, program: Program) -> Reference:
+    kind = posterior.info.get("kind", "samples")
+    if kind == "point":
+        raise Unsupported("Independence() needs a distribution, but this Posterior is one point. Fit by SVI() or a sampler.")
+    if kind == "variational":
+        if posterior.program is None or posterior.program.fitted is None:
+            raise Unsupported(
+                "This Posterior has no guide any more: a guide is code, which save and load leave out. Fit again, or give "
+                "the guide itself."
+            )
+        return GuideReference(posterior.program.fitted, program)
+    coordinates = Unconstrained(program, program.continuous)
+    values = {}
+    for name in coordinates.sites:
+        shape = program.latents[name].shape
+        if name not in posterior.draws or posterior.draws[name].shape[2:] != shape:
+            raise Unsupported(
+                f"{program.name} has a site '{name}' of shape {tuple(shape)}, of which this Posterior has no draws."
+            )
+        values[name] = posterior.draws[name].flatten(0, 1).to(program.device, program.dtype)
+    position = coordinates.position(values)
+    position = position[position.isfinite().all(-1)]
+    if len(position) < 2 * (coordinates.size + 1):
+        raise Unsupported(
+            f"This Posterior has {len(position)} usable draws, too few for a covariance in {coordinates.size} dimensions."
+        )
+    return StudentReference.fitted(position)
+
+
+@dataclass(frozen=True)
+class Prior(_Independent):
+    """Draws of the prior, accepted by the ratio of likelihoods: for few observations, and without a gradient."""
+
+    def reference(self, program: Program) -> Reference:
+        return PriorReference(program)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,35 +217,29 @@ class MetropolisHastings(MarginalSampler):
     """Metropolis-Hastings on the unconstrained continuous sites, finite discrete ones summed out and drawn back.
 
     Args:
-        proposal: How to propose.
+        proposal: How to propose: ``RandomWalk()``, ``Langevin()``, ``Independence(...)`` or ``Prior()``.
         chains: Number of chains, all advanced at once.
         draws: Draws kept of each chain.
         warmup: Adaptive steps before the first draw.
         thin: Steps per draw; a random walk needs about ten per dimension for one independent draw.
     """
 
-    proposal: RandomWalk = field(default_factory=RandomWalk)
+    proposal: Proposal = field(default_factory=RandomWalk)
 
     @property
     def update(self) -> str:
-        return "RandomWalk"
+        return self.proposal.update
 
     @property
     def needs_gradient(self) -> bool:
-        return False
+        return self.proposal.needs_gradient
 
-    def begin(self, position: Tensor, density: Callable[[Tensor], Tensor]) -> tuple[RandomWalkState, RandomWalkAdaptation]:
-        adaptation = RandomWalkAdaptation.like(position)
-        return adaptation.kernel.init(position, density), adaptation
+    @property
+    def climbs(self) -> bool:
+        return self.proposal.climbs
 
-    def move(
-        self,
-        kernel: RandomWalkState,
-        adaptation: RandomWalkAdaptation,
-        density: Callable[[Tensor], Tensor],
-        warmup: int,
-    ) -> tuple[RandomWalkState, RandomWalkAdaptation, RandomWalkInfo]:
-        state, info = adaptation.kernel.step(kernel, density)
-        if warmup:
-            adaptation = adaptation.update(state, info, warmup)
-        return state, adaptation, info
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program) -> tuple[Any, Any]:
+        return self.proposal.begin(position, density, program, is_given=self.start is not None)
+
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
+        return self.proposal.move(kernel, adaptation, density, warmup)

@@ -26,6 +26,7 @@ from inference.stacking import Stack, log_probs
 
 if TYPE_CHECKING:
     from inference.density import Density
+    from inference.guides import Guide
 
 __all__ = ["Plate", "Program", "Site"]
 
@@ -167,6 +168,7 @@ class Program:
         weights: Trainable leaves that the density depends on.
         nesting: Batch dimensions that plates or batch shapes take up.
         rows: Size of dimension 0 of the first tensor argument, or None.
+        fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
 
     Raises:
         Unsupported: If the structure changes from run to run, hidden randomness is found, or nothing is latent.
@@ -202,6 +204,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._leaves, self._evaluations = leaves, evaluations
+        self.fitted: Guide | None = None
         self._table = Table()
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_value
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
-from inference.handlers import Arithmetic, Rescale, Substitute, Table, Weights, base, quiet
+from inference.guides import Guide, is_drawn, log_prob
+from inference.handlers import Arithmetic, quiet
 from inference.program import Program
 from inference.start import ascended, starting_values
 
@@ -44,7 +44,7 @@ class SVIState(NamedTuple):
         skipped: Steps whose bound was not finite, ().
     """
 
-    guide: _Guide
+    guide: Guide
     optimiser: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     step: Tensor
@@ -55,59 +55,6 @@ class SVIInfo(NamedTuple):
     """loss (): minus the bound, in nats, for all rows."""
 
     loss: Tensor
-
-
-class _Owner(nn.Module):
-    """Calls a method of a module with weights that can be replaced (``functional_call`` knows ``forward`` only)."""
-
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module = module
-        self._call = [call]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call[0](*args, **kwargs)
-
-
-class _Guide:
-    """A Pyro guide of any kind: module, method of a module or function with ``pyro.param``."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-        module = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
-        self.owner = _Owner(module, call) if isinstance(module, nn.Module) else None
-        self.table = Table()
-
-    def trace(
-        self,
-        program: Program,
-        values: Mapping[str, Tensor] | None = None,
-        data: list[Tensor] | None = None,
-        scale: float = 1.0,
-        is_frozen: bool = False,
-    ) -> poutine.Trace:
-        """Runs the guide; at given values of its sites, and without gradients of its weights if asked."""
-        args, kwargs = program.arguments(data)
-        table, call = self.table, self.call
-        if is_frozen:
-            table = table.frozen()
-            if self.owner is not None:
-                owner, weights = self.owner, {n: w.detach() for n, w in self.owner.named_parameters()}
-
-                def call(*a: Any, **k: Any) -> Any:
-                    return functional_call(owner, weights, a, k)
-
-        handled = Weights(table)(Substitute(values or {})(call))
-        if scale != 1.0:
-            handled = Rescale(program.row_plates, scale)(handled)
-        with quiet():
-            trace = poutine.trace(handled).get_trace(*args, **kwargs)
-            trace.compute_log_prob()
-        return trace
-
-    def weights(self) -> dict[str, Tensor]:
-        owned = {} if self.owner is None else {n.removeprefix("module."): w for n, w in self.owner.named_parameters()}
-        return owned | self.table
 
 
 class _Evaluated(torch.autograd.Function):
@@ -172,7 +119,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             )
         guide = self._guide(program)
         trace = guide.trace(program)
-        self._check_sites(trace, program)
+        guide.check(trace, program)
+        program.fitted = guide
         trained = {id(w): w for w in (*guide.weights().values(), *program.weights.values()) if w.requires_grad}
         if not trained:
             raise Unsupported(f"Neither the guide nor {program.name} has weights to train.")
@@ -185,7 +133,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         progress = max(0.0, 2.0 * step / self.steps - 1.0)
         return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
-    def _guide(self, program: Program) -> _Guide:
+    def _guide(self, program: Program) -> Guide:
         chosen = self.guide if self.guide is not None else program.guide
         automatic = isinstance(chosen, type) and issubclass(chosen, AutoGuide)
         if self.start is not None and not automatic and chosen is not None:
@@ -207,10 +155,10 @@ class SVI(Backend[SVIState, SVIInfo]):
                 guide = (chosen or AutoNormal)(visible, init_loc_fn=initial)
                 args, kwargs = program.arguments()
                 guide(*args, **kwargs)  # an automatic guide makes its weights at its first call
-            return _Guide(guide)
+            return Guide(guide)
         if inspect.isclass(chosen):
             raise TypeError(f"guide= must be a Pyro guide or a class of automatic guides, but is {chosen!r}.")
-        return _Guide(chosen)
+        return Guide(chosen)
 
     def _best_start(self, program: Program) -> dict[str, Tensor]:
         """The given start, or the best of a few."""
@@ -221,22 +169,6 @@ class SVI(Backend[SVIState, SVIInfo]):
         log_density = program.density.marginal(program.finite)(continuous)
         best = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).argmax()
         return {name: value[best] for name, value in values.items()}
-
-    def _check_sites(self, trace: poutine.Trace, program: Program) -> None:
-        guided = {
-            name
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample"
-            and not node["infer"].get("is_auxiliary")
-            and not poutine.util.site_is_subsample(node)
-            and not node["is_observed"]
-        }
-        extra = guided - set(program.latents)
-        if extra:
-            raise Unsupported(f"The guide samples '{min(extra)}', but {program.name} has no such latent site.")
-        missing = [name for name in program.latents if name not in guided and name not in program.finite]
-        if missing:
-            raise Unsupported(f"The guide does not sample '{missing[0]}', a latent site of {program.name}.")
 
     def step(self, state: SVIState, program: Program) -> tuple[SVIState, SVIInfo]:
         data, scale = None, 1.0
@@ -271,12 +203,12 @@ class SVI(Backend[SVIState, SVIInfo]):
         return torch.stack([log_normalizer(program, value, enumerated, data, scales) for value in values])
 
     def _log_q(
-        self, guide: _Guide, program: Program, trace: poutine.Trace, data: list[Tensor] | None, scale: float
+        self, guide: Guide, program: Program, trace: poutine.Trace, data: list[Tensor] | None, scale: float
     ) -> Tensor:
         if self.bound.path:
-            sites = {name: node["value"] for name, node in trace.nodes.items() if _is_drawn(node)}
+            sites = {name: node["value"] for name, node in trace.nodes.items() if is_drawn(node)}
             trace = guide.trace(program, sites, data, scale, is_frozen=True)
-        return _log_prob(trace)
+        return log_prob(trace)
 
     @torch.no_grad()
     def sample(self, state: SVIState, program: Program) -> tuple[SVIState, Draw]:
@@ -289,7 +221,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             lp = program.density.marginal(enumerated)(values)
         if enumerated:
             values |= program.density.draw(enumerated)(values, program.density.uniforms(enumerated, 1))[0]
-        stats = {"lp": lp, "log_q": _log_prob(trace)[None]}
+        stats = {"lp": lp, "log_q": log_prob(trace)[None]}
         return state, Draw({name: values[name].detach() for name in program.latents}, stats)
 
     def values(self, state: SVIState, program: Program) -> dict[str, Tensor]:
@@ -302,21 +234,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         return seen | program.weight_values()
 
 
-def _is_drawn(node: Mapping[str, Any]) -> bool:
-    return (
-        node["type"] == "sample"
-        and not node["is_observed"]
-        and not poutine.util.site_is_subsample(node)
-        and type(base(node["fn"])).__name__ != "Delta"
-    )
-
-
-def _log_prob(trace: poutine.Trace) -> Tensor:
-    terms = [node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"]
-    return torch.stack([torch.as_tensor(term) for term in terms]).sum()
-
-
 def _score(trace: poutine.Trace) -> Tensor:
     """Log-probability of the sites that are not reparameterised, whose gradient needs the score function."""
-    terms = [node["log_prob_sum"] for node in trace.nodes.values() if _is_drawn(node) and not node["fn"].has_rsample]
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=_log_prob(trace).dtype)
+    terms = [node["log_prob_sum"] for node in trace.nodes.values() if is_drawn(node) and not node["fn"].has_rsample]
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=log_prob(trace).dtype)

@@ -1,0 +1,240 @@
+"""A Pyro guide of any kind: what runs it, and what makes a known distribution over unconstrained positions of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
+
+from inference.contract import Unsupported
+from inference.density import Unconstrained
+from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, quiet
+from inference.program import Program
+
+__all__ = ["Guide", "GuideReference", "batched"]
+
+
+class _Owner(nn.Module):
+    """Calls a method of a module with weights that can be replaced (``functional_call`` knows ``forward`` only)."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._call = [call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call[0](*args, **kwargs)
+
+
+class Guide:
+    """A Pyro guide of any kind: module, method of a module or function with ``pyro.param``.
+
+    Args:
+        call: The guide, callable with the arguments of the program.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        module = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
+        self.owner = _Owner(module, call) if isinstance(module, nn.Module) else None
+        self.table = Table()
+
+    def trace(
+        self,
+        program: Program,
+        values: Mapping[str, Tensor] | None = None,
+        data: list[Tensor] | None = None,
+        scale: float = 1.0,
+        is_frozen: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> poutine.Trace:
+        """Runs the guide.
+
+        Args:
+            program: The program, whose arguments it is given.
+            values: Site to value, for sites that are not to be drawn.
+            data: Tensors in place of those among the arguments.
+            scale: Of the sites of the plates that hold the rows.
+            is_frozen: Whether its weights are taken without gradients.
+            dtype: Floating type that frozen weights are cast to; None leaves them.
+        """
+        args, kwargs = program.arguments(data)
+        table, call = self.table, self.call
+        if is_frozen:
+            table = table.frozen(dtype)
+            if self.owner is not None:
+                owner, constants = self.owner, {n: w.detach() for n, w in self.owner.named_parameters()}
+                if dtype is not None:
+                    constants |= dict(owner.named_buffers())
+                    constants = {n: w.to(dtype) if w.is_floating_point() else w for n, w in constants.items()}
+
+                def call(*a: Any, **k: Any) -> Any:
+                    return functional_call(owner, constants, a, k)
+
+        handled = Weights(table)(Substitute(values or {})(call))
+        if scale != 1.0:
+            handled = Rescale(program.row_plates, scale)(handled)
+        with quiet():
+            trace = poutine.trace(handled).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+        return trace
+
+    def weights(self) -> dict[str, Tensor]:
+        """Name to trainable leaf."""
+        owned = {} if self.owner is None else {n.removeprefix("module."): w for n, w in self.owner.named_parameters()}
+        return owned | self.table
+
+    def check(self, trace: poutine.Trace, program: Program) -> None:
+        """Compares the sites of a run of the guide with those of the program.
+
+        Raises:
+            Unsupported: If the guide has a site too many, or lacks one that cannot be summed out.
+        """
+        guided = {
+            name
+            for name, node in trace.nodes.items()
+            if _is_sampled(node) and not node["infer"].get("is_auxiliary") and not node["is_observed"]
+        }
+        extra = guided - set(program.latents)
+        if extra:
+            raise Unsupported(f"The guide samples '{min(extra)}', but {program.name} has no such latent site.")
+        missing = [name for name in program.latents if name not in guided and name not in program.finite]
+        if missing:
+            raise Unsupported(f"The guide does not sample '{missing[0]}', a latent site of {program.name}.")
+
+
+def _is_sampled(node: Mapping[str, Any]) -> bool:
+    return node["type"] == "sample" and not poutine.util.site_is_subsample(node)
+
+
+def is_drawn(node: Mapping[str, Any]) -> bool:
+    """Whether a site is drawn from a distribution with a density, not set by a Delta or observed."""
+    return _is_sampled(node) and not node["is_observed"] and type(base(node["fn"])).__name__ != "Delta"
+
+
+def is_plain(node: Mapping[str, Any]) -> bool:
+    """Whether the log-probability of a site is the density that it is drawn from: not masked, not scaled."""
+    fn, is_masked = node["fn"], node["mask"] is not None
+    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+        is_masked = is_masked or type(fn).__name__ == "MaskedDistribution"
+        fn = fn.base_dist
+    return not is_masked and bool(torch.as_tensor(node["scale"] == 1).all())
+
+
+def log_prob(trace: poutine.Trace) -> Tensor:
+    """log q of everything that a run of a guide drew, a scalar."""
+    terms = [node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"]
+    return torch.stack([torch.as_tensor(term) for term in terms]).sum()
+
+
+def batched(function: Callable[[], Any], count: int) -> Any:
+    """Results of ``count`` independent calls of a function that draws, stacked: at once if that can be, else in turn."""
+    try:
+        with Drawing(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
+            return vmap(lambda _: function(), randomness="different")(torch.empty(count))
+    except Exception:  # whatever a sampler does that vmap refuses, such as a loop until acceptance
+        rows = [function() for _ in range(count)]
+        return tree_map(lambda *parts: torch.stack(parts), *rows)
+
+
+class GuideReference:
+    """A guide as a distribution over the unconstrained positions of a program's continuous sites.
+
+        log q(position) = log q(values) + log |d values / d position|
+
+    Args:
+        guide: The guide; its weights are taken as they are.
+        program: The program that is to be sampled, whose arguments it is given.
+
+    Raises:
+        Unsupported: If the guide and the program disagree on sites, or the guide has no density over positions.
+    """
+
+    def __init__(self, guide: Guide, program: Program) -> None:
+        self.guide, self.program = guide, program
+        self.coordinates = Unconstrained(program, program.continuous)
+        with torch.no_grad():
+            trace = self._trace()
+        guide.check(trace, program)
+        is_automatic = isinstance(guide.call, AutoGuide)
+        for name, node in trace.nodes.items():
+            if not _is_sampled(node) or node["is_observed"]:
+                continue
+            if not is_plain(node):
+                raise Unsupported(f"The guide scales or masks '{name}', so that its density is not known. Leave that out.")
+            if name in program.finite:
+                raise Unsupported(
+                    f"The guide samples '{name}', which MetropolisHastings sums out. Leave it out of the guide: "
+                    "poutine.block(guide, hide=[...]) does."
+                )
+            if name not in program.latents and not is_automatic:
+                raise Unsupported(
+                    f"The guide draws an auxiliary '{name}', so that its density at a given point is not known. "
+                    "Use one of Pyro's automatic guides, or a guide that draws the sites themselves."
+                )
+            if name in program.latents:
+                if node["value"].shape != program.latents[name].shape:
+                    raise Unsupported(
+                        f"The guide gives '{name}' the shape {tuple(node['value'].shape)}, but in {program.name} it is "
+                        f"{tuple(program.latents[name].shape)}."
+                    )
+                if not is_automatic and not is_drawn(node):
+                    raise Unsupported(f"The guide puts all its mass for '{name}' on one point. Use a guide with a density.")
+        self.auxiliary = [name for name, node in trace.nodes.items() if is_drawn(node) and name not in program.latents]
+        if is_automatic and not self.auxiliary:
+            kind = type(guide.call).__name__
+            raise Unsupported(f"{kind} puts all its mass on one point. Use a guide with a density, such as AutoNormal.")
+
+    def _trace(self, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
+        with Arithmetic():
+            return self.guide.trace(self.program, values, is_frozen=True, dtype=self.program.dtype)
+
+    @torch.no_grad()
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draws (count, D), and log q of each, (count,)."""
+
+        def drawn() -> tuple[dict[str, Tensor], Tensor]:
+            trace = self._trace()
+            return {name: trace.nodes[name]["value"] for name in self.coordinates.sites}, log_prob(trace)
+
+        values, log_q = batched(drawn, count)
+        position = self.coordinates.position({name: value.to(self.program.dtype) for name, value in values.items()})
+        return position, log_q.to(position) + vmap(self.coordinates.log_jacobian)(position)
+
+    @torch.no_grad()
+    def log_prob(self, position: Tensor) -> Tensor:
+        """log q of positions (chain, D), (chain,).
+
+        Raises:
+            Unsupported: If an automatic guide keeps its density at a given point to itself.
+        """
+        staged = self.program.density.stage(
+            ("guide", id(self.guide)), lambda values: log_prob(self._trace(values)), (True,), evaluations=0
+        )
+        values = self.coordinates.values(position)
+        return staged(values | self._auxiliaries(position)) + vmap(self.coordinates.log_jacobian)(position)
+
+    def _auxiliaries(self, position: Tensor) -> dict[str, Tensor]:
+        """Values of what an automatic guide draws in place of the sites, (chain, ...)."""
+        if not self.auxiliary:
+            return {}
+        parts = dict(zip(self.coordinates.sites, position.split(self.coordinates.sizes, -1), strict=True))
+        call = self.guide.call
+        if isinstance(call, AutoContinuous):
+            order = [name for name, _ in call.prototype_trace.iter_stochastic_nodes()]
+            return {self.auxiliary[0]: torch.cat([parts[name] for name in order], -1)}
+        if {*self.auxiliary} == {f"{name}_unconstrained" for name in parts}:
+            shapes = self.coordinates.shapes
+            return {f"{n}_unconstrained": part.reshape(-1, *shapes[n]) for n, part in parts.items()}
+        raise Unsupported(
+            f"{type(call).__name__} does not tell its density at a given point. Leave start= out, or use AutoNormal or "
+            "AutoMultivariateNormal."
+        )
