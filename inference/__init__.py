@@ -1,4 +1,5 @@
-"""How to know what a generative program hides: SVI, EM, Gibbs, Metropolis-Hastings and HMC on any Pyro program.
+"""How to know what a generative program hides: SVI, EM, Gibbs, Metropolis-Hastings, HMC and NUTS on any
+Pyro program.
 
     posterior = Gibbs(seed=0).fit(program, data)
 
@@ -12,6 +13,7 @@ from inference.em import EM
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
 from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
+from inference.nuts import NUTS
 from inference.posterior import Posterior
 from inference.svi import SVI
 
@@ -19,6 +21,7 @@ __all__ = [
     "ELBO",
     "EM",
     "HMC",
+    "NUTS",
     "SVI",
     "AdaptiveWalk",
     "Backend",

@@ -104,7 +104,8 @@ class _Buffer:
 
 
 def _check(backend: Backend[Any, Any]) -> None:
-    least = {"chains": 1, "draws": 1, "warmup": 0, "thin": 1, "steps": 1, "restarts": 1, "batch_size": 1, "most_steps": 1}
+    least = {"chains": 1, "draws": 1, "warmup": 0, "thin": 1, "steps": 1, "restarts": 1, "batch_size": 1}
+    least |= {"most_steps": 1, "max_depth": 1}
     for field in dataclasses.fields(backend):
         value = getattr(backend, field.name)
         if field.name == "target" and not 0.0 < value < 1.0:
