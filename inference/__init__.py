@@ -6,6 +6,7 @@ Pyro program.
 Start reading at ``inference.contract``.
 """
 
+from inference import markov
 from inference.blocks import AdaptiveWalk, Conjugate, Enumerate, Hamiltonian
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
@@ -37,4 +38,5 @@ __all__ = [
     "Prior",
     "RandomWalk",
     "Unsupported",
+    "markov",
 ]
