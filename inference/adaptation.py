@@ -130,7 +130,13 @@ class StepAdaptation(NamedTuple):
         log_step_mean = weight * log_step + (1 - weight) * self.log_step_mean
         moments = self.moments.update(position)
         new = self._replace(
-            step=step, since=since, log_step=log_step, log_step_mean=log_step_mean, error_sum=error_sum, rates=rates, moments=moments
+            step=step,
+            since=since,
+            log_step=log_step,
+            log_step_mean=log_step_mean,
+            error_sum=error_sum,
+            rates=rates,
+            moments=moments,
         )
         if int(step) not in window_ends(warmup):
             return new

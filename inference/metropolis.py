@@ -49,9 +49,7 @@ class Proposal(abc.ABC):
         return True
 
     @abc.abstractmethod
-    def begin(
-        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
-    ) -> tuple[Any, Any]:
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
         """The kernel's first state and what it has learnt, at (chain, D); ``is_given`` if the caller chose the place."""
 
     @abc.abstractmethod
@@ -63,9 +61,7 @@ class Proposal(abc.ABC):
 class RandomWalk(Proposal):
     """A Gaussian step whose full covariance is learnt in warm-up, within chains and pooled over them."""
 
-    def begin(
-        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
-    ) -> tuple[Any, Any]:
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
         adaptation = RandomWalkAdaptation.like(position)
         return adaptation.kernel.init(position, density), adaptation
 
@@ -88,9 +84,7 @@ class Langevin(Proposal):
     def needs_gradient(self) -> bool:
         return True
 
-    def begin(
-        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
-    ) -> tuple[Any, Any]:
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
         if not 0.0 < self.target < 1.0:
             raise ValueError(f"Langevin(target={self.target!r}): must lie between 0 and 1.")
         adaptation = StepAdaptation.start(position, 0.0, is_dense=True)
@@ -121,9 +115,7 @@ class _Independent(Proposal):
     def reference(self, program: Program) -> Reference:
         """What is proposed from."""
 
-    def begin(
-        self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool
-    ) -> tuple[Any, Any]:
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
         kernel = IndependenceKernel(self.reference(program))
         return kernel.init(position if is_given else None, density, len(position)), kernel
 

@@ -17,11 +17,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from inference.contract import Unsupported
 from inference.density import Unconstrained
-from inference.enumeration import eliminate, factors, plates_of
+from inference.enumeration import eliminate, factors, plates_of, total
 from inference.guides import batched, is_plain
 from inference.mcmc import Gradient, pulled, pushed
 from inference.program import Program
@@ -155,9 +154,7 @@ class IndependenceKernel:
 
     reference: Reference
 
-    def init(
-        self, position: Tensor | None, density: Callable[[Tensor], Tensor], chains: int = 1
-    ) -> IndependenceState:
+    def init(self, position: Tensor | None, density: Callable[[Tensor], Tensor], chains: int = 1) -> IndependenceState:
         """The state at positions (chain, D), or, for None, at draws of the reference in proportion to their weights.
 
         Raises:
@@ -174,7 +171,9 @@ class IndependenceKernel:
                 )
             level = log_weight.amax(1, keepdim=True)
             pick = torch.where(level > -math.inf, log_weight, log_weight.amax(0)).softmax(1).multinomial(1).squeeze(1)
-            row = torch.where(level.squeeze(1) > -math.inf, torch.arange(chains, device=pick.device), log_weight.amax(1).argmax())
+            row = torch.where(
+                level.squeeze(1) > -math.inf, torch.arange(chains, device=pick.device), log_weight.amax(1).argmax()
+            )
             index = row * CANDIDATES + pick
             return self._filled(drawn[index], log_density[index], log_q[index])
         return self._filled(position, density(position), self.reference.log_prob(position))
@@ -248,9 +247,14 @@ class PriorReference:
 
     def _log_prior(self, position: Tensor) -> Tensor:
         program, values = self.program, self.coordinates.values(position)
-        found = [f for f in factors(program, values, program.finite) if f.site in program.latents]
-        left, _ = eliminate(found, plates_of(program, program.finite))
-        return torch.stack([factor.table for factor in left]).sum() + self.coordinates.log_jacobian(position)
+        if program.finite:
+            found = [factor for factor in factors(program, values, program.finite) if factor.site in program.latents]
+            log_prior = total(eliminate(found, plates_of(program, program.finite))[0])
+        else:
+            _, stacks = program.log_probs(values)
+            rows = [table[i] for names, table in stacks for i, name in enumerate(names) if name in program.latents]
+            log_prior = torch.stack([row.sum() for row in rows]).sum()
+        return log_prior + self.coordinates.log_jacobian(position)
 
 
 @dataclass(frozen=True)

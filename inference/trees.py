@@ -152,9 +152,7 @@ class TreeKernel:
         )
         return HamiltonianState(chosen.position, chosen.log_density, chosen.gradient), info
 
-    def _grow(
-        self, edge: _Leaf, is_right: Tensor, level: int, energy: Tensor, grows: Tensor, density: Gradient
-    ) -> _Branch:
+    def _grow(self, edge: _Leaf, is_right: Tensor, level: int, energy: Tensor, grows: Tensor, density: Gradient) -> _Branch:
         """2^level leaves beyond an edge of the tree, of those chains that grow."""
         step = torch.where(is_right, self.step_size, -self.step_size).unsqueeze(-1)
         end = chosen = edge
