@@ -35,7 +35,8 @@ def check_mass(mass: str, width: int) -> bool:
         raise ValueError(f"mass={mass!r}: must be one of {', '.join(repr(name) for name in MASSES)}.")
     if mass == "dense" and width > WIDEST_COVARIANCE:
         raise Unsupported(
-            f"mass='dense' keeps a matrix of {width} by {width} numbers; the most is {WIDEST_COVARIANCE}. Use mass='diagonal'."
+            f"mass='dense' keeps a matrix of {width} by {width} numbers, but {WIDEST_COVARIANCE} by {WIDEST_COVARIANCE} is "
+            "the most. Use mass='diagonal'."
         )
     return mass == "dense"
 
