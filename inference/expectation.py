@@ -1,0 +1,571 @@
+"""The E-step of EM: points that stand for the continuous latents, and the weight of every factor at each of them.
+
+With tables log f_i(z, u, θ) of all factors (z finite, u continuous and averaged, θ maximised), one backward pass through
+the enumerated density gives the posterior probability of every entry of every table, chains of states included:
+
+    w_i = ∂ log Z / ∂ log f_i,    log Z = log Σ_z exp Σ_i log f_i,    Q(θ) = Σ_i ⟨w_i, log f_i(θ)⟩.
+
+u is replaced by points: sigma points, which are exact, where its conditional is Gaussian, and draws elsewhere.
+
+References:
+    A. Darwiche, A differential approach to inference in Bayesian networks (2003).
+    G. Wei and M. Tanner, A Monte Carlo implementation of the EM algorithm (1990).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
+from inference.blocks import Block, Current
+from inference.blocks.block import Move, is_certified
+from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
+from inference.density import Density, Unconstrained
+from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of
+from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
+from inference.program import Program, Site
+
+__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler"]
+
+Values = dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """The rows that a step sees: the program's tensors cut down to them (none: all rows), and rows in all by rows seen."""
+
+    data: list[Tensor]
+    scale: float
+
+
+ALL = Batch([], 1.0)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The log-joint as EM sees it: factors of θ, of points of the continuous averaged sites and of tables over finite ones.
+
+    Args:
+        program: The program.
+        density: Its densities.
+        maximised: Names of the sites that are θ.
+        is_likelihood: Whether the priors of θ are left out.
+        is_hard: Whether the finite sites take their most probable values instead of being averaged.
+    """
+
+    program: Program
+    density: Density
+    maximised: tuple[str, ...]
+    is_likelihood: bool
+    is_hard: bool
+
+    def theta(self, values: Mapping[str, Tensor]) -> Values:
+        return {name: values[name] for name in self.maximised}
+
+    def factors(self, values: Mapping[str, Tensor], data: list[Tensor]) -> list[Factor]:
+        found = factors(self.program, values, self.program.finite, data or None)
+        return [f for f in found if not (self.is_likelihood and f.site in self.maximised)]
+
+    def log_z(self, values: Mapping[str, Tensor], batch: Batch = ALL) -> Tensor:
+        """log Σ_z p(data, z, values), or the maximum over z; a scalar."""
+        return self._eliminated(self.factors(values, batch.data), batch.scale)
+
+    def _eliminated(self, found: list[Factor], scale: float) -> Tensor:
+        scales = dict.fromkeys(self.program.row_plates, scale) if scale != 1.0 else None
+        places = plates_of(self.program, self.program.finite)
+        left, _ = eliminate(found, places, maximise=self.is_hard, scales=scales)
+        return torch.stack([f.table for f in left]).sum()
+
+    def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """log Z at each point, (restart, particle), and the weights of all factors there."""
+
+        def expect(theta: Values, particles: Values, data: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            def one(particle: Values) -> tuple[Tensor, list[Tensor]]:
+                found = self.factors({**theta, **particle}, data)
+
+                def log_z(tables: list[Tensor]) -> Tensor:
+                    replaced = [f._replace(table=t) for f, t in zip(found, tables, strict=True)]
+                    return self._eliminated(replaced, batch.scale)
+
+                weights, value = grad_and_value(log_z)([f.table for f in found])
+                return value, weights
+
+            if particles:
+                return vmap(one)(particles)
+            value, weights = one({})
+            return value[None], [weight[None] for weight in weights]
+
+        staged = self.density.stage(("expect", self._key(batch)), expect, (True, True, False))
+        return staged(self.theta(values), particles, batch.data)
+
+    def q(self) -> Callable[..., Tensor]:
+        """Q(θ) of one restart: a function of θ, particles, weights and data."""
+
+        def expected(theta: Values, particles: Values, weights: list[Tensor], data: list[Tensor]) -> Tensor:
+            def one(particle: Values, at: list[Tensor]) -> Tensor:
+                found = self.factors({**theta, **particle}, data)
+                terms = [
+                    torch.where(w > 0, w * torch.where(w > 0, f.table, 0.0), 0.0).sum()
+                    if f.variables
+                    else (w * f.table).sum()
+                    for f, w in zip(found, at, strict=True)
+                ]
+                return torch.stack(terms).sum()
+
+            if particles:
+                return vmap(one)(particles, weights).mean()
+            return one({}, [weight[0] for weight in weights])
+
+        return expected
+
+    def expected(self, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch) -> Tensor:
+        """Q at ``values``, (restart,)."""
+        staged = self.density.stage(("Q", self._key(batch)), self.q(), (True, True, True, False))
+        return staged(self.theta(values), particles, weights, batch.data)
+
+    def gradients(
+        self, name: str, at: Tensor, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch
+    ) -> Tensor:
+        """Gradient of Q in one site at the points ``at`` (point, restart, *site), same shape."""
+        expected = self.q()
+
+        def at_points(points: Tensor, theta: Values, p: Values, w: list[Tensor], data: list[Tensor]) -> Tensor:
+            return vmap(grad(lambda value: expected({**theta, name: value}, p, w, data)))(points)
+
+        key = ("Q message", name, self._key(batch))
+        staged = self.density.stage(key, at_points, (True, True, True, True, False))
+        points = at.movedim(0, 1).contiguous()
+        return staged(points, self.theta(values), particles, weights, batch.data).movedim(1, 0)
+
+    def _key(self, batch: Batch) -> tuple[Any, ...]:
+        return self.maximised, self.is_likelihood, self.is_hard, batch.scale
+
+    def most_probable(self, values: Values) -> Values:
+        """The most probable joint values of the finite sites given all others, (restart, *site)."""
+        program = self.program
+
+        def best(others: Values) -> Values:
+            found = factors(program, others, program.finite)
+            _, records = eliminate(found, plates_of(program, program.finite), maximise=True)
+            picked, _ = draw_back(program, records, lambda site, logits: logits.argmax(-1))
+            result = {}
+            for site in program.finite:
+                choices = program.latents[site].choices
+                assert choices is not None
+                zeros = torch.zeros(program.latents[site].batch_shape, dtype=torch.long, device=choices.device)
+                result[site] = choices[picked.get(site, zeros)]
+            return result
+
+        others = {name: value for name, value in values.items() if name not in program.finite}
+        if not others:
+            count = len(next(iter(values.values())))
+            return {name: value.expand(count, *value.shape) for name, value in best({}).items()}
+        return self.density.stage(("most probable", program.finite), best, (True,))(others)
+
+
+class Moved(NamedTuple):
+    """What an E-step hands to the M-step.
+
+    Attributes:
+        memory: The state of the E-step.
+        particles: Continuous averaged site to points, (restart, particle, *site).
+        log_q: Log-density of each point where it is known, so that the objective is exact; else 0; (restart, particle).
+        values: Values of the averaged sites to go on from, (restart, *site).
+    """
+
+    memory: Any
+    particles: Values
+    log_q: Tensor
+    values: Values
+
+
+@dataclass(frozen=True)
+class Expectation(abc.ABC):
+    """How the continuous averaged sites are handled.
+
+    Args:
+        sites: Their names.
+    """
+
+    sites: tuple[str, ...] = ()
+
+    @property
+    @abc.abstractmethod
+    def update(self) -> str:
+        """What a plan prints."""
+
+    @property
+    def is_random(self) -> bool:
+        return False
+
+    @abc.abstractmethod
+    def init(self, values: Values, task: Completed) -> Any:
+        """The memory of the E-step, at values of all sites (restart, *site)."""
+
+    @abc.abstractmethod
+    def step(self, memory: Any, values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
+        """Points that represent the conditional given θ.
+
+        Args:
+            memory: What ``init`` or the last step gave.
+            values: Values of all latent sites, (restart, *site).
+            task: The completed density.
+            batch: The rows.
+            adapts: Number of steps for which samplers adapt, 0 once they must not.
+        """
+
+    def marginal(self, theta: Values, memory: Any, task: Completed) -> Tensor:
+        """log p(data, θ) of one restart, to be differentiated; a scalar."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Enumerated(Expectation):
+    """There are no continuous averaged sites: tables are all there is."""
+
+    @property
+    def update(self) -> str:
+        return "Enumerate"
+
+    def init(self, values: Values, task: Completed) -> tuple[()]:
+        return ()
+
+    def step(self, memory: tuple[()], values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
+        like = next((values[name] for name in task.maximised), None)
+        restarts = 1 if like is None else len(like)
+        return Moved((), {}, torch.zeros(restarts, 1, dtype=task.program.dtype, device=task.program.device), {})
+
+    def marginal(self, theta: Values, memory: tuple[()], task: Completed) -> Tensor:
+        return task.log_z(theta)
+
+
+class Stack:
+    """Several sites as one: side by side in each row where they share their batch shape, else end to end.
+
+    Args:
+        sites: The sites, all real.
+        rows: Number of rows in place of that of plates named ``row_plates``; None leaves the shapes alone.
+        row_plates: Names of the plates over the rows.
+    """
+
+    def __init__(self, sites: list[Site], rows: int | None = None, row_plates: tuple[str, ...] = ()) -> None:
+        self.names = [site.name for site in sites]
+        self.shapes, self.batches = [], []
+        for site in sites:
+            shape = list(site.shape)
+            for plate in site.plates:
+                if rows is not None and plate.name in row_plates:
+                    shape[len(site.batch_shape) + plate.dim] = rows
+            self.shapes.append(torch.Size(shape))
+            self.batches.append(torch.Size(shape[: len(site.batch_shape)]))
+        self.is_side_by_side = len(set(self.batches)) == 1
+        lead = self.batches[0] if self.is_side_by_side else torch.Size(())
+        self.sizes = [shape.numel() // lead.numel() for shape in self.shapes]
+        self.shape = self.shapes[0] if len(sites) == 1 else torch.Size((*lead, sum(self.sizes)))
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Site to (…, *site) -> (…, *stack)."""
+        if len(self.names) == 1:
+            return values[self.names[0]]
+        parts = []
+        for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
+            value = values[name]
+            parts.append(value.reshape(*value.shape[: value.dim() - len(shape)], *self.shape[:-1], size))
+        return torch.cat(parts, -1)
+
+    def split(self, value: Tensor) -> Values:
+        """(…, *stack) -> site to (…, *site)."""
+        if len(self.names) == 1:
+            return {self.names[0]: value}
+        lead = value.shape[: value.dim() - len(self.shape)]
+        parts = value.split(self.sizes, -1)
+        return {n: p.reshape(*lead, *shape) for n, p, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def families(self, support: Any) -> Iterator[Family]:
+        if len(self.names) == 1:
+            yield from (f for f in candidates(support, self.shape) if f.name in ("Normal", "Gaussian"))
+            return
+        last = len(self.shape) - 1
+        for axes in dict.fromkeys([(last,), tuple(range(len(self.shape)))]):
+            family = Gaussian(self.shape, axes)
+            if family.coupling.width <= WIDEST_GAUSSIAN:
+                yield family
+
+
+@dataclass(frozen=True)
+class GaussianLatents(Expectation):
+    """The continuous averaged sites are jointly Gaussian given θ: equally weighted sigma points average exactly.
+
+    log p(data, u, θ) is quadratic in u, so that ± √W times each column of a root of the covariance of W coupled elements
+    give Q, and with the density of the points log p(data, θ), up to rounding.
+
+    Args:
+        sites: Their names.
+        family: The family of the conditional of the stack of sites; filled in by ``bind``.
+
+    References:
+        S. Julier and J. Uhlmann, Unscented filtering and nonlinear estimation (2004).
+    """
+
+    family: Family | None = None
+
+    @property
+    def update(self) -> str:
+        return "Gaussian"
+
+    def bind(self, values: Values, task: Completed) -> GaussianLatents | None:
+        """The E-step with its family, if the sites are Gaussian: the message must give the differences of the log-joint."""
+        sites = [task.program.latents[name] for name in self.sites]
+        if any(_is_bounded(site) for site in sites):
+            return None
+        stack = Stack(sites)
+        before = task.density.joint(values)
+        for family in stack.families(sites[0].support):
+            bound = dataclasses.replace(self, family=family)
+            conditional = bound._conditional(bound.init(values, task), values, task)
+            proposal = conditional.sample()
+            after = task.density.joint({**values, **stack.split(proposal)})
+            log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(stack.join(values))
+            ratio = ((after - before) - (log_q - log_q_present)).nan_to_num(nan=math.inf)
+            if bool(conditional.is_proper.all()) and is_certified(Move(ratio, ratio), after, before):
+                return bound
+        return None
+
+    def _stack(self, task: Completed, batch: Batch = ALL) -> Stack:
+        sites, program = [task.program.latents[name] for name in self.sites], task.program
+        return Stack(sites, round((program.rows or 0) / batch.scale) if batch.data else None, program.row_plates)
+
+    def _family(self, shape: torch.Size) -> Family:
+        assert self.family is not None
+        return Gaussian(shape, self.family.coupling.axes) if isinstance(self.family, Gaussian) else self.family
+
+    def init(self, values: Values, task: Completed) -> Points:
+        assert self.family is not None
+        points = self.family.initial(self._stack(task).join(values))
+        return self._conditional(points, values, task).points()
+
+    def _conditional(self, points: Points, values: Values, task: Completed, batch: Batch = ALL) -> Conditional:
+        stack = self._stack(task, batch)
+
+        def gradients(points: Tensor, others: Values, data: list[Tensor]) -> Tensor:
+            def log_joint(value: Tensor) -> Tensor:
+                return task.program.log_joint({**others, **stack.split(value)}, data or None)
+
+            return vmap(grad(log_joint))(points)
+
+        family = self._family(stack.shape)
+        at = family.at(points)
+        others = {name: value for name, value in values.items() if name not in self.sites}
+        if not others:
+            return family.solve(at, vmap(lambda p: gradients(p, {}, batch.data))(at.movedim(0, 1)).movedim(1, 0))
+        staged = task.density.stage(("latents", self.sites, batch.scale), gradients, (True, True, False))
+        return family.solve(at, staged(at.movedim(0, 1).contiguous(), others, batch.data).movedim(1, 0))
+
+    def step(self, memory: Points, values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
+        stack = self._stack(task, batch)
+        if batch.data:  # other rows in every step: the points cannot be remembered
+            like = torch.zeros(
+                len(memory.location), *stack.shape, dtype=memory.location.dtype, device=memory.location.device
+            )
+            conditional = self._conditional(Points(like, torch.ones_like(like)), values, task, batch)
+            conditional = self._conditional(conditional.points(), values, task, batch)
+            moved, kept = stack.split(self._sigma(conditional)), memory
+            last: Values = {}
+        else:
+            conditional = self._conditional(memory, values, task)
+            moved, kept = stack.split(self._sigma(conditional)), conditional.points()
+            last = stack.split(conditional.mode())
+        log_q = conditional.log_prob(conditional.mode()) - 0.5 * stack.shape.numel()
+        count = next(iter(moved.values())).shape[1]
+        return Moved(kept, moved, log_q.unsqueeze(1).expand(-1, count), last)
+
+    @staticmethod
+    def _sigma(conditional: Conditional) -> Tensor:
+        """The points, (restart, particle, *stack)."""
+        if isinstance(conditional, GaussianConditional):
+            width = conditional.mean.shape[-1]
+            factor, _ = conditional._factor()
+            eye = torch.eye(width, dtype=factor.dtype, device=factor.device)
+            root = torch.linalg.solve_triangular(factor.mT, eye.expand_as(factor), upper=True) * math.sqrt(width)
+            both = torch.cat([root, -root], -1).movedim(-1, 1)  # (restart, particle, *independent, joint)
+            return conditional.coupling.fold(conditional.mean.unsqueeze(1) + both)
+        assert isinstance(conditional, NormalConditional)
+        sd = conditional.precision.rsqrt()
+        return torch.stack([conditional.mean + sd, conditional.mean - sd], 1)
+
+    def marginal(self, theta: Values, memory: Points, task: Completed) -> Tensor:
+        stack = self._stack(task)
+        family = self._family(stack.shape)
+        at = family.at(memory)
+
+        def log_joint(value: Tensor) -> Tensor:
+            return task.log_z({**theta, **stack.split(value)})
+
+        conditional = family.solve(at, vmap(grad(log_joint))(at.squeeze(1)).unsqueeze(1))
+        mode = conditional.mode()
+        return log_joint(mode.squeeze(0)) - conditional.log_prob(mode).squeeze(0)
+
+
+def _is_bounded(site: Site) -> bool:
+    from inference.messages import kind_of
+
+    return kind_of(site.support) != "real"
+
+
+class SampledState(NamedTuple):
+    """Draws of all averaged sites, (restart, particle, *site), and the state of what moves them."""
+
+    particles: Values
+    states: Any
+
+
+@dataclass(frozen=True)
+class Sampled(Expectation):
+    """Draws of the averaged sites, moved by blocks as in Gibbs sampling; the finite ones are then averaged over.
+
+    Args:
+        sites: Names of the continuous ones.
+        blocks: The blocks that move all averaged sites.
+        averaged: Names of all averaged sites.
+        count: Draws for each restart.
+        sweeps: Sweeps in a step.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    averaged: tuple[str, ...] = ()
+    count: int = 64
+    sweeps: int = 5
+
+    @property
+    def update(self) -> str:
+        return "Monte-Carlo"
+
+    @property
+    def is_random(self) -> bool:
+        return True
+
+    def init(self, values: Values, task: Completed) -> SampledState:
+        spread = {name: value.repeat_interleave(self.count, 0) for name, value in values.items()}
+        current = Current(spread, task.density.joint(spread))
+        states = tuple(block.init(task.density, current) for block in self.blocks)
+        return SampledState(self._folded(spread), states)
+
+    def _folded(self, values: Values) -> Values:
+        return {name: values[name].unflatten(0, (-1, self.count)) for name in self.averaged}
+
+    def _spread(self, memory: SampledState, values: Values) -> Values:
+        spread = {name: value.repeat_interleave(self.count, 0) for name, value in values.items()}
+        return spread | {name: value.flatten(0, 1) for name, value in memory.particles.items()}
+
+    def step(self, memory: SampledState, values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
+        spread = self._spread(memory, values)
+        current, states = Current(spread, task.density.joint(spread)), list(memory.states)
+        for _ in range(self.sweeps):
+            for i, block in enumerate(self.blocks):
+                states[i], current, _ = block.step(states[i], task.density, current, adapts)
+        return self._moved(current.values, tuple(states))
+
+    def _moved(self, values: Values, states: Any) -> Moved:
+        particles = self._folded(values)
+        shown = {name: value for name, value in particles.items() if name in self.sites}
+        like = next(iter(shown.values()))
+        log_q = like.new_zeros(like.shape[:2], dtype=torch.get_default_dtype())
+        last = {name: value[:, -1] for name, value in particles.items()}
+        return Moved(SampledState(particles, states), shown, log_q, last)
+
+
+@dataclass(frozen=True)
+class Sampler(Sampled):
+    """Draws of the averaged sites, moved by a sampler of a back-end given θ.
+
+    Args:
+        backend: The back-end; its ``chains`` are the draws of each restart, ``thin`` the moves of a step.
+    """
+
+    backend: Any = None
+
+    @property
+    def update(self) -> str:
+        return f"Monte-Carlo ({self.backend.update})"
+
+    def init(self, values: Values, task: Completed) -> SampledState:
+        spread = {name: value.repeat_interleave(self.count, 0) for name, value in values.items()}
+        given = Given(task, {name: spread[name] for name in task.maximised})
+        start = {name: spread[name] for name in self.averaged}
+        state = self._sized(spread, start=start).init(given)
+        return SampledState(self._folded(spread), state)
+
+    def _sized(self, spread: Values, **options: Any) -> Any:
+        return dataclasses.replace(self.backend, chains=len(next(iter(spread.values()))), **options)
+
+    def step(self, memory: SampledState, values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
+        spread = self._spread(memory, values)
+        given: Any = Given(task, {name: spread[name] for name in task.maximised})
+        backend = self._sized(spread, warmup=adapts * self.sweeps)
+        coordinates, density = backend._parts(given)
+        kernel, _ = backend.begin(coordinates.position(spread), density)  # θ has moved: what was cached is stale
+        state = memory.states._replace(kernel=kernel)
+        for _ in range(self.sweeps):
+            if adapts:
+                state, _ = backend.step(state, given)
+            else:
+                kernel, adaptation, _ = backend.move(state.kernel, state.adaptation, density, 0)
+                state = state._replace(kernel=kernel, adaptation=adaptation)
+        return self._moved({**spread, **backend.values(state, given)}, state)
+
+
+class Given:
+    """A program some of whose sites have one given value for every chain; a sampler sees the others.
+
+    Args:
+        task: The completed density.
+        values: Site to (chain, *site).
+    """
+
+    def __init__(self, task: Completed, values: Values) -> None:
+        self.program, self.values, self.density = task.program, values, _GivenDensity(task.density, values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
+    @cached_property
+    def latents(self) -> dict[str, Site]:
+        return {name: site for name, site in self.program.latents.items() if name not in self.values}
+
+    @cached_property
+    def continuous(self) -> tuple[str, ...]:
+        return tuple(name for name in self.program.continuous if name not in self.values)
+
+
+class _GivenDensity:
+    """The densities of a program at given values of some of its sites."""
+
+    def __init__(self, density: Density, values: Values) -> None:
+        self.density, self.given = density, values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.density, name)
+
+    @property
+    def joint(self) -> Callable[..., Tensor]:
+        return lambda values: self.density.joint({**values, **self.given})
+
+    def marginal(self, enumerated: Any) -> Callable[..., Tensor]:
+        staged = self.density.marginal(enumerated)
+        return lambda values: staged({**values, **self.given})
+
+    def draw(self, sites: Any, evaluations: int | None = None) -> Callable[..., Any]:
+        staged = self.density.draw(sites, evaluations)
+        return lambda values, uniforms: staged({**values, **self.given}, uniforms)
+
+    def unconstrained(self, coordinates: Unconstrained, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        staged = self.density.unconstrained(coordinates, *args, **kwargs)
+        return lambda position, others: staged(position, {**others, **self.given})
