@@ -177,7 +177,7 @@ class Moved(NamedTuple):
     Attributes:
         memory: The state of the E-step.
         particles: Continuous averaged site to points, (restart, particle, *site).
-        log_q: Log-density of each point where it is known, so that the objective is exact; else 0; (restart, particle).
+        log_q: Log-density of each point, whose mean is exact for sigma points and estimated for draws; (restart, particle).
         values: Values of the averaged sites to go on from, (restart, *site).
     """
 
@@ -471,15 +471,29 @@ class Sampled(Expectation):
         for _ in range(self.sweeps):
             for i, block in enumerate(self.blocks):
                 states[i], current, _ = block.step(states[i], task.density, current, adapts)
-        return self._moved(current.values, tuple(states))
+        return self._moved(current.values, tuple(states), task)
 
-    def _moved(self, values: Values, states: Any) -> Moved:
+    def _moved(self, values: Values, states: Any, task: Completed) -> Moved:
         particles = self._folded(values)
         shown = {name: value for name, value in particles.items() if name in self.sites}
-        like = next(iter(shown.values()))
-        log_q = like.new_zeros(like.shape[:2], dtype=torch.get_default_dtype())
+        log_q = self._log_q(shown, task.program)
         last = {name: value[:, -1] for name, value in particles.items()}
         return Moved(SampledState(particles, states), shown, log_q, last)
+
+
+    def _log_q(self, particles: Values, program: Program) -> Tensor:
+        """Minus the entropy of independent normals with the draws' variances, unconstrained, (restart, particle).
+
+        Without it the objective would have no upper bound: it would rank a collapsed scale of the latents highest.
+        """
+        coordinates = Unconstrained(program, [name for name in particles if program.latents[name].is_continuous])
+        if not coordinates.sites:
+            return next(iter(particles.values())).new_zeros(1, self.count, dtype=program.dtype)
+        position = coordinates.position({n: particles[n].flatten(0, 1) for n in coordinates.sites})
+        log_jacobian = vmap(coordinates.log_jacobian)(position).unflatten(0, (-1, self.count))
+        variance = position.unflatten(0, (-1, self.count)).var(1, correction=min(1, self.count - 1))
+        entropy = 0.5 * (2.0 * math.pi * math.e * variance.clamp(min=torch.finfo(variance.dtype).tiny)).log().sum(-1)
+        return -entropy.unsqueeze(1) - log_jacobian
 
 
 @dataclass(frozen=True)
@@ -519,7 +533,7 @@ class Sampler(Sampled):
             else:
                 kernel, adaptation, _ = backend.move(state.kernel, state.adaptation, density, 0)
                 state = state._replace(kernel=kernel, adaptation=adaptation)
-        return self._moved({**spread, **backend.values(state, given)}, state)
+        return self._moved({**spread, **backend.values(state, given)}, state, task)
 
 
 class Given:
