@@ -26,7 +26,7 @@ def diagnose(posterior: Posterior) -> list[str]:
         findings += [*_unmoved(posterior), *_divergences(posterior), *_acceptance(posterior)]
     elif {"lp", "log_q"} <= posterior.stats.keys():
         findings += arviz.importance((posterior.stats["lp"].double() - posterior.stats["log_q"].double()).numpy())
-    return findings + _certificates(posterior)
+    return findings + _standard_errors(posterior) + _certificates(posterior)
 
 
 def _quantities(posterior: Posterior) -> dict[str, np.ndarray]:
@@ -94,6 +94,18 @@ def _acceptance(posterior: Posterior) -> list[str]:
             "Raise warmup so that they can grow."
         )
     return findings
+
+
+def _standard_errors(posterior: Posterior) -> list[str]:
+    prefix = "standard_error_"
+    lost = [name for name, error in posterior.stats.items() if name.startswith(prefix) and bool(error.isnan().any())]
+    if not lost:
+        return []
+    sites = ", ".join(f"'{name.removeprefix(prefix)}'" for name in lost)
+    return [
+        f"There is no standard error of {sites}: the density has a ridge there (several values fit equally well), or the "
+        "point lies at an edge of the support, or is not yet a maximum. Raise steps=, or fix what the data do not tell apart."
+    ]
 
 
 def _certificates(posterior: Posterior) -> list[str]:

@@ -116,7 +116,7 @@ class EM(Backend[EMState, EMInfo]):
     for finite sites, chains of them included, and for jointly Gaussian ones; others are averaged over draws.
 
     ``posterior.stats["standard_error_<site>"]`` holds standard errors of the maximised sites, from the observed information
-    at given weights; NaN where it is not positive definite.
+    at given weights; NaN along a ridge of the density, or where the point is no maximum inside the support.
 
     Args:
         steps: Most steps.
@@ -177,15 +177,16 @@ class EM(Backend[EMState, EMInfo]):
         self._check_batches(program, averaged)
         density = Density(program, rung="vmapped") if program.weights else program.density
         task = Completed(program, density, maximised, self.objective == "mle", self.hard)
-        pilots = max(_PILOTS, 2 * self.restarts)
-        values = starting_values(program, pilots, None)
-        if program.continuous and not program.weights and not self._is_batched(program):
+        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
+        values = starting_values(program, pilots, None) if program.latents else {}
+        given = given_values(program, self.start, self.restarts)
+        is_given = set(given) >= set(maximised)
+        if program.continuous and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values)
         expectation = self._expectation(values, averaged, task)
         pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
         pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
-        given = given_values(program, self.start, self.restarts)
-        if set(given) >= set(maximised):
+        if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):

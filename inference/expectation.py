@@ -70,6 +70,12 @@ class Completed:
     def theta(self, values: Mapping[str, Tensor]) -> Values:
         return {name: values[name] for name in self.maximised}
 
+    def batched(self, values: Mapping[str, Tensor]) -> tuple[Values, Tensor]:
+        """θ, and a tensor that has the restart axis where there is no θ: weights have one restart."""
+        theta = self.theta(values)
+        count = len(next(iter(theta.values()))) if theta else 1
+        return theta, torch.zeros(count, dtype=self.program.dtype, device=self.program.device)
+
     def factors(self, values: Mapping[str, Tensor], data: list[Tensor]) -> list[Factor]:
         found = factors(self.program, values, self.program.finite, data or None)
         return [f for f in found if not (self.is_likelihood and f.site in self.maximised)]
@@ -87,7 +93,9 @@ class Completed:
     def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """log Z at each point, (restart, particle), and the weights of all factors there."""
 
-        def expect(theta: Values, particles: Values, data: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def expect(inputs: tuple[Values, Tensor], particles: Values, data: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            theta, _ = inputs
+
             def one(particle: Values) -> tuple[Tensor, list[Tensor]]:
                 found = self.factors({**theta, **particle}, data)
 
@@ -104,7 +112,7 @@ class Completed:
             return value[None], [weight[None] for weight in weights]
 
         staged = self.density.stage(("expect", self._key(batch)), expect, (True, True, False))
-        return staged(self.theta(values), particles, batch.data)
+        return staged(self.batched(values), particles, batch.data)
 
     def q(self) -> Callable[..., Tensor]:
         """Q(θ) of one restart: a function of θ, particles, weights and data."""
@@ -128,8 +136,13 @@ class Completed:
 
     def expected(self, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch) -> Tensor:
         """Q at ``values``, (restart,)."""
-        staged = self.density.stage(("Q", self._key(batch)), self.q(), (True, True, True, False))
-        return staged(self.theta(values), particles, weights, batch.data)
+        expected = self.q()
+
+        def at(inputs: tuple[Values, Tensor], particles: Values, weights: list[Tensor], data: list[Tensor]) -> Tensor:
+            return expected(inputs[0], particles, weights, data)
+
+        staged = self.density.stage(("Q", self._key(batch)), at, (True, True, True, False))
+        return staged(self.batched(values), particles, weights, batch.data)
 
     def gradients(
         self, name: str, at: Tensor, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch
@@ -278,7 +291,7 @@ class Stack:
         parts = []
         for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
             value = values[name]
-            parts.append(value.reshape(*value.shape[: value.dim() - len(shape)], *self.shape[:-1], size))
+            parts.append(value.reshape((*value.shape[: value.dim() - len(shape)], *self.shape[:-1], size)))
         return torch.cat(parts, -1)
 
     def split(self, value: Tensor) -> Values:
@@ -287,7 +300,7 @@ class Stack:
             return {self.names[0]: value}
         lead = value.shape[: value.dim() - len(self.shape)]
         parts = value.split(self.sizes, -1)
-        return {n: p.reshape(*lead, *shape) for n, p, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return {n: p.reshape((*lead, *shape)) for n, p, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def families(self, support: Any) -> Iterator[Family]:
         if len(self.names) == 1:
@@ -479,7 +492,6 @@ class Sampled(Expectation):
         log_q = self._log_q(shown, task.program)
         last = {name: value[:, -1] for name, value in particles.items()}
         return Moved(SampledState(particles, states), shown, log_q, last)
-
 
     def _log_q(self, particles: Values, program: Program) -> Tensor:
         """Minus the entropy of independent normals with the draws' variances, unconstrained, (restart, particle).

@@ -40,7 +40,7 @@ def standard_errors(
         task: The completed density.
 
     Returns:
-        NaN everywhere if the information is not positive definite: the mode is at an edge, on a ridge or not reached.
+        NaN for what lies along a ridge of the density, and for all if the mode is at an edge or no maximum.
     """
     coordinates = Unconstrained(task.program, task.maximised)
     position = coordinates.position(values).squeeze(0)
@@ -58,14 +58,24 @@ def standard_errors(
     def flat(at: Tensor) -> Tensor:
         return torch.cat([value.reshape(-1) for value in coordinates.values(at).values()])
 
-    jacobian = jacrev(flat, chunk_size=_CHUNK)(position)
-    factor, failed = torch.linalg.cholesky_ex(0.5 * (information + information.mT))
-    if int(failed) or not bool(factor.isfinite().all()):
-        errors = torch.full_like(jacobian[:, 0], torch.nan) if jacobian.shape[1] else jacobian.new_zeros(len(jacobian))
-    else:
-        errors = torch.linalg.solve_triangular(factor, jacobian.mT, upper=False).square().sum(0).sqrt()
+    errors = _delta(information, jacrev(flat, chunk_size=_CHUNK)(position))
     parts = errors.split([values[name].numel() for name in coordinates.sites])
     return {name: part.reshape(values[name].shape) for name, part in zip(coordinates.sites, parts, strict=True)}
+
+
+def _delta(information: Tensor, jacobian: Tensor) -> Tensor:
+    """√ diag J I⁺ Jᵀ; NaN for what moves along a direction without information, and for all at a saddle."""
+    if not information.numel() or not bool(information.isfinite().all()):
+        return jacobian.sum(1) + (torch.nan if information.numel() else 0.0)
+    scale = information.diagonal().abs().clamp(min=torch.finfo(information.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(0.5 * scale[:, None] * (information + information.mT) * scale)
+    rounding = 1e-7 if information.dtype == torch.float64 else 1e-3
+    is_flat = values.abs() <= rounding
+    moved = (jacobian * scale) @ vectors
+    variance = (moved[:, ~is_flat].square() / values[~is_flat]).sum(1)
+    size = moved.square().sum(1)
+    is_lost = moved[:, is_flat].square().sum(1) > rounding * size
+    return torch.where(is_lost | bool((values < -rounding).any()), torch.nan, variance.sqrt())
 
 
 def _louis(

@@ -163,6 +163,7 @@ class Posterior:
         if warmup:
             groups |= {"warmup_posterior": self.warmup_draws, "warmup_sample_stats": self.warmup_stats}
         named = {**self.dims, **(dims or {})}
+        named |= {f"standard_error_{site}": names for site, names in named.items()}  # of EM, among the stats
         self._check_labels(coords or {}, dims or {}, named)
         info = self.info
         attrs = {
