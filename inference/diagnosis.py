@@ -104,7 +104,7 @@ def _standard_errors(posterior: Posterior) -> list[str]:
     sites = ", ".join(f"'{name.removeprefix(prefix)}'" for name in lost)
     return [
         f"There is no standard error of {sites}: the density has a ridge there (several values fit equally well), or the "
-        "point lies at an edge of the support, or is not yet a maximum. Raise steps=, or fix what the data do not tell apart."
+        "point lies at an edge of the support, or is no maximum yet. Raise steps=, or fix what the data do not tell apart."
     ]
 
 

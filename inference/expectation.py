@@ -30,7 +30,7 @@ from inference.blocks import Block, Current
 from inference.blocks.block import Move, is_certified
 from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.density import Density, Unconstrained
-from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of
+from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
 
@@ -88,7 +88,7 @@ class Completed:
         scales = dict.fromkeys(self.program.row_plates, scale) if scale != 1.0 else None
         places = plates_of(self.program, self.program.finite)
         left, _ = eliminate(found, places, maximise=self.is_hard, scales=scales)
-        return torch.stack([f.table for f in left]).sum()
+        return total(left)
 
     def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """log Z at each point, (restart, particle), and the weights of all factors there."""
@@ -100,7 +100,7 @@ class Completed:
                 found = self.factors({**theta, **particle}, data)
 
                 def log_z(tables: list[Tensor]) -> Tensor:
-                    replaced = [f._replace(table=t) for f, t in zip(found, tables, strict=True)]
+                    replaced = [f.with_table(t) for f, t in zip(found, tables, strict=True)]
                     return self._eliminated(replaced, batch.scale)
 
                 weights, value = grad_and_value(log_z)([f.table for f in found])
@@ -344,9 +344,10 @@ class GaussianLatents(Expectation):
         for family in stack.families(sites[0].support):
             bound = dataclasses.replace(self, family=family)
             conditional = bound._conditional(bound.init(values, task), values, task)
-            proposal = conditional.sample()
+            present = stack.join(values)
+            proposal = torch.where(_is_idle(conditional), present, conditional.sample())
             after = task.density.joint({**values, **stack.split(proposal)})
-            log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(stack.join(values))
+            log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(present)
             ratio = ((after - before) - (log_q - log_q_present)).nan_to_num(nan=math.inf)
             if bool(conditional.is_proper.all()) and is_certified(Move(ratio, ratio), after, before):
                 return bound
@@ -378,9 +379,11 @@ class GaussianLatents(Expectation):
         at = family.at(points)
         others = {name: value for name, value in values.items() if name not in self.sites}
         if not others:
-            return family.solve(at, vmap(lambda p: gradients(p, {}, batch.data))(at.movedim(0, 1)).movedim(1, 0))
-        staged = task.density.stage(("latents", self.sites, batch.scale), gradients, (True, True, False))
-        return family.solve(at, staged(at.movedim(0, 1).contiguous(), others, batch.data).movedim(1, 0))
+            found = vmap(lambda p: gradients(p, {}, batch.data))(at.movedim(0, 1))
+        else:
+            staged = task.density.stage(("latents", self.sites, batch.scale), gradients, (True, True, False))
+            found = staged(at.movedim(0, 1).contiguous(), others, batch.data)
+        return _occupied(family.solve(at, found.movedim(1, 0)))
 
     def step(self, memory: Points, values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
         stack = self._stack(task, batch)
@@ -422,9 +425,25 @@ class GaussianLatents(Expectation):
         def log_joint(value: Tensor) -> Tensor:
             return task.log_z({**theta, **stack.split(value)})
 
-        conditional = family.solve(at, vmap(grad(log_joint))(at.squeeze(1)).unsqueeze(1))
+        conditional = _occupied(family.solve(at, vmap(grad(log_joint))(at.squeeze(1)).unsqueeze(1)))
         mode = conditional.mode()
         return log_joint(mode.squeeze(0)) - conditional.log_prob(mode).squeeze(0)
+
+
+_IDLE = 2.0 * math.pi * math.e  # precision of a normal without entropy
+
+
+def _occupied(conditional: Conditional) -> Conditional:
+    """Elements on which the density does not depend, such as those masked out, as normals without entropy around 0."""
+    if not isinstance(conditional, NormalConditional):
+        return conditional
+    is_idle = conditional.precision == 0
+    mean = torch.where(is_idle, 0.0, conditional.mean)
+    return NormalConditional(mean, torch.where(is_idle, _IDLE, conditional.precision))
+
+
+def _is_idle(conditional: Conditional) -> Tensor:
+    return conditional.precision == _IDLE if isinstance(conditional, NormalConditional) else torch.tensor(False)
 
 
 def _is_bounded(site: Site) -> bool:

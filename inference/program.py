@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform, Unit
+from pyro.distributions import Delta, ImproperUniform, Unit
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -140,7 +140,9 @@ def _is_statement(node: Mapping[str, Any]) -> bool:
 
 
 def _kind(node: Mapping[str, Any]) -> str:
-    if node["infer"].get("_deterministic"):
+    is_masked = getattr(node["fn"], "_mask", None) is False
+    is_computed = node["is_observed"] and is_masked and isinstance(base(node["fn"]), Delta)  # what a reparam leaves behind
+    if node["infer"].get("_deterministic") or is_computed:
         return "deterministic"
     if isinstance(base(node["fn"]), Unit):
         return "factor"
