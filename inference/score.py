@@ -200,7 +200,7 @@ def _checked(program: Program, draws: Mapping[str, Any]) -> tuple[dict[str, Tens
     if unknown := sorted(draws.keys() - known):
         raise ValueError(f"draws names '{unknown[0]}', but {program.name} has the latent sites {', '.join(program.latents)}.")
     values: dict[str, Tensor] = {}
-    leads: dict[str, torch.Size] = {}
+    lead: tuple[int, ...] = ()
     for name, site in program.latents.items():
         if name not in draws:
             if name in program.finite:
@@ -208,17 +208,17 @@ def _checked(program: Program, draws: Mapping[str, Any]) -> tuple[dict[str, Tens
             raise ValueError(f"draws lacks the site '{name}' of {program.name}.")
         value = torch.as_tensor(draws[name], device=program.device)
         value = value.to(program.dtype if site.dtype.is_floating_point else site.dtype)
-        lead = value.shape[: value.dim() - len(site.shape)]
-        if not 1 <= len(lead) <= 2 or value.shape != (*lead, *site.shape):
+        own = tuple(value.shape[: value.dim() - len(site.shape)])
+        if not 1 <= len(own) <= 2 or value.shape != (*own, *site.shape):
             raise ValueError(
                 f"draws gives '{name}' the shape {tuple(value.shape)}, but it must be (chain, draw, *site) or (draw, *site), "
                 f"and the site has {tuple(site.shape)}."
             )
-        leads[name] = lead
-        if leads[name] != (first := next(iter(leads.values()))):
-            raise ValueError(f"draws gives '{name}' {tuple(lead)} draws, but '{next(iter(leads))}' {tuple(first)}.")
+        if values and own != lead:
+            raise ValueError(f"draws gives '{name}' {own} draws, but {lead} to the sites before it.")
+        lead = own
         values[name] = value.reshape(-1, *site.shape)
-    chains, length = lead if len(lead := next(iter(leads.values()))) == 2 else (1, lead[0])
+    chains, length = (1, *lead)[-2:]
     if length < _FEWEST_DRAWS:
         raise ValueError(f"A standard error needs {_FEWEST_DRAWS} draws a chain, but there are {length}.")
     return values, chains

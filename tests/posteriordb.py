@@ -30,9 +30,9 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from inference import arviz
+from inference import HMC, Gibbs, MetropolisHastings, arviz
 
-__all__ = ["ARCHIVE", "BY_NAME", "REFERENCES", "Comparison", "Reference", "compared"]
+__all__ = ["ARCHIVE", "BY_NAME", "REFERENCES", "SAMPLERS", "Comparison", "Reference", "compared", "sampler"]
 
 FOLDER = Path(os.environ.get("PYRO_GENMODELS_DATA") or Path(__file__).parents[2] / "shared" / "data")
 ARCHIVE = FOLDER / "posteriordb.zip"
@@ -278,6 +278,11 @@ class Reference(NamedTuple):
     canonical: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _same
     explicit: Callable[..., None] | None = None
 
+    @property
+    def label(self) -> str:
+        """The name of the model."""
+        return self.name.split("-")[1]
+
     def data(self, device: torch.device | str = "cpu") -> tuple[Any, ...]:
         """The arguments of the program."""
         arguments = self.arguments(_read(self.name)[0])
@@ -334,6 +339,38 @@ REFERENCES = (
     Reference("bball_drive_event_0-hmm_drive_0", drive, _named("u", "v", "alpha")),
 )  # fmt: skip
 BY_NAME = {reference.name: reference for reference in REFERENCES}
+
+
+# ------------------------------------------------------------------------------------------ samplers
+# Where the defaults of ``sampler`` do not suffice.
+OPTIONS: dict[tuple[str, str], dict[str, int]] = {
+    ("eight_schools_noncentered", "Gibbs"): {"chains": 32, "warmup": 300, "thin": 3},
+    ("eight_schools_noncentered", "HMC"): {"chains": 32, "warmup": 300},
+    ("eight_schools_noncentered", "MetropolisHastings"): {"chains": 32, "warmup": 2000, "thin": 25},
+    ("low_dim_gauss_mix", "Gibbs"): {"chains": 8, "draws": 300},
+    ("low_dim_gauss_mix", "HMC"): {"chains": 8, "warmup": 150},
+    ("low_dim_gauss_mix", "MetropolisHastings"): {"chains": 8, "draws": 300},
+    ("nes", "MetropolisHastings"): {"warmup": 3000, "thin": 30},
+    ("mesquite", "MetropolisHastings"): {"warmup": 10_000, "thin": 30},
+    ("mesquite", "HMC"): {"warmup": 1000},
+    ("kilpisjarvi", "MetropolisHastings"): {"warmup": 20_000, "thin": 80},
+    ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 100},
+}
+
+
+def sampler(name: str, reference: Reference) -> Any:
+    """A back-end that is long enough for a posterior: "Gibbs", "MetropolisHastings" or "HMC"."""
+    options = OPTIONS.get((reference.label, name), {})
+    if name == "Gibbs":
+        return Gibbs(**{"chains": 16, "warmup": 100, "draws": 250, **options}, seed=1, progress=False)
+    if name == "HMC":
+        return HMC(**{"chains": 16, "warmup": 300, "draws": 400, **options}, seed=3, progress=False)
+    return MetropolisHastings(
+        **{"chains": 16, "warmup": 1000, "draws": 250, "thin": 10, **options}, seed=2, progress=False
+    )  # fmt: skip
+
+
+SAMPLERS = ("Gibbs", "MetropolisHastings", "HMC")
 
 
 # ---------------------------------------------------------------------------------------- comparison
