@@ -98,7 +98,9 @@ class ScoreTest:
         ]
         if len(self.names) > len(shown):
             rows.append(f"and {len(self.names) - len(shown)} more, with smaller z")
-        return "\n".join([*rows, f"worst |z| {self.worst:.2f} of {2 * len(self.names)}, p = {self.p_value:.2g} (Bonferroni)"])
+        return "\n".join(
+            [*rows, f"worst |z| {self.worst:.2f} of {2 * len(self.names)}, p = {self.p_value:.2g} (Bonferroni)"]
+        )
 
     __repr__ = __str__
 
@@ -198,7 +200,9 @@ def _checked(program: Program, draws: Mapping[str, Any]) -> tuple[dict[str, Tens
         raise Unsupported(f"{program.name} has no continuous site: there is no score.")
     known = {*program.latents, *program.observed_sites, *program.deterministic}
     if unknown := sorted(draws.keys() - known):
-        raise ValueError(f"draws names '{unknown[0]}', but {program.name} has the latent sites {', '.join(program.latents)}.")
+        raise ValueError(
+            f"draws names '{unknown[0]}', but {program.name} has the latent sites {', '.join(program.latents)}."
+        )
     values: dict[str, Tensor] = {}
     lead: tuple[int, ...] = ()
     for name, site in program.latents.items():

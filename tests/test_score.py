@@ -163,7 +163,6 @@ def no_jacobian(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(0.5, (0.5 * log_variance).exp()), obs=y)
 
 
-
 def proper_deviation(y: Tensor) -> None:
     sigma = pyro.sample("sigma", dist.HalfCauchy(0.3))
     with pyro.plate("rows", len(y)):
