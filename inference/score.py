@@ -215,8 +215,8 @@ def _checked(program: Program, draws: Mapping[str, Any]) -> tuple[dict[str, Tens
         own = tuple(value.shape[: value.dim() - len(site.shape)])
         if not 1 <= len(own) <= 2 or value.shape != (*own, *site.shape):
             raise ValueError(
-                f"draws gives '{name}' the shape {tuple(value.shape)}, but it must be (chain, draw, *site) or (draw, *site), "
-                f"and the site has {tuple(site.shape)}."
+                f"draws gives '{name}' the shape {tuple(value.shape)}, but it must be (chain, draw, *site) or "
+                f"(draw, *site), and the site has {tuple(site.shape)}."
             )
         if values and own != lead:
             raise ValueError(f"draws gives '{name}' {own} draws, but {lead} to the sites before it.")

@@ -26,13 +26,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import torch
-from posteriordb import REFERENCES, SAMPLERS, Reference, compared, sampler
 
 from inference import arviz
 from inference.handlers import isolated, quiet, reproducible
 from inference.plan import Plan, assign
 from inference.program import Program
 from inference.score import score_test
+from posteriordb import REFERENCES, SAMPLERS, Reference, compared, sampler
 
 
 def short(plan: Plan) -> str:
