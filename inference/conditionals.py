@@ -19,6 +19,7 @@ __all__ = [
     "GaussianConditional",
     "LogNormalConditional",
     "NormalConditional",
+    "ParetoConditional",
     "Points",
     "PowerGammaConditional",
     "WishartConditional",
@@ -218,6 +219,36 @@ class LogNormalConditional(Conditional):
     def points(self) -> Points:
         location, spread = self.log.points()
         return Points(location.exp(), location.exp() * spread)
+
+
+@dataclass(frozen=True)
+class ParetoConditional(Conditional):
+    """Pareto: z^(−alpha − 1) above ``scale``, both (chain, *site)."""
+
+    scale: Tensor
+    alpha: Tensor
+
+    @property
+    def is_proper(self) -> Tensor:
+        return _every((self.alpha > 0) & (self.scale > 0) & (self.alpha + self.scale).isfinite())
+
+    def _shape(self) -> Tensor:
+        is_good = (self.alpha > 0) & self.alpha.isfinite()
+        return torch.where(is_good, self.alpha, torch.ones_like(self.alpha))
+
+    def sample(self) -> Tensor:
+        return self.scale * (torch.empty_like(self.scale).exponential_() / self._shape()).exp()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        alpha, ratio = self._shape(), (value / self.scale).log()
+        return _elements(torch.where(ratio >= 0, alpha.log() - value.log() - alpha * ratio, -math.inf))
+
+    def mode(self) -> Tensor:
+        return self.scale
+
+    def points(self) -> Points:
+        median = self.scale * 2.0 ** (1.0 / self._shape())
+        return Points(median, median)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ at once. The families of one kind of support share their points, so the program 
     real                Normal, element by element or jointly over some axes   g = h − P z
     positive            z^p ~ Gamma for p in {1, −1, −2, 2}                     z g = A − B p z^p
                         (Gamma, InverseGamma, standard deviation, square root) or LogNormal
+    above a number      Pareto                                                  z g = A
     unit interval       Beta                                                    z (1 − z) g = a − (a + b) z
     simplex             Dirichlet                                               z g = m − N z
     positive definite   InverseWishart, Wishart                                 g = a S⁻¹ + S⁻¹ B S⁻¹,  a S⁻¹ + B
 
-The count N matters: torch's Categorical and Multinomial renormalise, which moves the gradient along z.
+The gradient does not show where a Pareto begins (``Uniform(0, z)`` has one at z of less than the data, too): whoever asks
+for one looks at the density itself. The count N matters: torch's Categorical and Multinomial renormalise, which moves the gradient along z.
 
 References:
     M. Hoffman, M. Johnson and D. Tran, Autoconj: recognizing and exploiting conjugacy without a domain-specific language (2018).
@@ -42,12 +44,13 @@ from inference.conditionals import (
     GaussianConditional,
     LogNormalConditional,
     NormalConditional,
+    ParetoConditional,
     Points,
     PowerGammaConditional,
     WishartConditional,
 )
 
-__all__ = ["Conditional", "Family", "Gaussian", "Points", "candidates", "kind_of"]
+__all__ = ["Conditional", "Family", "Gaussian", "Pareto", "Points", "candidates", "kind_of", "least_of"]
 
 WIDEST_GAUSSIAN = 1000  # a joint Gaussian over more elements would need too many gradients
 
@@ -68,6 +71,14 @@ def kind_of(support: Any) -> str | None:
     if lower == 0.0:
         return {None: "positive", 1.0: "unit interval"}.get(upper)
     return None
+
+
+def least_of(support: Any) -> float | None:
+    """The bound of a support that has one below, if it is positive and has none above."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    lower, upper = (_number(getattr(support, name, None)) for name in ("lower_bound", "upper_bound"))
+    return lower if lower is not None and lower > 0.0 and upper is None and not support.is_discrete else None
 
 
 def _number(bound: Any) -> float | None:
@@ -186,6 +197,25 @@ class LogNormal(_Positive):
 
     def solve(self, at: Tensor, gradients: Tensor) -> LogNormalConditional:
         return LogNormalConditional(Normal().solve(at.log(), at * gradients + 1.0))
+
+
+class Pareto(Family):
+    """z g = −alpha − 1, wherever it begins: here at the bound of the support.
+
+    Args:
+        least: The bound.
+    """
+
+    name = "Pareto"
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def at(self, points: Points) -> Tensor:
+        return points.location.unsqueeze(0)
+
+    def solve(self, at: Tensor, gradients: Tensor) -> ParetoConditional:
+        return ParetoConditional(torch.full_like(at[0], self.least), -at[0] * gradients[0] - 1.0)
 
 
 class BetaFamily(Family):

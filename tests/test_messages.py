@@ -10,12 +10,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 
+from inference import Gibbs, arviz
 from inference.blocks import Conjugate
 from inference.blocks.conjugate import message
 from inference.contract import Unsupported
@@ -33,6 +35,8 @@ from inference.messages import (
     LogNormalConditional,
     Normal,
     NormalConditional,
+    Pareto,
+    ParetoConditional,
     PowerGamma,
     PowerGammaConditional,
     Wishart,
@@ -127,6 +131,10 @@ PAIRS_OF_FAMILIES: dict[str, Pair] = {
         lambda z: dist.Gamma(1.7, z),
         POSITIVE, (0.0, 0.5), (1.7 * ONE, POSITIVE), _read_power(1.0), double(1.3)[0],
     ),
+    "gamma-pareto": Pair(
+        PowerGamma(1.0, "Gamma"), lambda like: dist.Gamma(like.new_tensor(2.0), 0.5), lambda z: dist.Pareto(0.01, z),
+        POSITIVE, (1.0, 0.5), (ONE, (POSITIVE / 0.01).log()), _read_power(1.0), double(1.3)[0],
+    ),
     "gamma-inversegamma": Pair(
         PowerGamma(1.0, "Gamma"), lambda like: dist.Chi2(like.new_tensor(3.0)), lambda z: dist.InverseGamma(1.7, z),
         POSITIVE, (0.5, 0.5), (1.7 * ONE, 1 / POSITIVE), _read_power(1.0), double(1.3)[0],
@@ -145,6 +153,16 @@ PAIRS_OF_FAMILIES: dict[str, Pair] = {
         PowerGamma(-2.0, "InverseGamma of the square"),
         lambda like: dist.ImproperUniform(constraints.positive, (), ()), lambda z: dist.Normal(0.3, z),
         REAL, (0.0, 0.0), (-ONE, 0.5 * (REAL - 0.3) ** 2), _read_power(-2.0), double(1.3)[0],
+    ),
+    "flat-variance": Pair(
+        PowerGamma(-1.0, "InverseGamma"),
+        lambda like: dist.ImproperUniform(constraints.positive, (), ()), lambda z: dist.Normal(0.3, z.sqrt()),
+        REAL, (0.0, 0.0), (-0.5 * ONE, 0.5 * (REAL - 0.3) ** 2), _read_power(-1.0), double(1.3)[0],
+    ),
+    "flat-precision": Pair(
+        PowerGamma(1.0, "Gamma"),
+        lambda like: dist.ImproperUniform(constraints.positive, (), ()), lambda z: dist.Normal(0.3, z.rsqrt()),
+        REAL, (0.0, 0.0), (0.5 * ONE, 0.5 * (REAL - 0.3) ** 2), _read_power(1.0), double(1.3)[0],
     ),
     "root-precision-normal": Pair(
         PowerGamma(2.0, "Gamma of the square"), lambda like: dist.HalfNormal(like.new_tensor(2.0)),
@@ -529,6 +547,38 @@ def test_messages_stay_exact_with_many_rows(rows: int) -> None:
     torch.testing.assert_close(third.rate, rate, rtol=1e-8, atol=0)
 
 
+# ------------------------------------------------------------------------------------------- a Pareto
+def _uniform(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Pareto(x.new_tensor(0.5), 0.3))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Uniform(0.0, z), obs=x)
+
+
+def _uniforms(x: Tensor) -> None:
+    """Of three components, the last of which has no rows."""
+    with pyro.plate("components", K):
+        z = pyro.sample("z", dist.Pareto(x.new_tensor(0.5), 0.3))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Uniform(0.0, z[MEMBERS.to(x.device)]), obs=x)
+
+
+@pytest.mark.parametrize("program", [_uniform, _uniforms], ids=lambda p: p.__name__.removeprefix("_"))
+def test_the_end_of_a_uniform_is_pareto(program: Callable[[Tensor], None], device: torch.device) -> None:
+    """Pareto(max(m, x), α + n), for each element; the edge is found from any value above it."""
+    shape, groups = (
+        ((), [torch.arange(ROWS)]) if program is _uniform else ((K,), [(k == MEMBERS).nonzero() for k in range(K)])
+    )
+    edge = torch.stack([torch.cat([double(0.5), POSITIVE[group].flatten()]).max() for group in groups]).reshape(shape)
+    alpha = torch.stack([double(0.3 + group.numel())[0] for group in groups]).reshape(shape)
+    values = {"z": (edge * torch.linspace(1.01, 9.0, CHAINS).reshape(-1, *(1,) * len(shape))).to(device)}
+    for conditional in read(program, (POSITIVE.to(device),), "z", Pareto(0.5), values):
+        assert isinstance(conditional, ParetoConditional)
+        torch.testing.assert_close(conditional.scale.cpu(), edge.expand(CHAINS, *shape), rtol=1e-14, atol=0)
+        torch.testing.assert_close(conditional.alpha.cpu(), alpha.expand(CHAINS, *shape), rtol=1e-10, atol=0)
+    blocks, _ = assign(Program(program, (POSITIVE.to(device),)))
+    assert [block.update for block in blocks] == ["Pareto"]
+
+
 # ------------------------------------------------------------------------- conditionals as distributions
 def power_gamma(power: float) -> PowerGammaConditional:
     return PowerGammaConditional(double([2.5, 0.7, 40.0]), double([1.2, 3.0, 8.0]), power)
@@ -575,6 +625,10 @@ CONDITIONALS: dict[str, tuple[Conditional, Callable[[np.ndarray], Any]]] = {
     "LogNormal": (
         LogNormalConditional(NormalConditional(double([0.5, -1.0]), double([2.0, 0.5]))),
         lambda x: scipy.stats.lognorm.logpdf(x, np.array([2.0, 0.5]) ** -0.5, scale=np.exp([0.5, -1.0])).sum(-1),
+    ),
+    "Pareto": (
+        ParetoConditional(double([0.5, 3.0]), double([2.0, 9.0])),
+        lambda x: scipy.stats.pareto.logpdf(x, [2.0, 9.0], scale=[0.5, 3.0]).sum(-1),
     ),
     "Beta": (
         BetaConditional(double([2.5, 0.7]), double([1.2, 9.0])),
@@ -632,6 +686,7 @@ def marginals(name: str) -> dict[tuple[int, ...], Callable[[np.ndarray], np.ndar
             (0,): scipy.stats.lognorm(2.0**-0.5, scale=math.exp(0.5)).cdf,
             (1,): scipy.stats.lognorm(0.5**-0.5, scale=math.exp(-1.0)).cdf,
         },
+        "Pareto": {(i,): scipy.stats.pareto(a, scale=b).cdf for i, (a, b) in enumerate([(2.0, 0.5), (9.0, 3.0)])},
         "Beta": {(0,): scipy.stats.beta(2.5, 1.2).cdf, (1,): scipy.stats.beta(0.7, 9.0).cdf},
         "Dirichlet": {(i,): scipy.stats.beta(a, 7.2 - a).cdf for i, a in enumerate((2.5, 0.7, 4.0))},
         "Wishart": {(0, i, i): scipy.stats.gamma(3.25, scale=2 * inverse[i, i]).cdf for i in range(2)},
@@ -641,7 +696,7 @@ def marginals(name: str) -> dict[tuple[int, ...], Callable[[np.ndarray], np.ndar
 
 @EVERY
 def test_draws_follow_the_distribution_function(name: str) -> None:
-    """Kolmogorov-Smirnov of 26 marginals, at 10⁻⁵ each: a false alarm in 4000 seeds."""
+    """Kolmogorov-Smirnov of 28 marginals, at 10⁻⁵ each: a false alarm in 3500 seeds."""
     draws = repeated(CONDITIONALS[name][0], 20_000).sample().numpy()
     for element, cdf in marginals(name).items():
         found = scipy.stats.kstest(draws[(slice(None), *element)], cdf)
@@ -673,7 +728,7 @@ def test_draws_have_the_joint_moments(name: str) -> None:
     assert (np.abs(values.mean(0) - exact) < 4.5 * error).all()
 
 
-@EVERY
+@pytest.mark.parametrize("name", [name for name in CONDITIONALS if name != "Pareto"])  # largest at the edge: see below
 def test_the_mode_is_where_the_density_is_largest(name: str) -> None:
     """No nearby value in the support has a higher density; at a mode inside it the gradient vanishes."""
     conditional = CONDITIONALS[name][0]
@@ -701,10 +756,11 @@ def test_the_mode_is_where_the_density_is_largest(name: str) -> None:
     ("conditional", "mode"),
     [
         (PowerGammaConditional(double([0.7]), double([2.0]), 1.0), [0.0]),
+        (ParetoConditional(double([0.5]), double([2.0])), [0.5]),
         (BetaConditional(double([0.7, 3.0]), double([4.0, 0.5])), [0.0, 1.0]),
         (DirichletConditional(double([0.7, 3.0, 2.0])), [0.0, 2 / 3, 1 / 3]),
     ],
-    ids=["Gamma", "Beta", "Dirichlet"],
+    ids=["Gamma", "Pareto", "Beta", "Dirichlet"],
 )
 def test_a_pole_at_the_edge_is_the_mode(conditional: Conditional, mode: list[float]) -> None:
     assert conditional.mode()[0].tolist() == pytest.approx(mode)
@@ -729,6 +785,7 @@ IMPROPER: dict[str, Conditional] = {
     "Gamma": PowerGammaConditional(double([1.0], [-0.5]), double([1.0], [1.0]), 1.0),
     "InverseGamma": PowerGammaConditional(double([1.0], [1.0]), double([1.0], [0.0]), -1.0),
     "LogNormal": LogNormalConditional(NormalConditional(double([0.0], [0.0]), double([1.0], [math.nan]))),
+    "Pareto": ParetoConditional(double([1.0], [1.0]), double([2.0], [-0.5])),
     "Beta": BetaConditional(double([1.0], [math.inf]), double([1.0], [1.0])),
     "Dirichlet": DirichletConditional(double([1.0, 1.0], [2.0, 0.0])),
     "Wishart": WishartConditional(double([2.0], [0.9]), MATRIX.expand(2, 1, 2, 2), False),
@@ -898,3 +955,23 @@ def test_a_flat_prior_on_the_unit_interval_is_conjugate_to_flips(prior: Any, upd
 
     (block,), _ = assign(Program(program, (FLIPS.to(device),)))
     assert block.update == update
+
+
+def test_a_hidden_edge_moves_from_sweep_to_sweep(device: torch.device) -> None:
+    """z ~ Pareto(½, 3), x ~ Gamma(2, 4), and a factor 1[x < z] / z: E z by quadrature, within 4.5 standard errors.
+
+    A false alarm in 140,000, under fresh seeds.
+    """
+
+    def program(like: Tensor) -> None:
+        z = pyro.sample("z", dist.Pareto(like.new_tensor(0.5), 3.0))
+        x = pyro.sample("x", dist.Gamma(like.new_tensor(2.0), 4.0))
+        pyro.factor("below", torch.where(x < z, -z.log(), -torch.inf))
+
+    posterior = Gibbs(chains=64, warmup=20, draws=25, seed=1, progress=False).fit(program, double(0.0)[0].to(device))
+    assert posterior.plan is not None and posterior.plan["z"].update == "Pareto"
+    assert posterior.plan["z"].certificate is not None and posterior.plan["z"].certificate < 1e-8
+    cdf = scipy.stats.gamma(2.0, scale=0.25).cdf
+    mean, mass = (scipy.integrate.quad(lambda z, p=p: z**p * cdf(z), 0.5, np.inf)[0] for p in (-4.0, -5.0))
+    draws = posterior.draws["z"].numpy()
+    assert abs(draws.mean() - mean / mass) < 4.5 * arviz.mcse(draws)

@@ -10,19 +10,47 @@ import torch
 from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move, is_certified, metropolised
-from inference.conditionals import Conditional, Points
+from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
-from inference.messages import Family, candidates, kind_of
+from inference.messages import Family, Pareto, candidates, kind_of, least_of
 
 __all__ = ["Conjugate"]
+
+_HALVINGS = 60  # of an interval: to the last bit
 
 
 def message(family: Family, site: str, points: Points, density: Density, values: dict[str, Tensor]) -> Conditional:
     """The conditional of ``site`` given all other sites, in ``family``, from gradients near ``points``."""
+    if isinstance(family, Pareto):  # the gradient has to be taken inside
+        begin = edge(site, density, values, torch.full_like(values[site], family.least))
+        points = Points(2.0 * begin, begin)
     at = family.at(points)
     gradients = density.gradients(site)(at.movedim(0, 1).contiguous(), values)
-    return family.solve(at, gradients.movedim(1, 0))
+    conditional = family.solve(at, gradients.movedim(1, 0))
+    return replace(conditional, scale=begin) if isinstance(conditional, ParetoConditional) else conditional
+
+
+def edge(site: str, density: Density, values: dict[str, Tensor], least: Tensor) -> Tensor:
+    """For each element the least value from ``least`` on with a finite log-joint, (chain, *site), by bisection.
+
+    All other elements stay where they are. What comes out does not depend on the present value, but for rounding.
+    """
+    present = values[site]
+    chains, size = len(present), present[0].numel()
+    repeated = {name: value.repeat_interleave(size, 0) for name, value in values.items()}
+    own = torch.eye(size, dtype=torch.bool, device=present.device)
+
+    def is_finite(level: Tensor) -> Tensor:
+        rows = torch.where(own, level.reshape(chains, 1, size), present.reshape(chains, 1, size))
+        return density.joint({**repeated, site: rows.reshape(-1, *present.shape[1:])}).isfinite().reshape(present.shape)
+
+    lower, upper = least, torch.where(is_finite(least), least, present)
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (lower + upper)
+        inside = is_finite(middle)
+        lower, upper = torch.where(inside, lower, middle), torch.where(inside, middle, upper)
+    return upper
 
 
 @dataclass(frozen=True)
@@ -53,7 +81,9 @@ class Conjugate(Block):
         site = density.program.latents[sites[0]]
         if not site.is_continuous:
             raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
-        for family in [self.family] if self.family else candidates(site.support, site.shape):
+        least = least_of(site.support)
+        families = candidates(site.support, site.shape) if least is None else [Pareto(least)]
+        for family in [self.family] if self.family else families:
             bound = replace(self, sites=(site.name,), family=family)
             points = bound.init(density, trials)
             for _ in range(2):
