@@ -150,7 +150,7 @@ def gmm(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(mean[z], variance[z].sqrt()).to_event(1), obs=x)
 
 
-CLUSTERS = torch.cat([noise(3, 2, seed=8) - 1.5, noise(5, 2, seed=9) + 0.5])
+CLUSTERS = torch.cat([noise(3, 2, seed=8) - 0.8, noise(5, 2, seed=9) + 0.3])
 
 
 def gmm_moments() -> dict[str, Moments]:

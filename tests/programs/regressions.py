@@ -101,7 +101,7 @@ def robust_mode() -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ errors in variables
 TRUE = noise(12, seed=15)
-MEASURED, OUTCOME = TRUE + 0.3 * noise(12, seed=16), 0.5 + 1.5 * TRUE + 0.4 * noise(12, seed=17)
+MEASURED, OUTCOME = TRUE + 0.3 * noise(12, seed=16), 0.5 + 1.0 * TRUE + 0.8 * noise(12, seed=17)
 
 
 def errors_in_variables(x: Tensor, y: Tensor) -> None:
@@ -111,7 +111,7 @@ def errors_in_variables(x: Tensor, y: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         true = pyro.sample("true", dist.Normal(x.new_tensor(0.0), 1.0))
         pyro.sample("x", dist.Normal(true, 0.3), obs=x)
-        pyro.sample("y", dist.Normal(intercept + slope * true, 0.4), obs=y)
+        pyro.sample("y", dist.Normal(intercept + slope * true, 0.8), obs=y)
 
 
 def _errors_in_variables(slope: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -119,7 +119,7 @@ def _errors_in_variables(slope: np.ndarray) -> tuple[np.ndarray, ...]:
     x, y = MEASURED.numpy(), OUTCOME.numpy()
     spread = 1 / (1 + 1 / 0.09)
     middle = spread * x / 0.09
-    total = 0.16 + slope**2 * spread
+    total = 0.64 + slope**2 * spread
     precision = 0.25 + len(y) / total
     residual = y - slope[:, None] * middle
     intercept = residual.sum(1) / total / precision
@@ -132,9 +132,9 @@ def errors_in_variables_moments() -> dict[str, Moments]:
     """By quadrature over the slope; all else is jointly normal given it."""
     slope = np.linspace(-2.0, 5.0, 2001)
     log_weights, intercept, variance, middle, spread = _errors_in_variables(slope)
-    precision = 1 / spread + slope**2 / 0.16
-    moved = -slope / 0.16 / precision  # of true, by one of the intercept
-    true = (middle / spread + slope[:, None] * OUTCOME.numpy() / 0.16) / precision[:, None] + (moved * intercept)[:, None]
+    precision = 1 / spread + slope**2 / 0.64
+    moved = -slope / 0.64 / precision  # of true, by one of the intercept
+    true = (middle / spread + slope[:, None] * OUTCOME.numpy() / 0.64) / precision[:, None] + (moved * intercept)[:, None]
     return {
         "intercept": averaged(log_weights, intercept, variance),
         "slope": averaged(log_weights, slope),
@@ -146,7 +146,7 @@ def errors_in_variables_mode() -> dict[str, Any]:
     """Of p(intercept, slope | x, y): the true values belong to single rows, and are averaged out."""
 
     def log_density(point: Tensor) -> Tensor:
-        total = 0.16 + 0.09 / 1.09 * point[1].square()
+        total = 0.64 + 0.09 / 1.09 * point[1].square()
         residual = OUTCOME - point[0] - point[1] * MEASURED / 1.09
         prior = -(point[0] ** 2) / 8.0 - 0.5 * point[1] ** 2
         return prior - 0.5 * (len(OUTCOME) * total.log() + residual.square().sum() / total)
