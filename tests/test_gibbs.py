@@ -39,7 +39,10 @@ def assert_exact(posterior: Any, plan: dict[str, str]) -> None:
         assert update.acceptance >= 1.0 - CERTIFICATE, update
 
 
-@pytest.mark.parametrize("instance", ZOO, ids=lambda instance: instance.name)
+@pytest.mark.parametrize(
+    "instance",
+    [pytest.param(i, id=i.name, marks=[pytest.mark.slow] if "Gibbs" in i.slow else []) for i in ZOO],
+)
 def test_every_conjugate_site_has_its_exact_update(instance: Instance, sampled: Any) -> None:
     assert_exact(sampled(instance, "Gibbs"), instance.plan)
 

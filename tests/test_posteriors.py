@@ -1,15 +1,18 @@
-"""Every back-end finds the posterior that a formula gives.
+"""Every back-end finds the posterior that is known by other means, or refuses with a sentence.
 
 A law over the table of instances: means and standard deviations of samplers within four Monte-Carlo standard errors, the
-point of EM at the mode of the constrained density, the guide of SVI at the posterior if its family contains it.
+point of EM at the mode of the constrained density, the guide of SVI at the posterior if its family contains it, and its
+means not far off elsewhere.
 
-False alarms. The samplers make about 290 comparisons at 6.3e-5 each: under fresh seeds one of 55 runs of this file would
-fail if the errors were normal. The seeds are fixed, so that a run that passes passes again.
+False alarms. The samplers make about 1500 comparisons at 6.3e-5 each: under fresh seeds one of ten runs of this file would
+fail if the errors were normal and independent. The seeds are fixed, so that a run that passes passes again.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,49 +22,118 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 
 from conftest import SAMPLERS
-from inference import EM, SVI, Posterior, arviz
-from zoo import BY_NAME, CENTRES, ROWS, SHARES, ZOO, Guide, Instance, Moments, NormalInverseGammaGuide
+from exact import Moments
+from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Posterior, Unsupported, arviz
+from inference.program import Program
+from programs.labels import CENTRES, ROWS, SHARES
+from programs.scalars import Guide, NormalInverseGammaGuide
+from zoo import BY_NAME, ZOO, Instance, markdown
 
 LIMIT = 4.0  # Monte-Carlo standard errors
 LEAST = 400  # effective draws, so that a standard error means something
+NEAR = 0.5  # posterior standard deviations, of the means of a guide of independent normals
+AROUND = 0.25  # posterior standard deviations, of the point of an EM that averages by drawing
 
-SOLVED = [instance for instance in ZOO if instance.solution is not None]
+
+def cells(*backends: str, where: Callable[[Instance], bool] = lambda instance: True) -> Any:
+    """Parameters of a test: every instance with every back-end that takes it; what is slow is marked so."""
+    return pytest.mark.parametrize(
+        ("instance", "backend"),
+        [
+            pytest.param(
+                instance,
+                backend,
+                id=f"{instance.name}-{backend}",
+                marks=[pytest.mark.slow] if backend in instance.slow else [],
+            )
+            for instance in ZOO
+            for backend in backends
+            if backend not in instance.refused and where(instance)
+        ],
+    )
 
 
 def z_scores(draws: np.ndarray, exact: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of the means and of the standard deviations in Monte-Carlo standard errors, (*site) each.
+    """Errors of the means and of the standard deviations in combined Monte-Carlo standard errors, (*site) each.
 
     Args:
         draws: (chain, draw, *site).
         exact: What they should be.
     """
-    mean = (draws.mean((0, 1)) - exact.mean) / arviz.mcse(draws)
-    return mean, (draws.std((0, 1)) - exact.sd) / arviz.mcse(draws, method="sd")
+    mean = (draws.mean((0, 1)) - exact.mean) / np.hypot(arviz.mcse(draws), exact.mean_error)
+    return mean, (draws.std((0, 1)) - exact.sd) / np.hypot(arviz.mcse(draws, method="sd"), exact.sd_error)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("instance", SOLVED, ids=lambda instance: instance.name)
-def test_samplers_agree_with_the_exact_posterior(instance: Instance, sampler: str, sampled: Any) -> None:
-    if sampler in instance.refused:
-        pytest.skip("this program is refused, with a sentence: test_bad_input")
-    posterior = sampled(instance, sampler)
-    assert posterior.draws.keys() == instance.moments.keys()
-    for site, exact in instance.moments.items():
-        draws = posterior.draws[site].double().numpy()
-        assert arviz.ess(draws).min() > LEAST, (site, arviz.ess(draws))
-        assert arviz.rhat(draws).max() < 1.05, (site, arviz.rhat(draws))
+@cells(*SAMPLERS)
+def test_samplers_agree_with_the_exact_posterior(instance: Instance, backend: str, sampled: Any) -> None:
+    known = instance.known(sampled(instance, backend))
+    assert known.keys() == instance.moments.keys()
+    for name, exact in instance.moments.items():
+        draws = known[name]
+        assert arviz.ess(draws).min() > LEAST, (name, arviz.ess(draws))
+        assert arviz.rhat(draws).max() < 1.05, (name, arviz.rhat(draws))
         for what, z in zip(("mean", "sd"), z_scores(draws, exact), strict=True):
-            assert np.abs(z).max() < LIMIT, (site, what, z)
+            assert np.abs(z).max() < LIMIT, (name, what, z)
 
 
-@pytest.mark.parametrize("instance", [i for i in ZOO if i.peak is not None], ids=lambda instance: instance.name)
-def test_em_finds_the_mode(instance: Instance, device: torch.device) -> None:
-    """Within 1e-6 of the mode's size, element by element where that is not zero."""
-    posterior = EM(steps=1000, tolerance=1e-9, seed=0, progress=False).fit(instance.program, *instance.on(device))
+@pytest.mark.parametrize(
+    ("instance", "backend"),
+    [(i, b) for i in ZOO for b in i.refused],
+    ids=lambda part: part if isinstance(part, str) else part.name,
+)
+def test_what_cannot_work_says_so(instance: Instance, backend: str, device: torch.device) -> None:
+    kind = {"Gibbs": Gibbs, "MetropolisHastings": MetropolisHastings, "HMC": HMC, "SVI": SVI, "EM": EM}[backend]
+    with pytest.raises(Unsupported, match=instance.refused[backend]):
+        kind(seed=0, progress=False).fit(instance.program, *instance.on(device))
+
+
+def _em(instance: Instance, device: torch.device, **settings: Any) -> Posterior:
+    backend = EM(maximise=instance.maximise, tolerance=1e-9, seed=0, progress=False, **settings)
+    return backend.fit(instance.program, *instance.on(device))
+
+
+@cells("EM", where=lambda instance: instance.peak is not None and not instance.rough)
+def test_em_finds_the_mode(instance: Instance, backend: str, device: torch.device) -> None:
+    """Within 1e-6 of the mode's size, element by element where that is not zero; 1e-5 where it had to climb a gradient."""
+    posterior = _em(instance, device, steps=1000)
     assert not posterior.info["findings"]
     for site, exact in instance.mode.items():
         assert posterior.draws[site].shape == (1, 1, *exact.shape)
-        np.testing.assert_allclose(posterior.draws[site][0, 0].numpy(), exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max())
+        limit = 1e-5 if posterior.plan is not None and posterior.plan[site].update == "L-BFGS" else 1e-6
+        found = posterior.draws[site][0, 0].numpy()
+        np.testing.assert_allclose(found, exact, rtol=limit, atol=limit * np.abs(exact).max())
+
+
+@cells("EM", where=lambda instance: instance.rough)
+def test_em_by_drawing_stays_near_the_mode(instance: Instance, backend: str, device: torch.device) -> None:
+    """Within a quarter of the posterior's standard deviation: an average over 64 draws has an eighth for its error."""
+    posterior = _em(instance, device, steps=100)
+    for site, exact in instance.mode.items():
+        far = np.abs(posterior.draws[site][0, 0].numpy() - exact) / instance.moments[site].sd
+        assert far.max() < AROUND, (site, far)
+
+
+@cells("EM", where=lambda instance: instance.peak is None)
+def test_em_climbs_to_a_top(instance: Instance, backend: str, device: torch.device) -> None:
+    """The objective never falls, and where it can be written down no point nearby is higher than the last."""
+    posterior = _em(instance, device, steps=300)
+    objective = posterior.history["log_joint"]
+    assert (objective.diff() >= -1e-9 * objective.abs().max()).all()
+    program = Program(instance.program, instance.on(device))
+    averaged = {
+        name for name in program.continuous if posterior.plan is not None and posterior.plan[name].update == "Gaussian"
+    }
+    if posterior.info["findings"] or averaged:
+        return
+    generator = torch.Generator().manual_seed(0)
+    top = {name: posterior.draws[name][0].to(device) for name in program.continuous}
+    around = {}
+    for name, value in top.items():
+        free = program.latents[name].transform.inv(value).expand(200, *value.shape[1:])
+        noise = torch.randn(free.shape, generator=generator, dtype=free.dtype).to(device)
+        around[name] = program.latents[name].transform(free + 1e-3 * noise)
+    density = program.density.marginal(program.finite)
+    assert density(around).max() <= density(top)
 
 
 def guided(posterior: Posterior, instance: Instance, guide: Any, device: torch.device) -> dict[str, Moments]:
@@ -98,6 +170,25 @@ def test_a_guide_that_contains_the_posterior_finds_it(instance: Instance, device
     for site, exact in instance.moments.items():
         assert np.abs(found[site].mean - exact.mean).max() < 0.02 * exact.sd.min(), site
         assert (np.abs(found[site].sd / exact.sd - 1)).max() < 0.02, site
+
+
+@cells("SVI", where=lambda instance: instance.guide is None)
+def test_means_of_an_automatic_guide_are_not_far_off(instance: Instance, backend: str, device: torch.device) -> None:
+    """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
+    fitted = SVI(steps=500, learning_rate=0.03, draws=500, seed=0, progress=False).fit(
+        instance.program, *instance.on(device)
+    )
+    known = instance.known(fitted)
+    for name, exact in instance.moments.items():
+        far = np.abs(known[name].mean((0, 1)) - exact.mean) / exact.sd
+        assert far.max() < NEAR, (name, far)
+
+
+def test_the_readme_has_the_table() -> None:
+    """``python tests/zoo.py`` prints it."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    found = readme.split("<!-- zoo -->\n")[1].split("\n<!-- /zoo -->")[0]
+    assert found == markdown()
 
 
 def test_draws_of_a_guide_are_draws_of_it(device: torch.device) -> None:
