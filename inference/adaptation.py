@@ -10,16 +10,15 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from inference.contract import Unsupported
-from inference.mcmc import WIDEST_COVARIANCE, Moments, window_ends
+from inference.mcmc import WIDEST_COVARIANCE, Moments, diagonal, lead, pooled, window_ends
 
-__all__ = ["MASSES", "StepAdaptation", "check_mass", "first_log_step"]
+__all__ = ["MASSES", "StepAdaptation", "check_mass"]
 
 MASSES = ("diagonal", "dense")
 
@@ -41,28 +40,12 @@ def check_mass(mass: str, width: int) -> bool:
     return mass == "dense"
 
 
-def first_log_step(rate: Callable[[float], Tensor]) -> float:
-    """Halves or doubles a step size of 0.1 until its acceptance rate crosses a half; returns its logarithm.
-
-    Args:
-        rate: Step size to the acceptance rate of every chain, (chain,).
-    """
-    log_step, direction = math.log(0.1), 0
-    for _ in range(30):
-        rises = 1 if float(rate(math.exp(log_step)).mean()) > 0.5 else -1
-        if direction and rises != direction:
-            break
-        direction = rises
-        log_step += rises * math.log(2.0)
-    return log_step
-
-
 def recent(rates: Tensor, rate: Tensor) -> Tensor:
     """Running acceptance rate of every chain, about ten steps long; both (chain,)."""
     return rates + 0.1 * (rate - rates)
 
 
-def evened(rate: Tensor, rates: Tensor) -> Tensor:
+def evened(rate: Tensor, rates: Tensor, groups: int = 1) -> Tensor:
     """Mean acceptance rate of the chains, lowered as far as they differ for long: one stuck chain shortens the steps.
 
     The harmonic by the arithmetic mean of what each chain accepted recently; of single steps, the harmonic mean would
@@ -71,22 +54,26 @@ def evened(rate: Tensor, rates: Tensor) -> Tensor:
     Args:
         rate: Acceptance rates of this step, (chain,).
         rates: Running ones, (chain,).
+        groups: Number of groups of chains, each of which has a mean of its own.
     """
-    return rate.mean() / (rates.clamp(min=1e-10).reciprocal().mean() * rates.mean())
+    inverse = pooled(rates.clamp(min=1e-10).reciprocal(), groups)
+    return pooled(rate, groups) / (inverse * pooled(rates, groups))
 
 
 class StepAdaptation(NamedTuple):
     """Step size by dual averaging on all chains together, factor L of the pooled covariance L Lᵀ window by window.
 
+    With groups, what is marked has a leading group axis.
+
     Attributes:
         step: Steps of the run, ().
         since: Steps of the current window, ().
-        log_step: The step size to try next, ().
-        log_step_mean: Its average over the window, ().
-        error_sum: Sum of target minus acceptance, ().
-        centre: Where dual averaging pulls to, ().
+        log_step: The step size to try next, (), marked.
+        log_step_mean: Its average over the window, (), marked.
+        error_sum: Sum of target minus acceptance, (), marked.
+        centre: Where dual averaging pulls to, (), marked.
         rates: Recent acceptance rate of every chain, (chain,).
-        factor: L, (D, D) and lower triangular, or its diagonal (D,).
+        factor: L, (D, D) and lower triangular, or its diagonal (D,); of groups (group, D, D) or (group, 1, D).
         moments: Of the current window.
     """
 
@@ -101,14 +88,18 @@ class StepAdaptation(NamedTuple):
     moments: Moments
 
     @classmethod
-    def start(cls, position: Tensor, log_step: float, is_dense: bool) -> StepAdaptation:
-        """At positions (chain, D), with an identity for factor."""
+    def start(cls, position: Tensor, log_step: Tensor | float, is_dense: bool, groups: int = 1) -> StepAdaptation:
+        """At positions (chain, D), with a first ``log_step`` () or (group,) and an identity for factor."""
         zero, width = position.new_zeros(()), position.shape[-1]
-        log = position.new_tensor(log_step)
-        one = torch.ones_like(position[0])
-        factor = torch.diag(one) if is_dense and width <= WIDEST_COVARIANCE else one
-        rates = torch.ones_like(position[:, 0])
-        return cls(zero, zero, log, log, zero, log + math.log(2.0), rates, factor, Moments.like(position))
+        log = torch.as_tensor(log_step, dtype=position.dtype, device=position.device)
+        ones = position.new_ones((*lead(groups), width))
+        factor = torch.diag_embed(ones) if is_dense and width <= WIDEST_COVARIANCE else diagonal(ones)
+        rates, moments = torch.ones_like(position[:, 0]), Moments.like(position, groups)
+        return cls(zero, zero, log, log, torch.zeros_like(log), log + math.log(2.0), rates, factor, moments)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.factor.dim() > 1 and self.factor.shape[-2] == self.factor.shape[-1]
 
     def step_size(self, is_final: bool) -> Tensor:
         """The step size to try, or the average that is kept after warm-up."""
@@ -125,7 +116,7 @@ class StepAdaptation(NamedTuple):
         """
         step, since = self.step + 1, self.since + 1
         rates = recent(self.rates, rate)
-        error_sum = self.error_sum + (target - evened(rate, rates))
+        error_sum = self.error_sum + (target - evened(rate, rates, self.moments.groups))
         log_step = self.centre - error_sum * since.sqrt() / (0.05 * (since + 10.0))
         weight = since**-0.75
         log_step_mean = weight * log_step + (1 - weight) * self.log_step_mean
@@ -142,15 +133,17 @@ class StepAdaptation(NamedTuple):
         if int(step) not in window_ends(warmup):
             return new
         covariance = moments.covariance()
-        if self.factor.dim() == 2:
+        if self.is_dense:
             factor = torch.linalg.cholesky(covariance)
         else:
-            factor = (covariance.diagonal() if covariance.dim() == 2 else covariance).sqrt()
+            variances = covariance.diagonal(dim1=-2, dim2=-1) if moments.is_full else covariance
+            factor = diagonal(variances.sqrt())
         # the same step in the old coordinates: a geometric mean keeps it on average
-        kept = log_step_mean + (_log_sizes(self.factor) - _log_sizes(factor)).mean()
-        zero = torch.zeros_like(since)
-        return StepAdaptation(step, zero, kept, kept, zero, kept, rates, factor, Moments.like(position))
+        kept = log_step_mean + (self._log_sizes() - self._replace(factor=factor)._log_sizes()).mean(-1).reshape(
+            log_step.shape
+        )
+        zero, zeros, moments = torch.zeros_like(since), torch.zeros_like(error_sum), Moments.like(position, moments.groups)
+        return StepAdaptation(step, zero, kept, kept, zeros, kept, rates, factor, moments)
 
-
-def _log_sizes(factor: Tensor) -> Tensor:
-    return (factor.diagonal() if factor.dim() == 2 else factor).log()
+    def _log_sizes(self) -> Tensor:
+        return (self.factor.diagonal(dim1=-2, dim2=-1) if self.is_dense else self.factor).log()

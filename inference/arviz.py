@@ -18,14 +18,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LeaveOneOut", "convergence", "ess", "export", "importance", "loo", "mcse", "pareto_k", "rhat", "write"]
+__all__ = [
+    "LeaveOneOut",
+    "convergence",
+    "efficiency",
+    "ess",
+    "export",
+    "importance",
+    "loo",
+    "mcse",
+    "pareto_k",
+    "rhat",
+    "smoothed",
+    "write",
+]
 
 Arrays = Mapping[str, np.ndarray]
 
 _WITHOUT_DRAWS = ("observed_data", "constant_data")
 _FEWEST_DRAWS = 4  # below, split chains have no variance
 _FEWEST_WEIGHTS = 25  # below, the tail of a fifth of them has fewer than five
-_RHAT, _ESS_PER_CHAIN, _PARETO_K = 1.01, 100, 0.7  # Vehtari et al. (2021, 2024)
+_RHAT, _ESS_PER_CHAIN, LARGEST_K = 1.01, 100, 0.7  # Vehtari et al. (2021, 2024)
 _ELEMENTS = 200  # judged per site: R-hat and ESS of one element take ArviZ two milliseconds
 
 
@@ -83,6 +96,13 @@ def ess(values: np.ndarray, method: str = "bulk") -> np.ndarray:
     return _reduce("ess", values, method=method)
 
 
+def efficiency(draws: Arrays) -> float:
+    """Effective sample size of draws (chain, draw, ...) by their number, averaged over all elements; 1 for one chain."""
+    sizes = np.concatenate([ess(values.astype(np.float64), "mean").ravel() for values in draws.values()])
+    chains, count = next(iter(draws.values())).shape[:2]
+    return float(np.nanmean(sizes) / (chains * count)) if chains > 1 and np.isfinite(sizes).any() else 1.0
+
+
 def mcse(values: np.ndarray, method: str = "mean") -> np.ndarray:
     """Monte-Carlo standard error of each element, (*shape), by ``arviz.mcse``; NaN for fewer than 4 draws a chain."""
     return _reduce("mcse", values, method=method)
@@ -122,6 +142,33 @@ def pareto_k(log_weights: np.ndarray) -> float:
         else:
             shape = float(az.psislw(finite)[1])
     return float("inf") if np.isnan(shape) else shape
+
+
+def smoothed(log_weights: np.ndarray, efficiency: float = 1.0) -> np.ndarray:
+    """Pareto-smoothed importance weights, by ArviZ's psislw.
+
+    Args:
+        log_weights: log p - log q at draws of q, (draw,); minus infinity is a weight of zero.
+        efficiency: Effective sample size of the draws by their number.
+
+    Returns:
+        Their logarithms on the scale of the raw ones, (draw,): the largest are replaced by the expected order statistics
+        of the tail that was fitted. The raw ones where there is nothing to fit (see ``pareto_k``).
+    """
+    shape, result = pareto_k(log_weights), log_weights.astype(np.float64)
+    if not np.isfinite(shape):
+        return result
+    finite = np.isfinite(result)
+    raw, az = result[finite], _import()
+    with _quiet():
+        if _is_tree(az):
+            array_stats = importlib.import_module("arviz_stats.base").array_stats
+            normalised = np.asarray(array_stats.psislw(-raw, r_eff=efficiency)[0])  # it takes minus the log weights
+        else:
+            normalised = np.asarray(az.psislw(raw.copy(), reff=efficiency)[0])
+    least = int(raw.argmin())  # in the body, which smoothing leaves alone
+    result[finite] = normalised + (raw[least] - normalised[least])
+    return result
 
 
 def loo(log_likelihood: np.ndarray, draws: Arrays) -> LeaveOneOut:
@@ -201,7 +248,7 @@ def importance(log_weights: np.ndarray) -> list[str]:
     if bad := int((np.isnan(log_weights) | np.isposinf(log_weights)).sum()):
         return [f"{bad} of {log_weights.size} importance weights are NaN or infinite: the guide has no usable density."]
     shape = pareto_k(log_weights)
-    if not shape > _PARETO_K:
+    if not shape > LARGEST_K:
         return []
     return [
         f"k-hat of the guide is {shape:.2f}, above 0.7: its draws miss a part of the posterior. Take more steps, a "

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from inference.posterior import Posterior
     from inference.program import Program
 
-__all__ = ["Backend", "Draw", "Fitted", "Guided", "Prepared", "Programmed", "Unsupported"]
+__all__ = ["Backend", "Draw", "Fitted", "Guided", "Movable", "Prepared", "Programmed", "Unsupported"]
 
 S = TypeVar("S")
 I = TypeVar("I", bound=NamedTuple)  # noqa: E741
@@ -55,6 +55,13 @@ class Guided(Protocol):
     """A model that brings a guess at what was hidden, as a Pyro program of the same signature."""
 
     def guide(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A sampler whose chains can be put at other values, under other data of theirs, with all that warm-up has taught it."""
+
+    def moved(self, state: Any, values: Mapping[str, Tensor], program: Program) -> Any: ...
 
 
 @runtime_checkable

@@ -266,7 +266,8 @@ class _Run:
     def _with_deterministics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.program.deterministic:
             return values
-        return {**values, **self.program.density.deterministics(values)}
+        data = self.program.chain_data(len(next(iter(values.values()))))
+        return {**values, **self.program.density.deterministics({**values, **data})}
 
     def _bar(self, total: int, what: str) -> tqdm[Any]:
         name = f"{type(self.backend).__name__} {what}"

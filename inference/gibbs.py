@@ -97,6 +97,7 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
             # one step size serves all chains of a Metropolis block: none may start where it is hopeless
             with contextlib.suppress(Unsupported):  # finite sites that cannot be summed out
                 values = ascended(program, values)
+        values |= program.chain_data(self.chains)
         current = Current(values, density.joint(values))
         states = tuple(block.init(density, current) for block in blocks)
         zeros = current.log_joint.new_zeros(len(blocks))
@@ -111,7 +112,11 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         return state, Draw(self.values(state, program), info._asdict())
 
     def values(self, state: GibbsState, program: Program) -> dict[str, Tensor]:
-        return state.current.values
+        return {name: state.current.values[name] for name in program.latents}
+
+    def moved(self, state: GibbsState, values: Mapping[str, Tensor], program: Program) -> GibbsState:
+        values = {**values, **program.chain_data(self.chains)}
+        return state._replace(current=Current(values, program.density.joint(values)))
 
     def _sweep(self, state: GibbsState, program: Program, warmup: int) -> tuple[GibbsState, GibbsInfo]:
         current, states, rates, ratios = state.current, [], [], []

@@ -52,7 +52,7 @@ class HMC(MarginalSampler):
     def begin(self, position: Tensor, density: Gradient, program: Program) -> tuple[HamiltonianState, HamiltonianAdaptation]:
         one = position.new_ones(())
         state = HamiltonianKernel(one, one, torch.ones_like(position[0]), one).init(position, density)
-        return state, HamiltonianAdaptation.start(state, density)
+        return state, HamiltonianAdaptation.start(state, density, program.groups)
 
     def move(
         self, kernel: HamiltonianState, adaptation: HamiltonianAdaptation, density: Gradient, warmup: int

@@ -53,10 +53,10 @@ def start_flat(distribution: Any) -> Tensor:
 
 
 class Substitute(Messenger):
-    """Gives latent sites their values and starts flat priors. A program's own marks for enumeration are overruled.
+    """Gives sites their values and starts flat priors. A program's own marks for enumeration are overruled.
 
     Args:
-        values: Site to value; a site that is not named is sampled.
+        values: Site to value; a latent site that is not named is sampled, an observed one keeps its data.
         resampled: Observed sites that are sampled anew (posterior prediction).
     """
 
@@ -81,6 +81,8 @@ class Substitute(Messenger):
                     f"Site '{name}' is {family}, which has numbers for values, but its data are bool. Convert them first, "
                     "for example by x.double()."
                 )
+            if is_data and name in self.values:
+                msg["value"] = self.values[name]
         elif name in self.values:
             msg["value"], msg["done"] = self.values[name], True
         elif isinstance(base(msg["fn"]), ImproperUniform):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
 
     @abc.abstractmethod
     def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program) -> tuple[Any, Any]:
-        """The kernel's first state and its adaptation, at (chain, D)."""
+        """The kernel's first state and its adaptation, at (chain, D); ``program.groups`` of chains learn apart."""
 
     @abc.abstractmethod
     def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
@@ -86,7 +86,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
     def _parts(self, program: Program) -> tuple[Unconstrained, Callable[[Tensor], Any]]:
         coordinates = Unconstrained(program, program.continuous)
         staged = program.density.unconstrained(coordinates, program.finite, gradient=self.needs_gradient)
-        return coordinates, lambda position: staged(position, {})
+        return coordinates, lambda position: staged(position, program.chain_data(len(position)))
 
     def init(self, program: Program) -> MarginalState:
         stuck = [name for name in program.latents if name not in (*program.continuous, *program.finite)]
@@ -112,7 +112,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         if not program.finite:
             return torch.zeros((), dtype=program.dtype)
         density = program.density
-        others = {name: values[name] for name in program.continuous}
+        others = {name: values[name] for name in program.continuous} | program.chain_data(self.chains)
         drawn, log_q = density.draw(program.finite, self.draws)(others, density.uniforms(program.finite, self.chains))
         joint = density.joint({**others, **drawn})
         error = (joint - log_q - density.marginal(program.finite)(others)).abs()
@@ -147,8 +147,14 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         values = self._parts(program)[0].values(state.kernel.position)
         if program.finite:
             uniforms = program.density.uniforms(program.finite, self.chains)
-            values |= program.density.draw(program.finite, self.draws)(values, uniforms)[0]
+            others = {**values, **program.chain_data(self.chains)}
+            values |= program.density.draw(program.finite, self.draws)(others, uniforms)[0]
         return {name: values[name] for name in program.latents}
+
+    def moved(self, state: MarginalState, values: Mapping[str, Tensor], program: Program) -> MarginalState:
+        coordinates, density = self._parts(program)
+        kernel, _ = self.begin(coordinates.position(values), density, program)
+        return state._replace(kernel=kernel)
 
     def plan(self, state: MarginalState, program: Program) -> Plan:
         rate = float(state.acceptance / state.reads) if state.reads > 0 else float("nan")

@@ -4,6 +4,9 @@ A kernel is frozen: it never learns. An adaptation watches the moves of warm-up 
 kernel; what is learnt from one chain serves all. Covariances are taken *within* chains and then pooled, so that chains in
 different modes (other labels of a mixture, say) do not widen each other's proposals.
 
+Chains that have data of their own must not learn from one another: with ``groups`` above 1, what is learnt has a leading
+group axis, is pooled over the chains of a group (consecutive, equally many) and serves them only.
+
 References:
     M. Hoffman, A. Radul and P. Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo (2021).
     P. Sountsov and M. Hoffman, Focusing on difficult directions for learning HMC trajectory lengths (2021).
@@ -32,8 +35,13 @@ __all__ = [
     "RandomWalkInfo",
     "RandomWalkKernel",
     "RandomWalkState",
+    "diagonal",
+    "first_log_step",
+    "lead",
+    "pooled",
     "pulled",
     "pushed",
+    "served",
     "window_ends",
 ]
 
@@ -47,10 +55,25 @@ def window_ends(warmup: int) -> tuple[int, ...]:
     return tuple(int(warmup * share) for share in (0.05, 0.1, 0.2, 0.4, 0.8))
 
 
+def pooled(values: Tensor, groups: int) -> Tensor:
+    """Mean over chains, (…, chain) -> (…,), or over the chains of each group, (…, chain) -> (…, group)."""
+    return values.mean(-1) if groups == 1 else values.unflatten(-1, (groups, -1)).mean(-1)
+
+
+def served(scalar: Tensor, chains: int) -> Tensor:
+    """What was learnt, so that it multiplies vectors (chain, D): () stays, (group,) -> (chain, 1)."""
+    return scalar.repeat_interleave(chains // len(scalar)).unsqueeze(-1) if scalar.dim() else scalar
+
+
+def lead(groups: int) -> tuple[int, ...]:
+    """The leading axes of what groups of chains learn apart."""
+    return () if groups == 1 else (groups,)
+
+
 class Moments(NamedTuple):
     """Running mean and scatter of every chain (Welford): number (), mean (chain, D), scatter pooled within chains.
 
-    The scatter is (D, D), or (D,), its diagonal, beyond 512 dimensions.
+    The scatter is (D, D), or (D,), its diagonal, beyond 512 dimensions; with a leading axis if there are groups.
     """
 
     number: Tensor
@@ -58,38 +81,80 @@ class Moments(NamedTuple):
     scatter: Tensor
 
     @classmethod
-    def like(cls, position: Tensor) -> Moments:
+    def like(cls, position: Tensor, groups: int = 1) -> Moments:
         width = position.shape[-1]
         shape = (width, width) if width <= WIDEST_COVARIANCE else (width,)
-        return cls(position.new_zeros(()), torch.zeros_like(position), position.new_zeros(shape))
+        return cls(position.new_zeros(()), torch.zeros_like(position), position.new_zeros(lead(groups) + shape))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the scatter is a matrix."""
+        return self.mean.shape[-1] <= WIDEST_COVARIANCE
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.scatter.dim() == 1 + self.is_full else len(self.scatter)
 
     def update(self, position: Tensor) -> Moments:
         number = self.number + 1
         before = position - self.mean
         mean = self.mean + before / number
         after = position - mean
-        scatter = before.T @ after if self.scatter.dim() == 2 else (before * after).sum(0)
+        if self.groups > 1:
+            before, after = (x.unflatten(0, (self.groups, -1)) for x in (before, after))
+        scatter = before.mT @ after if self.is_full else (before * after).sum(-2)
         return Moments(number, mean, self.scatter + scatter)
 
     def covariance(self) -> Tensor:
         """Pooled within-chain covariance, shrunk towards 10⁻³ by as much as five draws would; shape of the scatter."""
-        freedom = (self.number - 1).clamp(min=1) * len(self.mean)
+        freedom = (self.number - 1).clamp(min=1) * (len(self.mean) // self.groups)
         shrunk = torch.full_like(self.mean[0], 1e-3) * (5.0 / (freedom + 5.0))
         covariance = self.scatter / (freedom + 5.0)
-        return covariance + (torch.diag(shrunk) if covariance.dim() == 2 else shrunk)
+        return covariance + (torch.diag(shrunk) if self.is_full else shrunk)
 
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def pushed(vector: Tensor, factor: Tensor) -> Tensor:
-    """L v for vectors (chain, D); ``factor`` is L (D, D) or its diagonal (D,)."""
-    return vector @ factor.T if factor.dim() == 2 else vector * factor
+    """L v for vectors (chain, D); ``factor`` is L (D, D) or its diagonal (D,), of groups (group, D, D) or (group, 1, D)."""
+    if factor.dim() < 3:
+        return vector @ factor.T if factor.dim() == 2 else vector * factor
+    vector = vector.unflatten(0, (len(factor), -1))
+    return (vector * factor if factor.shape[-2] == 1 else vector @ factor.mT).flatten(0, 1)
 
 
 def pulled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Lᵀ g, the gradient in the coordinates x of q = L x; shapes as for ``pushed``."""
-    return gradient @ factor if factor.dim() == 2 else gradient * factor
+    if factor.dim() < 3:
+        return gradient @ factor if factor.dim() == 2 else gradient * factor
+    gradient = gradient.unflatten(0, (len(factor), -1))
+    return (gradient * factor if factor.shape[-2] == 1 else gradient @ factor).flatten(0, 1)
+
+
+def diagonal(deviations: Tensor) -> Tensor:
+    """Standard deviations (D,) or (group, D) as a factor."""
+    return deviations if deviations.dim() == 1 else deviations.unsqueeze(-2)
+
+
+def first_log_step(rate: Callable[[Tensor], Tensor], position: Tensor, groups: int = 1) -> Tensor:
+    """Halves or doubles a step size of 0.1 until its acceptance rate crosses a half; returns its logarithm, by group.
+
+    Args:
+        rate: Step size, () or (group,), to the acceptance rate of every chain, (chain,).
+        position: Where the chains are, (chain, D).
+        groups: Number of groups.
+    """
+    log_step = torch.full(lead(groups), math.log(0.1), dtype=torch.float64, device=position.device)
+    direction, is_found = torch.zeros_like(log_step), torch.zeros_like(log_step, dtype=torch.bool)
+    for _ in range(30):
+        rises = torch.where(pooled(rate(log_step.exp().to(position.dtype)), groups) > 0.5, 1.0, -1.0).to(log_step)
+        is_found = is_found | (direction * rises < 0)
+        if bool(is_found.all()):
+            break
+        direction = rises
+        log_step = torch.where(is_found, log_step, log_step + rises * math.log(2.0))
+    return log_step.to(position.dtype)
 
 
 # --------------------------------------------------------------------------------------- random walk
@@ -109,7 +174,12 @@ class RandomWalkInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomWalkKernel:
-    """Metropolis: q' = q + scale · L ε, ε ~ N(0, I); ``factor`` is L (D, D) or its diagonal (D,), ``scale`` a scalar."""
+    """Metropolis: q' = q + scale · L ε, ε ~ N(0, I).
+
+    Args:
+        scale: A scalar, or (group,).
+        factor: L or its diagonal, as ``pushed`` takes it.
+    """
 
     scale: Tensor
     factor: Tensor
@@ -119,7 +189,7 @@ class RandomWalkKernel:
 
     def step(self, state: RandomWalkState, density: Callable[[Tensor], Tensor]) -> tuple[RandomWalkState, RandomWalkInfo]:
         noise = torch.randn_like(state.position)
-        proposal = state.position + self.scale * pushed(noise, self.factor)
+        proposal = state.position + served(self.scale, len(noise)) * pushed(noise, self.factor)
         log_density = density(proposal)
         log_ratio = (log_density - state.log_density).nan_to_num(nan=-math.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
@@ -129,7 +199,7 @@ class RandomWalkKernel:
 
 
 class RandomWalkAdaptation(NamedTuple):
-    """step (), log_scale (), factor (D, D) or (D,) and the moments of the current window."""
+    """step (), log_scale (), factor and the moments of the current window; all but the step by group, if there are any."""
 
     step: Tensor
     log_scale: Tensor
@@ -137,10 +207,11 @@ class RandomWalkAdaptation(NamedTuple):
     moments: Moments
 
     @classmethod
-    def like(cls, position: Tensor) -> RandomWalkAdaptation:
+    def like(cls, position: Tensor, groups: int = 1) -> RandomWalkAdaptation:
         width = position.shape[-1]
-        initial = position.new_tensor(math.log(0.1 / math.sqrt(width)))
-        return cls(position.new_zeros(()), initial, torch.ones_like(position[0]), Moments.like(position))
+        initial = position.new_full(lead(groups), math.log(0.1 / math.sqrt(width)))
+        ones = position.new_ones((*lead(groups), width))
+        return cls(position.new_zeros(()), initial, diagonal(ones), Moments.like(position, groups))
 
     @property
     def kernel(self) -> RandomWalkKernel:
@@ -153,13 +224,14 @@ class RandomWalkAdaptation(NamedTuple):
         step = self.step + 1
         ends = window_ends(warmup)
         since = step - max((end for end in ends if end < int(step)), default=0)
-        log_scale = self.log_scale + (info.acceptance_rate.mean() - target) * 2.0 / since**0.6
+        groups = self.moments.groups
+        log_scale = self.log_scale + (pooled(info.acceptance_rate, groups) - target) * 2.0 / since**0.6
         moments = self.moments.update(state.position)
         if int(step) in ends:
             covariance = moments.covariance()
-            factor = torch.linalg.cholesky(covariance) if covariance.dim() == 2 else covariance.sqrt()
-            optimal = state.position.new_tensor(math.log(2.38 / math.sqrt(width)))
-            return RandomWalkAdaptation(step, optimal, factor, Moments.like(state.position))
+            factor = torch.linalg.cholesky(covariance) if moments.is_full else diagonal(covariance.sqrt())
+            optimal = torch.full_like(self.log_scale, math.log(2.38 / math.sqrt(width)))
+            return RandomWalkAdaptation(step, optimal, factor, Moments.like(state.position, groups))
         return RandomWalkAdaptation(step, log_scale, self.factor, moments)
 
 
@@ -192,9 +264,10 @@ class HamiltonianKernel:
         H(q, p) = −log π(q) + ½ |p|²   in coordinates scaled by ``scale``
 
     Args:
-        step_size: ε, a scalar.
-        length: Longest trajectory, in time; the trajectory takes ⌈jitter · length / ε⌉ steps.
-        scale: What whitens the coordinates: standard deviations (D,), or a factor L (D, D) of the covariance L Lᵀ.
+        step_size: ε, a scalar, or (group,).
+        length: Longest trajectory, in time, of the same shape; the trajectory takes ⌈jitter · length / ε⌉ steps.
+        scale: What whitens the coordinates: standard deviations (D,), or a factor L (D, D) of the covariance L Lᵀ, of
+            groups as ``pushed`` takes them.
         jitter: In (0, 1), from a sequence known in advance.
         most_steps: Cap on the number of steps.
     """
@@ -210,16 +283,23 @@ class HamiltonianKernel:
         return HamiltonianState(position, log_density, gradient)
 
     def step(self, state: HamiltonianState, density: Gradient) -> tuple[HamiltonianState, HamiltonianInfo]:
-        steps = int((self.jitter * self.length / self.step_size).ceil().clamp(1, self.most_steps))
+        chains = len(state.position)
+        steps = served((self.jitter * self.length / self.step_size).ceil().clamp(1, self.most_steps), chains)
+        move = served(self.step_size, chains)
+        half = 0.5 * move
         position, log_density, gradient = state
         momentum = torch.randn_like(position)
         energy = 0.5 * momentum.square().sum(-1) - log_density
-        half, move = 0.5 * self.step_size, self.step_size
         momentum = momentum + half * pulled(gradient, self.scale)
-        for i in range(steps):
-            position = position + move * pushed(momentum, self.scale)
+        last = int(steps.max()) - 1
+        for i in range(last + 1):
+            drift, kick = move, half if i == last else move
+            if steps.dim():  # chains that have arrived stand still
+                drift = torch.where(steps > i, move, 0.0)
+                kick = torch.where(steps > i + 1, move, 0.5 * drift)
+            position = position + drift * pushed(momentum, self.scale)
             gradient, log_density = density(position)
-            momentum = momentum + (half if i == steps - 1 else move) * pulled(gradient, self.scale)
+            momentum = momentum + kick * pulled(gradient, self.scale)
         new_energy = 0.5 * momentum.square().sum(-1) - log_density
         error = (new_energy - energy).nan_to_num(nan=math.inf)
         accepted = torch.rand_like(error).log() < -error
@@ -235,8 +315,8 @@ class HamiltonianKernel:
             diverging=error > DIVERGENT,
             energy=torch.where(accepted, new_energy, energy),
             energy_error=error,
-            n_steps=torch.full_like(rate, steps, dtype=torch.int64),
-            step_size=self.step_size.expand_as(rate),
+            n_steps=steps.to(torch.int64).reshape(-1).expand_as(rate),
+            step_size=move.reshape(-1).expand_as(rate),
             proposal=position,
             velocity=pushed(momentum, self.scale),
         )
@@ -246,7 +326,8 @@ class HamiltonianKernel:
 class HamiltonianAdaptation(NamedTuple):
     """Step size by dual averaging, trajectory length by squared jumps, scale from pooled within-chain variances.
 
-    All are tensors, so that the state of a run can be written down at any step.
+    All are tensors, so that the state of a run can be written down at any step. Steps are counted for all chains, the rest
+    has a leading group axis if there are groups.
     """
 
     step: Tensor
@@ -264,36 +345,31 @@ class HamiltonianAdaptation(NamedTuple):
     moments: Moments
 
     @classmethod
-    def start(cls, state: HamiltonianState, density: Gradient) -> HamiltonianAdaptation:
-        """Finds a first step size by halving or doubling until a leapfrog step is accepted about half the time."""
-        position = state.position
-        scale = position.new_ones(position.shape[-1])
-        one = position.new_ones(())
-        log_step, direction = math.log(0.1), 0
-        for _ in range(30):
-            kernel = HamiltonianKernel(one * math.exp(log_step), one * math.exp(log_step), scale, one)
-            _, info = kernel.step(state, density)
-            rises = 1 if float(info.acceptance_rate.mean()) > 0.5 else -1
-            if direction and rises != direction:
-                break
-            direction = rises
-            log_step += rises * math.log(2.0)
-        log_step_tensor = one * log_step
-        zero = position.new_zeros(())
+    def start(cls, state: HamiltonianState, density: Gradient, groups: int = 1) -> HamiltonianAdaptation:
+        """Finds a first step size; see ``first_log_step``."""
+        position, axes = state.position, lead(groups)
+        ones = position.new_ones((*axes, position.shape[-1]))
+        scale, one, zero = diagonal(ones), position.new_ones(()), position.new_zeros(())
+
+        def rate(step_size: Tensor) -> Tensor:
+            return HamiltonianKernel(step_size, step_size, scale, one).step(state, density)[1].acceptance_rate
+
+        log_step = first_log_step(rate, position, groups)
+        zeros = torch.zeros_like(log_step)
         return cls(
             step=zero,
-            log_step=log_step_tensor,
-            log_step_mean=log_step_tensor,
-            error_sum=zero,
-            centre=log_step_tensor + math.log(2.0),
+            log_step=log_step,
+            log_step_mean=log_step,
+            error_sum=zeros,
+            centre=log_step + math.log(2.0),
             since=zero,
-            log_length=zero,
-            log_length_mean=zero,
-            jumps=position.new_zeros(2),
+            log_length=zeros,
+            log_length_mean=zeros,
+            jumps=position.new_zeros((2, *axes)),
             scale=scale,
-            longest=torch.zeros_like(scale),
+            longest=torch.zeros_like(ones),
             centres=position.clone(),
-            moments=Moments.like(position),
+            moments=Moments.like(position, groups),
         )
 
     def kernel(self, is_final: bool, most_steps: int) -> HamiltonianKernel:
@@ -319,7 +395,7 @@ class HamiltonianAdaptation(NamedTuple):
             target: Acceptance rate aimed at.
         """
         step, since = self.step + 1, self.since + 1
-        error_sum = self.error_sum + (target - info.acceptance_rate.mean())
+        error_sum = self.error_sum + (target - pooled(info.acceptance_rate, self.moments.groups))
         log_step = self.centre - error_sum * since.sqrt() / (0.05 * (since + 10.0))
         weight = since**-0.75
         averaged = weight * log_step + (1 - weight) * self.log_step_mean
@@ -340,17 +416,17 @@ class HamiltonianAdaptation(NamedTuple):
         )
         if int(step) in window_ends(warmup):
             covariance = moments.covariance()
-            scale = covariance.diagonal().sqrt() if covariance.dim() == 2 else covariance.sqrt()
-            longest = torch.zeros_like(scale)
-            if covariance.dim() == 2:
-                longest = torch.linalg.eigh(covariance / scale / scale[:, None])[1][:, -1]
+            deviations = covariance.diagonal(dim1=-2, dim2=-1).sqrt() if moments.is_full else covariance.sqrt()
+            scale, longest = diagonal(deviations), torch.zeros_like(deviations)
+            if moments.is_full:
+                longest = torch.linalg.eigh(covariance / deviations.unsqueeze(-2) / deviations.unsqueeze(-1))[1][..., -1]
             # the same step in the old coordinates: a geometric mean keeps it on average
-            shift = (self.scale.log() - scale.log()).mean()
+            shift = (self.scale.log() - scale.log()).mean(-1).reshape(log_step.shape)
             new = new._replace(
                 scale=scale,
                 longest=longest,
                 jumps=torch.zeros_like(jumps),
-                moments=Moments.like(state.position),
+                moments=Moments.like(state.position, moments.groups),
                 since=torch.zeros_like(since),
                 error_sum=torch.zeros_like(error_sum),
                 log_step_mean=log_step + shift,
@@ -372,21 +448,30 @@ class HamiltonianAdaptation(NamedTuple):
         Divided by the length, since time costs gradients. The jitter scales time and length alike, so that the slope in
         the logarithm takes the time that a trajectory had; both expectations are running means over steps and chains.
         """
-        start = (before.position - self.centres) / self.scale
-        end = (info.proposal - self.centres) / self.scale
-        velocity = info.velocity / self.scale
+        groups = self.moments.groups
+        scale = self.scale if groups == 1 else self.scale.squeeze(1).repeat_interleave(len(before.position) // groups, 0)
+        start = (before.position - self.centres) / scale
+        end = (info.proposal - self.centres) / scale
+        velocity = info.velocity / scale
         if bool(self.longest.any()):
-            start, end, velocity = ((x @ self.longest).unsqueeze(-1) for x in (start, end, velocity))
+            start, end, velocity = (self._along(x) for x in (start, end, velocity))
         change = end.square().sum(-1) - start.square().sum(-1)
         along = (end * velocity).sum(-1)
         time = info.n_steps * info.step_size
         signals = torch.stack([time * change * along, 0.25 * change.square()])
-        signals = (signals * info.acceptance_rate).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).mean(-1)
-        jumps = 0.95 * self.jumps + 0.05 * signals
+        signals = (signals * info.acceptance_rate).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        jumps = 0.95 * self.jumps + 0.05 * pooled(signals, groups)
         slope = (jumps[0] / (jumps[1] + 1e-10)).clamp(-1.0, 3.0) - COST
         # whitened, no direction is longer than √D, and half a period of the longest is enough
-        longest = math.log(math.pi * math.sqrt(len(self.scale)))
+        longest = math.log(math.pi * math.sqrt(self.scale.shape[-1]))
         return (self.log_length + 0.03 * slope).clamp(-4.0, longest), jumps
+
+    def _along(self, whitened: Tensor) -> Tensor:
+        """(chain, D) -> (chain, 1), the component along the first principal component."""
+        if self.longest.dim() == 1:
+            return (whitened @ self.longest).unsqueeze(-1)
+        apart = whitened.unflatten(0, (len(self.longest), -1))
+        return (apart @ self.longest.unsqueeze(-1)).flatten(0, 1)
 
 
 def halton(step: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.adaptation import StepAdaptation, first_log_step
+from inference.adaptation import StepAdaptation
 from inference.contract import Unsupported
 from inference.density import Unconstrained
 from inference.guides import Guide, GuideReference
 from inference.marginal import MarginalSampler
-from inference.mcmc import RandomWalkAdaptation
+from inference.mcmc import RandomWalkAdaptation, first_log_step, lead
 from inference.posterior import Posterior
 from inference.program import Program
 from inference.proposals import IndependenceKernel, LangevinKernel, PriorReference, Reference, StudentReference
@@ -62,7 +62,7 @@ class RandomWalk(Proposal):
     """A Gaussian step whose full covariance is learnt in warm-up, within chains and pooled over them."""
 
     def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
-        adaptation = RandomWalkAdaptation.like(position)
+        adaptation = RandomWalkAdaptation.like(position, program.groups)
         return adaptation.kernel.init(position, density), adaptation
 
     def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
@@ -87,14 +87,16 @@ class Langevin(Proposal):
     def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
         if not 0.0 < self.target < 1.0:
             raise ValueError(f"Langevin(target={self.target!r}): must lie between 0 and 1.")
-        adaptation = StepAdaptation.start(position, 0.0, is_dense=True)
-        state = LangevinKernel(adaptation.step_size(False), adaptation.factor).init(position, density)
+        groups = program.groups
+        zeros = position.new_zeros(lead(groups))
+        factor = StepAdaptation.start(position, zeros, is_dense=True, groups=groups).factor
+        state = LangevinKernel(zeros, factor).init(position, density)
 
-        def rate(step_size: float) -> Tensor:
-            kernel = LangevinKernel(position.new_tensor(step_size), adaptation.factor)
-            return kernel.step(state, density)[1].acceptance_rate
+        def rate(step_size: Tensor) -> Tensor:
+            return LangevinKernel(step_size, factor).step(state, density)[1].acceptance_rate
 
-        return state, StepAdaptation.start(position, first_log_step(rate), is_dense=True)
+        log_step = first_log_step(rate, position, groups)
+        return state, StepAdaptation.start(position, log_step, is_dense=True, groups=groups)
 
     def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
         now = LangevinKernel(adaptation.step_size(is_final=not warmup), adaptation.factor)

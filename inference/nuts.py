@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from inference.adaptation import StepAdaptation, check_mass, first_log_step
+from inference.adaptation import StepAdaptation, check_mass
 from inference.marginal import MarginalSampler
-from inference.mcmc import Gradient, HamiltonianKernel, HamiltonianState
+from inference.mcmc import Gradient, HamiltonianKernel, HamiltonianState, diagonal, first_log_step, lead
 from inference.program import Program
 from inference.trees import TreeInfo, TreeKernel
 
@@ -63,13 +63,14 @@ class NUTS(MarginalSampler):
 
     def begin(self, position: Tensor, density: Gradient, program: Program) -> tuple[HamiltonianState, StepAdaptation]:
         is_dense = check_mass(self.mass, position.shape[-1])
-        one, scale = position.new_ones(()), position.new_ones(position.shape[-1])
+        groups = program.groups
+        one, scale = position.new_ones(()), diagonal(position.new_ones((*lead(groups), position.shape[-1])))
         state = TreeKernel(one, scale).init(position, density)
 
-        def rate(step_size: float) -> Tensor:
-            return HamiltonianKernel(one * step_size, one * step_size, scale, one).step(state, density)[1].acceptance_rate
+        def rate(step_size: Tensor) -> Tensor:
+            return HamiltonianKernel(step_size, step_size, scale, one).step(state, density)[1].acceptance_rate
 
-        return state, StepAdaptation.start(position, first_log_step(rate), is_dense)
+        return state, StepAdaptation.start(position, first_log_step(rate, position, groups), is_dense, groups)
 
     def move(
         self, kernel: HamiltonianState, adaptation: StepAdaptation, density: Gradient, warmup: int

@@ -95,7 +95,7 @@ def assign(
     from inference.start import starting_values
 
     density = Density(program, rung="vmapped")
-    values = starting_values(program, _TRIALS, most=4)
+    values = starting_values(program, _TRIALS, most=4) | program.chain_data(_TRIALS)
     trials = Current(values, density.joint(values))
     bound: list[Block] = []
     notes: list[str] = []

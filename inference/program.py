@@ -171,6 +171,7 @@ class Program:
         nesting: Batch dimensions that plates or batch shapes take up.
         rows: Size of dimension 0 of the first tensor argument, or None.
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
+        groups: How many groups of consecutive chains there are that do not learn from one another; see ``replicate``.
 
     Raises:
         Unsupported: If the structure changes from run to run, hidden randomness is found, or nothing is latent.
@@ -207,6 +208,8 @@ class Program:
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._leaves, self._evaluations = leaves, evaluations
         self.fitted: Guide | None = None
+        self._replicated: dict[str, Tensor] = {}
+        self.groups = 1
         self._table = Table()
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)
@@ -259,7 +262,7 @@ class Program:
         """Runs the program once on constrained ``values``; sites not named are drawn.
 
         Args:
-            values: Site to value.
+            values: Site to value; that of an observed site replaces its data.
             data: Tensors in place of those among the arguments.
             arguments: Positional and keyword arguments in place of those of the program.
             resampled: Observed sites that are drawn instead.
@@ -294,6 +297,36 @@ class Program:
         """log p(values, data), a scalar, at constrained values of all latent sites."""
         _, stacks = self.log_probs(values, data)
         return torch.stack([stack.table.sum().to(self.dtype) for stack in stacks]).sum()
+
+    def replicate(self, observed: Mapping[str, Tensor], groups: int = 1) -> Program:
+        """The same program, but with data of their own for each chain, or for a few chains each.
+
+        The data travel among the values of the chains (``chain_data``), so that one graph serves all of them.
+
+        Args:
+            observed: Observed site to its values, (replicate, *site); consecutive chains share a replicate. A site that is
+                not named keeps its data.
+            groups: Into how many groups of consecutive chains a sampler divides what it learns from the chains.
+        """
+        unknown = [name for name in observed if name not in self.observed_sites]
+        if unknown:
+            sites = ", ".join(self.observed_sites)
+            raise ValueError(f"'{unknown[0]}' is no observed site of {self.name}; those are {sites}.")
+        other = copy.copy(self)
+        if groups != self.groups:
+            other.__dict__.pop("density", None)  # blocks ask its program how many groups there are
+        other._replicated, other.groups = dict(observed), groups
+        return other
+
+    def chain_data(self, chains: int) -> dict[str, Tensor]:
+        """The data that a number of chains have of their own, site to (chain, *site); empty if they share all data."""
+        if not self._replicated:
+            return {}
+        replicates = len(next(iter(self._replicated.values())))
+        if chains == replicates:
+            return dict(self._replicated)
+        rows = torch.arange(chains, device=self.device) * replicates // chains
+        return {name: value[rows] for name, value in self._replicated.items()}
 
     @property
     def widest(self) -> int:

@@ -22,7 +22,7 @@ from inference.contract import Unsupported
 from inference.density import Unconstrained
 from inference.enumeration import eliminate, factors, plates_of, total
 from inference.guides import batched, is_plain
-from inference.mcmc import Gradient, pulled, pushed
+from inference.mcmc import Gradient, pulled, pushed, served
 from inference.program import Program
 
 __all__ = [
@@ -66,8 +66,8 @@ class LangevinKernel:
     """Metropolis-adjusted Langevin: q' = q + ½ ε² L Lᵀ ∇log π(q) + ε L ξ, ξ ~ N(0, I).
 
     Args:
-        step_size: ε, a scalar.
-        factor: L (D, D), or its diagonal (D,).
+        step_size: ε, a scalar, or (group,).
+        factor: L (D, D), or its diagonal (D,), of groups as ``pushed`` takes them.
     """
 
     step_size: Tensor
@@ -79,11 +79,12 @@ class LangevinKernel:
 
     def step(self, state: LangevinState, density: Gradient) -> tuple[LangevinState, LangevinInfo]:
         noise = torch.randn_like(state.position)
-        drift = 0.5 * self.step_size * pulled(state.gradient, self.factor)
-        position = state.position + self.step_size * pushed(drift + noise, self.factor)
+        step_size = served(self.step_size, len(noise))
+        drift = 0.5 * step_size * pulled(state.gradient, self.factor)
+        position = state.position + step_size * pushed(drift + noise, self.factor)
         gradient, log_density = density(position)
         # the noise that would lead back: q = q' + ½ ε² L Lᵀ ∇log π(q') + ε L ξ'
-        back = -noise - drift - 0.5 * self.step_size * pulled(gradient, self.factor)
+        back = -noise - drift - 0.5 * step_size * pulled(gradient, self.factor)
         log_forward, log_backward = -0.5 * noise.square().sum(-1), -0.5 * back.square().sum(-1)
         log_ratio = (log_density - state.log_density + log_backward - log_forward).nan_to_num(nan=-math.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
@@ -93,7 +94,7 @@ class LangevinKernel:
             torch.where(accepted, log_density, state.log_density),
             torch.where(chosen, gradient, state.gradient),
         )
-        return moved, LangevinInfo(log_ratio.clamp(max=0.0).exp(), accepted, self.step_size.expand_as(log_ratio))
+        return moved, LangevinInfo(log_ratio.clamp(max=0.0).exp(), accepted, step_size.reshape(-1).expand_as(log_ratio))
 
 
 # -------------------------------------------------------------------------------------- independence

@@ -12,11 +12,13 @@ from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
 from inference.posterior import Posterior
 from inference.program import Program
+from inference.simulation import simulate
 
 __all__ = ["ascended", "given_values", "starting_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
 _LEAST, _MOST = 4, 64  # and for each chain
+_POOL = 1024  # different ones in all, where replicated data make for very many chains
 _ASCENT, _LONGEST_ASCENT = 40, 400  # steps of about 0.05 prior standard deviations each
 
 
@@ -76,6 +78,18 @@ def _candidates(program: Program, count: int) -> dict[str, Tensor]:
     return {name: torch.stack([draw[name] for draw in draws]) for name in program.latents}
 
 
+def _pool(program: Program, count: int) -> dict[str, Tensor]:
+    """As ``_candidates``, all drawn at once, for very many chains."""
+    draws = simulate(program, {}, count)
+    is_uniform = torch.arange(count, device=program.device) % 2 > 0
+    for name in program.continuous:
+        site = program.latents[name]
+        shape = (count, *site.transform.inverse_shape(site.shape))
+        uniform = site.transform(torch.empty(shape, device=program.device).uniform_(-2.0, 2.0))
+        draws[name] = torch.where(is_uniform.reshape(-1, *(1,) * len(site.shape)), uniform, draws[name])
+    return {name: draws[name] for name in program.latents}
+
+
 def starting_values(program: Program, chains: int, start: Any = None, most: int = _MOST) -> dict[str, Tensor]:
     """Values of all latent sites, (chain, *site): for each chain the best of a few candidates, given sites as given.
 
@@ -92,15 +106,20 @@ def starting_values(program: Program, chains: int, start: Any = None, most: int 
     if len(given) == len(program.latents):
         return given
     share = min(max(_LEAST, _CANDIDATES // chains), most)
-    values = _candidates(program, chains * share)
+    data = program.chain_data(chains * share)
+    if data:
+        rows = torch.arange(chains * share, device=program.device) % _POOL
+        values = {name: value[rows] for name, value in _pool(program, _POOL).items()}
+    else:
+        values = _candidates(program, chains * share)
     values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
     density = Density(program, rung="vmapped")
     free = [name for name in program.finite if name not in given]
     others = {name: value for name, value in values.items() if name not in free}
     try:
-        log_density = density.marginal(free)(others) if others else density.joint(values)
+        log_density = density.marginal(free)({**others, **data}) if others else density.joint({**values, **data})
     except Unsupported:
-        log_density = density.joint(values)
+        log_density = density.joint({**values, **data})
     log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).reshape(chains, share)
     best = log_density.argmax(1)
     lost = log_density.amax(1) == -torch.inf
@@ -128,6 +147,7 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
     staged = program.density.unconstrained(coordinates, program.finite, evaluations=_LONGEST_ASCENT)
     scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)
     others = {name: v for name, v in values.items() if name not in (*program.continuous, *program.finite)}
+    others |= program.chain_data(len(next(iter(values.values()))))
     start = position = coordinates.position(values)
     first, second = torch.zeros_like(position), torch.zeros_like(position)
     gradient, before = staged(position, others)
@@ -142,6 +162,7 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
         position = torch.where(climbs.unsqueeze(-1), position + 0.05 * scale * step, position)
         gradient, log_density = staged(position, others)
         if i == _ASCENT:
-            enough = log_density.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amax().expand_as(log_density)
+            reached = log_density.nan_to_num(nan=-torch.inf, neginf=-torch.inf).unflatten(0, (program.groups, -1))
+            enough = reached.amax(1, keepdim=True).expand_as(reached).flatten()
     position = torch.where((log_density > before).unsqueeze(-1), position, start)
     return {**values, **coordinates.values(position)}

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inference.mcmc import DIVERGENT, Gradient, HamiltonianState, pulled, pushed
+from inference.mcmc import DIVERGENT, Gradient, HamiltonianState, pulled, pushed, served
 
 __all__ = ["TreeInfo", "TreeKernel"]
 
@@ -104,8 +104,9 @@ class TreeKernel:
     """One trajectory of the No-U-Turn sampler, a point of which is chosen by weight exp(−energy).
 
     Args:
-        step_size: ε, a scalar.
-        scale: What whitens the coordinates: standard deviations (D,), or a factor L (D, D) of the covariance L Lᵀ.
+        step_size: ε, a scalar, or (group,).
+        scale: What whitens the coordinates: standard deviations (D,), or a factor L (D, D) of the covariance L Lᵀ, of
+            groups as ``pushed`` takes them.
         max_depth: Doublings at most; the trajectory has 2^max_depth − 1 steps then.
     """
 
@@ -146,7 +147,7 @@ class TreeKernel:
             diverging=diverging,
             energy=chosen.energy,
             n_steps=n_steps,
-            step_size=self.step_size.expand_as(energy),
+            step_size=served(self.step_size, len(energy)).reshape(-1).expand_as(energy),
             tree_depth=depth,
             reached_max_treedepth=grows,
         )
@@ -154,7 +155,8 @@ class TreeKernel:
 
     def _grow(self, edge: _Leaf, is_right: Tensor, level: int, energy: Tensor, grows: Tensor, density: Gradient) -> _Branch:
         """2^level leaves beyond an edge of the tree, of those chains that grow."""
-        step = torch.where(is_right, self.step_size, -self.step_size).unsqueeze(-1)
+        step_size = served(self.step_size, len(energy))
+        step = torch.where(is_right.unsqueeze(-1), step_size, -step_size)
         end = chosen = edge
         total, log_weight = torch.zeros_like(edge.momentum), torch.full_like(energy, -math.inf)
         rate, n_steps = torch.zeros_like(energy), torch.zeros_like(energy, dtype=torch.int64)

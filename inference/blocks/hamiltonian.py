@@ -56,7 +56,8 @@ class Hamiltonian(Block):
         position = coordinates.position(current.values)
         one = position.new_ones(())
         kernel = HamiltonianKernel(one, one, position.new_ones(coordinates.size), one)
-        return HamiltonianBlockState(HamiltonianAdaptation.start(kernel.init(position, gradient), gradient))
+        start = kernel.init(position, gradient)
+        return HamiltonianBlockState(HamiltonianAdaptation.start(start, gradient, density.program.groups))
 
     def step(
         self, state: HamiltonianBlockState, density: Density, current: Current, warmup: int

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move
 from inference.density import Density, Unconstrained
+from inference.mcmc import pooled, served
 
 __all__ = ["AdaptiveWalk"]
 
 
 class WalkState(NamedTuple):
-    """step () and log_scale (), shared by the chains."""
+    """step (), and log_scale () shared by the chains, or (group,)."""
 
     step: Tensor
     log_scale: Tensor
@@ -34,12 +35,13 @@ class AdaptiveWalk(Block):
         return "RandomWalk"
 
     def init(self, density: Density, current: Current) -> WalkState:
-        like = current.log_joint
-        return WalkState(like.new_zeros(()), like.new_zeros(()))
+        like, groups = current.log_joint, density.program.groups
+        return WalkState(like.new_zeros(()), like.new_zeros(() if groups == 1 else groups))
 
     def step(self, state: WalkState, density: Density, current: Current, warmup: int) -> tuple[WalkState, Current, Move]:
         latents = density.program.latents
-        scale = state.log_scale.exp()
+        groups = density.program.groups
+        scale = served(state.log_scale.exp(), len(current.log_joint))
         coordinates = Unconstrained(density.program, [name for name in self.sites if latents[name].is_continuous])
         values, log_jacobian, size = dict(current.values), torch.zeros_like(current.log_joint), 0
         if coordinates.sites:
@@ -52,7 +54,8 @@ class AdaptiveWalk(Block):
         for name in self.sites:
             if name not in coordinates.sites:
                 value = values[name]
-                step = scale * torch.randn(value.shape, dtype=scale.dtype, device=value.device)
+                noise = torch.randn(value.shape, dtype=scale.dtype, device=value.device)
+                step = scale.reshape(-1, *(1,) * (value.dim() - 1)) * noise
                 values[name] = value + (step.sign() * step.abs().ceil()).to(value.dtype)  # at least one away
                 size += value[0].numel()
         inside = torch.stack([self._inside(density, name, values[name]) for name in self.sites]).all(0)
@@ -65,7 +68,7 @@ class AdaptiveWalk(Block):
         rate = log_ratio.clamp(max=0.0).exp()
         if warmup:
             target = 0.44 if size == 1 else 0.234
-            log_scale = state.log_scale + (rate.mean() - target) / (state.step + 1) ** 0.6
+            log_scale = state.log_scale + (pooled(rate, groups) - target) / (state.step + 1) ** 0.6
             state = WalkState(state.step + 1, log_scale)
         return state, Current(kept, torch.where(accepted, log_joint, current.log_joint)), Move(rate)
 
