@@ -556,7 +556,7 @@ class Sampler(Sampled):
         given: Any = Given(task, {name: spread[name] for name in task.maximised})
         backend = self._sized(spread, warmup=adapts * self.sweeps)
         coordinates, density = backend._parts(given)
-        kernel, _ = backend.begin(coordinates.position(spread), density)  # θ has moved: what was cached is stale
+        kernel, _ = backend.begin(coordinates.position(spread), density, given)  # θ has moved: what was cached is stale
         state = memory.states._replace(kernel=kernel)
         for _ in range(self.sweeps):
             if adapts:

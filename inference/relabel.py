@@ -3,6 +3,14 @@
 Sites of a program with exchangeable labels are named by its *symmetry*, a map from site to the axis of one value that
 runs over the labels (``weights`` (K,): 0; ``means`` (K, D): 0), or to None where the values themselves are labels
 (``z`` (N,)). Means, R-hat and traces of such sites say nothing until the labels are matched, or left out of sight.
+
+    match         to a pivot: the features of components, or the values that they share
+    ecr           to the allocations that the draws themselves agree on, found by iteration
+    stephens      the same with allocation probabilities, which tell more than allocations
+    invariant     what does not change: sites sorted along the labels
+    co_clustering what does not change: how often two rows share a label
+
+Where a program has several groups of labels that are exchangeable each on its own, every group has its own symmetry.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["invariant", "match"]
+__all__ = ["co_clustering", "ecr", "invariant", "match", "stephens"]
 
 Symmetry = Mapping[str, int | None]
 
@@ -67,17 +75,117 @@ def match(
     else:
         cost = -_agreement(draws, [site for site, axis in used.items() if axis is None], pivot, labels)
     order = _assign(cost)
-    rank = order.argsort(-1)
+    return matched | _renamed(draws, named, order)
+
+
+def ecr(draws: Mapping[str, Tensor], symmetry: Symmetry, rounds: int = 100) -> dict[str, Tensor]:
+    """Renames the labels of every draw so that rows have the labels that they have in most of the renamed draws.
+
+    Iterates between the pivot, the most frequent label of each row, and for each draw the permutation under which most of
+    its rows agree with it, until no label changes. The first pivot is the first draw.
+
+    Args:
+        draws: Site to (chain, draw, *site).
+        symmetry: Site to the axis of its labels, or None where its values are labels; there must be one of the latter.
+        rounds: Most iterations.
+
+    Returns:
+        The draws, with the labels of sites in ``symmetry`` renamed.
+
+    Raises:
+        ValueError: If no site has labels for values.
+
+    References:
+        P. Papastamoulis and G. Iliopoulos, An artificial allocations based solution to the label switching problem in
+        Bayesian analysis of mixtures of distributions (2010): equivalence classes representatives.
+        C. Rodríguez and S. Walker, Label switching in Bayesian mixture models: deterministic relabeling strategies (2014).
+    """
+    named = {site: axis for site, axis in symmetry.items() if site in draws and draws[site].numel()}
+    sites = [site for site, axis in named.items() if axis is None]
+    if not sites:
+        raise ValueError("ecr needs the draws of a site whose values are labels. Use match, or stephens.")
+    labels = _count_labels(draws, named, {})
+    pivot = {site: draws[site][0, 0] for site in sites}
+    last = None
+    for _ in range(rounds):
+        order = _assign(-_agreement(draws, sites, pivot, labels))
+        if last is not None and torch.equal(order, last):
+            break
+        last, moved = order, _renamed(draws, dict.fromkeys(sites), order)
+        pivot = {site: moved[site].flatten(0, 1).long().mode(0).values for site in sites}
+    return {**draws, **_renamed(draws, named, order)}
+
+
+def stephens(draws: Mapping[str, Tensor], symmetry: Symmetry, probabilities: Tensor, rounds: int = 100) -> dict[str, Tensor]:
+    """Renames the labels of every draw so that its allocation probabilities lie closest to their mean over the draws.
+
+    With p_ik(s) the probability that row i of draw s has label k, iterates between q = the mean of the renamed p and the
+    permutations that minimise Σ_i KL(p_i(s) ‖ q_i), until no label changes.
+
+    Args:
+        draws: Site to (chain, draw, *site).
+        symmetry: Site to the axis of its labels, or None where its values are labels.
+        probabilities: (chain, draw, row, label), such as ``GMM.predict_proba`` gives for one draw.
+        rounds: Most iterations.
+
+    Returns:
+        The draws, with the labels of sites in ``symmetry`` renamed.
+
+    Raises:
+        ValueError: If the probabilities do not suit the draws.
+
+    References:
+        M. Stephens, Dealing with label switching in mixture models (2000), algorithm 2.
+    """
+    named = {site: axis for site, axis in symmetry.items() if site in draws and draws[site].numel()}
+    shape, labels = next(iter(draws.values())).shape[:2], _count_labels(draws, named, {})
+    sizes = {axis is None: draws[site].shape for site, axis in named.items()}
+    if probabilities.dim() != 4 or probabilities.shape[:2] != shape or (False in sizes and probabilities.shape[3] != labels):
+        raise ValueError(
+            f"probabilities have the shape {tuple(probabilities.shape)}, but must be (chain, draw, row, label) for draws of "
+            f"shape {tuple(shape)} with {labels} labels."
+        )
+    p = probabilities.double()
+    tiny = torch.finfo(p.dtype).tiny
+    entropy = torch.xlogy(p, p.clamp(min=tiny)).sum(2)  # (chain, draw, label)
+    order = torch.arange(p.shape[3]).expand(*shape, -1)
+    for _ in range(rounds):
+        index = order.unsqueeze(2).expand(p.shape)
+        q = p.gather(3, index).mean((0, 1)).clamp(min=tiny).log()  # (row, label)
+        found = _assign(entropy.unsqueeze(2) - torch.einsum("csik,ij->csjk", p, q))
+        if torch.equal(found, order):
+            break
+        order = found
+    return {**draws, **_renamed(draws, named, order)}
+
+
+def co_clustering(labels: Tensor) -> Tensor:
+    """How often two rows have the same label, (row, row): whatever the labels are called.
+
+    Args:
+        labels: Draws of labels, (chain, draw, row).
+    """
+    flat = labels.flatten(0, 1)
+    total = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64)
+    for label in flat.unique():
+        member = (flat == label).double()
+        total += member.mT @ member
+    return total / len(flat)
+
+
+def _renamed(draws: Mapping[str, Tensor], named: Symmetry, order: Tensor) -> dict[str, Tensor]:
+    """The sites of a symmetry under permutations (chain, draw, label): new label k is old label order[k]."""
+    renamed, rank = {}, order.argsort(-1)
     for site, axis in named.items():
         values = draws[site]
         if axis is None:
             flat = values.flatten(2).long()
-            matched[site] = rank.gather(2, flat).to(values.dtype).reshape(values.shape)
+            renamed[site] = rank.gather(2, flat).to(values.dtype).reshape(values.shape)
         else:
             front = _labels_first(values, axis)
             index = order.reshape(*order.shape, *[1] * (front.dim() - 3)).expand(front.shape)
-            matched[site] = front.gather(2, index).movedim(2, _axis(axis)).contiguous()
-    return matched
+            renamed[site] = front.gather(2, index).movedim(2, _axis(axis)).contiguous()
+    return renamed
 
 
 def invariant(draws: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Tensor]:

@@ -16,11 +16,19 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_value
+from pyro.infer.autoguide import (
+    AutoGuide,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_value,
+)
 from torch import Tensor
+from torch.func import grad, jacrev
 
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
+from inference.density import Unconstrained
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, is_drawn, log_prob
@@ -160,6 +168,32 @@ class SVI(Backend[SVIState, SVIInfo]):
             raise TypeError(f"guide= must be a Pyro guide or a class of automatic guides, but is {chosen!r}.")
         return Guide(chosen)
 
+    def _laplace(self, guide: AutoLaplaceApproximation, program: Program) -> Guide:
+        """The normal with the curvature at the mode, finite sites summed out (Pyro's own would draw them)."""
+        coordinates = Unconstrained(program, list(guide._unconstrained_shapes))
+        loc = guide.loc.detach()
+
+        def log_density(position: Tensor) -> Tensor:
+            values = coordinates.values(position)
+            return log_normalizer(program, values, program.finite) + coordinates.log_jacobian(position)
+
+        with quiet(), Arithmetic():
+            information = -jacrev(grad(log_density))(loc)
+            factor, failed = torch.linalg.cholesky_ex(0.5 * (information + information.mT))
+            if int(failed):
+                raise ValueError(
+                    f"AutoLaplaceApproximation found no maximum of {program.name}: the curvature there is not that of one. "
+                    "Raise steps=, or take AutoMultivariateNormal."
+                )
+            covariance = torch.cholesky_inverse(factor)
+            normal = AutoMultivariateNormal(guide.model)
+            args, kwargs = program.arguments()
+            normal(*args, **kwargs)
+            root = torch.linalg.cholesky(covariance)
+            normal.loc, normal.scale = loc, root.diagonal()
+            normal.scale_tril = root / root.diagonal()[:, None]
+        return Guide(normal)
+
     def _best_start(self, program: Program) -> dict[str, Tensor]:
         """The given start, or the best of a few."""
         values = starting_values(program, _STARTS, self.start)
@@ -212,6 +246,9 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     @torch.no_grad()
     def sample(self, state: SVIState, program: Program) -> tuple[SVIState, Draw]:
+        if isinstance(state.guide.call, AutoLaplaceApproximation):
+            state = state._replace(guide=self._laplace(state.guide.call, program))
+            program.fitted = state.guide
         trace = state.guide.trace(program)
         values = {name: trace.nodes[name]["value"][None] for name in program.latents if name in trace.nodes}
         enumerated = tuple(name for name in program.finite if name not in values)

@@ -1,4 +1,6 @@
-"""The command line: ``genmodels list | fit | compare``. Parses, calls, prints; tables go to stdout, all else to stderr.
+"""The command line: ``genmodels list | fit | compare | diagnose``. Parses, calls, prints.
+
+Tables go to stdout, all else to stderr.
 
 Exit status: 0, or 2 for input that cannot be used (one sentence on stderr), or 130 after Ctrl-C, when what there is so far
 has been printed and saved.
@@ -34,6 +36,7 @@ from pyro_genmodels.datasets import Dataset
 __all__ = ["main"]
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
+_SHOWN = 50  # elements of a site in a summary
 _RUN_OPTIONS = ("steps", "draws", "warmup", "chains")
 _LEGEND = """
 mean ± Monte-Carlo standard error. Wall time is all of a fit: start, compilation, warm-up, draws.
@@ -59,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     threads = torch.get_num_threads()
     try:
-        if args.command is not _list:
-            torch.set_num_threads(args.threads)
+        torch.set_num_threads(getattr(args, "threads", threads))
         return args.command(args)
     except (ValueError, OSError) as error:
         _say(f"genmodels: {sentence(error)}")
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="genmodels", description="Generative models as Pyro programs, and ways to know what they hide.")
-    commands = parser.add_subparsers(required=True, metavar="list | fit | compare")
+    commands = parser.add_subparsers(required=True, metavar="list | fit | compare | diagnose")
 
     command = commands.add_parser("list", help="models, data sets and back-ends, and what works with what")
     command.set_defaults(command=_list)
@@ -97,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out", type=float, default=0.1, metavar="SHARE", help="share of the rows that no back-end sees (0.1); 0: none"
     )
     command.add_argument("--out", type=Path, metavar="FOLDER", help="save table.csv, pictures and netCDF files there")
+
+    command = commands.add_parser("diagnose", help="a saved posterior: plan, summary, findings in words")
+    command.set_defaults(command=_diagnose)
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="what fit --out or Posterior.save wrote")
     return parser
 
 
@@ -164,10 +170,8 @@ def _fit(args: argparse.Namespace) -> int:
     print(f"{_title(args, options)}: {type(backend).__name__}, {len(data.x)} rows, {seconds:.1f} s\n")
     if posterior.plan is not None:
         print(f"{posterior.plan}\n")
-    print(_summary(named, entry))
-    print("\nFindings")
-    for finding in posterior.diagnose() or ["none"]:
-        print(f"  {finding}")
+    print(_summary(named, entry.judged))
+    print("\nFindings", *(posterior.diagnose() or ["none"]), sep="\n  ")
     if args.out is not None:
         named.save(args.out)
         print(f"\nSaved in {args.out}")
@@ -177,13 +181,30 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(posterior: Posterior, entry: Entry) -> str:
-    """ArviZ's summary of all that does not belong to single rows; columns that one draw cannot fill are left out."""
+def _diagnose(args: argparse.Namespace) -> int:
+    if not args.folder.is_dir():
+        raise ValueError(f"There is no folder '{args.folder}'. Give one that fit --out or Posterior.save wrote.")
+    posterior = Posterior.load(args.folder)
+    info, (chains, draws) = posterior.info, posterior.shape
+    print(f"{info.get('backend', 'Draws')} on {info.get('model', 'a program')}, {chains} x {draws} draws\n")
+    if posterior.plan is not None:
+        print(f"{posterior.plan}\n")
+    shown = [site for site, values in posterior.draws.items() if values[0, 0].numel() <= _SHOWN]
+    if shown:
+        print(_summary(posterior, shown))
+    if long := [site for site in posterior.draws if site not in shown]:
+        print(f"\nNot shown, with more than {_SHOWN} elements: {', '.join(long)}")
+    print("\nFindings", *(posterior.diagnose() or ["none"]), sep="\n  ")
+    return 0
+
+
+def _summary(posterior: Posterior, sites: Sequence[str]) -> str:
+    """ArviZ's summary of some sites; columns that one draw cannot fill are left out."""
     import arviz as az
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table: Any = az.summary(posterior.to_arviz(log_likelihood=False), var_names=list(entry.judged))
+        table: Any = az.summary(posterior.to_arviz(log_likelihood=False), var_names=list(sites))
     return table.dropna(axis=1, how="all").to_string()
 
 

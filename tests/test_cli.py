@@ -454,3 +454,36 @@ def test_settings_of_the_table_are_valid_and_seeded_alike() -> None:
     assert np.unique([cli._settings(a) == cli._settings(b) for a, b in itertools.combinations(backends, 2)]).tolist() == [
         False
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------- diagnose
+def test_a_saved_posterior_is_diagnosed_in_words(
+    methods: dict[str, Backend[Any, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints is what the posterior itself says: plan, summary, findings."""
+    folder = tmp_path / "fit"
+    argv = ["fit", "gmm", "--data", "faithful", "--components", "2", "--method", "gibbs", "--quiet"]
+    assert cli.main([*argv, "--out", str(folder)]) == 0
+    fitted = capsys.readouterr().out
+    assert cli.main(["diagnose", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    posterior = Posterior.load(folder)
+    assert printed.startswith("Gibbs on GMM, 2 x 30 draws\n") and str(posterior.plan) in printed
+    findings = posterior.diagnose()
+    assert findings and all(finding in printed for finding in findings)
+    assert fitted.split("\nFindings")[1].split("\nSaved")[0].strip() == printed.split("\nFindings")[1].strip()
+    assert "weights[0]" in printed and "Not shown, with more than 50 elements: z" in printed
+
+
+def test_a_folder_that_holds_no_posterior_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, empty, damaged = tmp_path / "missing", tmp_path / "empty", tmp_path / "damaged"
+    empty.mkdir()
+    damaged.mkdir()
+    (damaged / "checkpoint.json").write_text("{}")
+    (damaged / "tensors.safetensors").write_bytes(b"")
+    for folder, reason in [(missing, "There is no folder"), (empty, "holds no checkpoint"), (damaged, "is damaged")]:
+        assert cli.main(["diagnose", str(folder)]) == 2
+        out, said = capsys.readouterr()
+        assert not out and said.startswith("genmodels: ") and said.count("\n") == 1 and reason in said, said

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
-from inference import relabel
+from inference import Gibbs, relabel
 
 CHAINS, DRAWS, K, D, N = 3, 40, 4, 2, 30
 SYMMETRY = {"weights": 0, "means": 0, "scales": -1, "z": None}
@@ -113,3 +115,86 @@ def test_invariant_quantities_do_not_change_when_labels_are_renamed() -> None:
     assert all(torch.equal(before[site], after[site]) for site in before)
     assert (before["means"].numpy() == np.sort(draws["means"].numpy(), 2)).all()
     assert before["scales"].diff(dim=-1).min() >= 0
+
+
+# ------------------------------------------------------------------------------------------------ without a pivot
+def noisy_allocations() -> dict[str, Tensor]:
+    """Draws whose rows have one label each, but for one row in ten."""
+    draws, generator = mixture(), torch.Generator().manual_seed(3)
+    own = torch.randint(K, (N,), generator=generator).expand(CHAINS, DRAWS, N)
+    noise = torch.rand(CHAINS, DRAWS, N, generator=generator) < 0.1
+    return {**draws, "z": torch.where(noise, torch.randint(K, own.shape, generator=generator), own)}
+
+
+def same_up_to_one_renaming(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether one permutation, the same for all draws, leads from one to the other."""
+    order = (left["means"][0, 0, :, None] - right["means"][0, 0, None]).square().sum(-1).argmin(1)
+    expected = renamed(right, order.expand(CHAINS, DRAWS, K))
+    return all(torch.equal(left[site], expected[site]) for site in expected)
+
+
+def test_allocations_alone_undo_any_renaming() -> None:
+    draws = noisy_allocations()
+    found = relabel.ecr(renamed(draws, random_order()), SYMMETRY)
+    assert same_up_to_one_renaming(found, draws)
+    assert torch.equal(found["offset"], draws["offset"])
+
+
+def test_allocation_probabilities_undo_any_renaming() -> None:
+    draws, order = noisy_allocations(), random_order()
+    generator = torch.Generator().manual_seed(4)
+    member = torch.nn.functional.one_hot(draws["z"], K).double()
+    probabilities = (3.0 * member + torch.rand(member.shape, generator=generator)).softmax(-1)
+    switched = probabilities.gather(3, order.unsqueeze(2).expand(probabilities.shape))
+    found = relabel.stephens(renamed(draws, order), SYMMETRY, switched)
+    assert same_up_to_one_renaming(found, draws)
+
+
+def test_probabilities_tell_components_apart_that_no_allocation_does() -> None:
+    """Every row is most probably of the first component, so that allocations say nothing."""
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]], dtype=torch.float64)
+    probabilities = torch.stack([p, p.flip(-1), p, p.flip(-1)])[None]
+    weights = torch.tensor([[0.75, 0.25], [0.25, 0.75], [0.75, 0.25], [0.25, 0.75]], dtype=torch.float64)[None]
+    found = relabel.stephens({"weights": weights}, {"weights": 0}, probabilities)["weights"]
+    assert bool((found == found[:, :1]).all())
+
+
+def test_relabelling_says_what_it_needs() -> None:
+    draws = mixture()
+    with pytest.raises(ValueError, match="ecr needs the draws of a site whose values are labels"):
+        relabel.ecr({"means": draws["means"]}, {"means": 0})
+    with pytest.raises(ValueError, match=r"must be \(chain, draw, row, label\)"):
+        relabel.stephens(draws, SYMMETRY, torch.ones(CHAINS, DRAWS, N, K + 1))
+
+
+def test_rows_cluster_together_whatever_the_labels_are_called() -> None:
+    draws = noisy_allocations()
+    found = relabel.co_clustering(renamed(draws, random_order())["z"])
+    z = draws["z"].flatten(0, 1)
+    expected = (z[:, :, None] == z[:, None, :]).double().mean(0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+def test_a_symmetric_mixture_has_one_mode_once_its_labels_are_matched() -> None:
+    """Two normals at ±2, with labels that Gibbs sampling never switches by itself: chains are put under both names."""
+
+    def program(y: Tensor) -> None:
+        with pyro.plate("component", 2):
+            mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(mean[z.long()], 0.5), obs=y)
+
+    y = torch.tensor([-2.2, -1.9, -2.0, 1.8, 2.1, 2.0], dtype=torch.float64)
+    starts = torch.tensor([[-2.0, 2.0], [2.0, -2.0]], dtype=torch.float64)
+    backend = Gibbs(chains=2, warmup=10, draws=100, seed=0, progress=False, start={"mean": starts})
+    posterior = backend.fit(program, y)
+    assert posterior.symmetry == {"mean": 0, "z": None}
+    raw = posterior.draws["mean"].mean(1)
+    assert bool((raw[0] - raw[1]).abs().min() > 3.0)
+    precision = 1 / 9 + 3 / 0.25
+    exact = torch.tensor([-6.1, 5.9], dtype=torch.float64) / 0.25 / precision
+    for found in (posterior.matched, relabel.ecr(posterior.draws, posterior.symmetry)):
+        mean = found["mean"].mean((0, 1)).sort().values
+        assert bool(((mean - exact).abs() < 4.5 / (200 * precision) ** 0.5).all())  # a false alarm in 7e4 runs
+        assert bool((found["mean"].mean(1)[0] - found["mean"].mean(1)[1]).abs().max() < 0.3)
