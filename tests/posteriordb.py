@@ -355,7 +355,7 @@ OPTIONS: dict[tuple[str, str], dict[str, int]] = {
     ("mesquite", "HMC"): {"warmup": 1000},
     ("kilpisjarvi", "HMC"): {"draws": 2000},
     ("kilpisjarvi", "MetropolisHastings"): {"warmup": 20_000, "thin": 160},
-    ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 100},
+    ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 300},
 }
 
 
