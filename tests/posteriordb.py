@@ -353,8 +353,9 @@ OPTIONS: dict[tuple[str, str], dict[str, int]] = {
     ("nes", "MetropolisHastings"): {"warmup": 3000, "thin": 30},
     ("mesquite", "MetropolisHastings"): {"warmup": 10_000, "thin": 30},
     ("mesquite", "HMC"): {"warmup": 1000},
-    ("kilpisjarvi", "MetropolisHastings"): {"warmup": 20_000, "thin": 80},
-    ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 100},
+    ("kilpisjarvi", "HMC"): {"draws": 2000},
+    ("kilpisjarvi", "MetropolisHastings"): {"warmup": 20_000, "thin": 160},
+    ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 300},
 }
 
 
