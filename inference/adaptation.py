@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from inference.contract import Unsupported
-from inference.mcmc import WIDEST_COVARIANCE, Moments, diagonal, lead, pooled, window_ends
+from inference.mcmc import (
+    WIDEST_COVARIANCE,
+    Moments,
+    diagonal,
+    evened,
+    is_dense,
+    lead,
+    log_size,
+    recent,
+    window_ends,
+)
 
 __all__ = ["MASSES", "StepAdaptation", "check_mass"]
 
@@ -38,26 +48,6 @@ def check_mass(mass: str, width: int) -> bool:
             "the most. Use mass='diagonal'."
         )
     return mass == "dense"
-
-
-def recent(rates: Tensor, rate: Tensor) -> Tensor:
-    """Running acceptance rate of every chain, about ten steps long; both (chain,)."""
-    return rates + 0.1 * (rate - rates)
-
-
-def evened(rate: Tensor, rates: Tensor, groups: int = 1) -> Tensor:
-    """Mean acceptance rate of the chains, lowered as far as they differ for long: one stuck chain shortens the steps.
-
-    The harmonic by the arithmetic mean of what each chain accepted recently; of single steps, the harmonic mean would
-    be low in every chain.
-
-    Args:
-        rate: Acceptance rates of this step, (chain,).
-        rates: Running ones, (chain,).
-        groups: Number of groups of chains, each of which has a mean of its own.
-    """
-    inverse = pooled(rates.clamp(min=1e-10).reciprocal(), groups)
-    return pooled(rate, groups) / (inverse * pooled(rates, groups))
 
 
 class StepAdaptation(NamedTuple):
@@ -88,18 +78,14 @@ class StepAdaptation(NamedTuple):
     moments: Moments
 
     @classmethod
-    def start(cls, position: Tensor, log_step: Tensor | float, is_dense: bool, groups: int = 1) -> StepAdaptation:
+    def start(cls, position: Tensor, log_step: Tensor | float, dense: bool, groups: int = 1) -> StepAdaptation:
         """At positions (chain, D), with a first ``log_step`` () or (group,) and an identity for factor."""
         zero, width = position.new_zeros(()), position.shape[-1]
         log = torch.as_tensor(log_step, dtype=position.dtype, device=position.device)
         ones = position.new_ones((*lead(groups), width))
-        factor = torch.diag_embed(ones) if is_dense and width <= WIDEST_COVARIANCE else diagonal(ones)
+        factor = torch.diag_embed(ones) if dense and width <= WIDEST_COVARIANCE else diagonal(ones)
         rates, moments = torch.ones_like(position[:, 0]), Moments.like(position, groups)
         return cls(zero, zero, log, log, torch.zeros_like(log), log + math.log(2.0), rates, factor, moments)
-
-    @property
-    def is_dense(self) -> bool:
-        return self.factor.dim() > 1 and self.factor.shape[-2] == self.factor.shape[-1]
 
     def step_size(self, is_final: bool) -> Tensor:
         """The step size to try, or the average that is kept after warm-up."""
@@ -133,17 +119,12 @@ class StepAdaptation(NamedTuple):
         if int(step) not in window_ends(warmup):
             return new
         covariance = moments.covariance()
-        if self.is_dense:
+        if is_dense(self.factor):
             factor = torch.linalg.cholesky(covariance)
         else:
             variances = covariance.diagonal(dim1=-2, dim2=-1) if moments.is_full else covariance
             factor = diagonal(variances.sqrt())
         # the same step in the old coordinates: a geometric mean keeps it on average
-        kept = log_step_mean + (self._log_sizes() - self._replace(factor=factor)._log_sizes()).mean(-1).reshape(
-            log_step.shape
-        )
+        kept = log_step_mean + log_size(self.factor) - log_size(factor)
         zero, zeros, moments = torch.zeros_like(since), torch.zeros_like(error_sum), Moments.like(position, moments.groups)
         return StepAdaptation(step, zero, kept, kept, zeros, kept, rates, factor, moments)
-
-    def _log_sizes(self) -> Tensor:
-        return (self.factor.diagonal(dim1=-2, dim2=-1) if self.is_dense else self.factor).log()

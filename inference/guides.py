@@ -91,6 +91,16 @@ class Guide:
         owned = {} if self.owner is None else {n.removeprefix("module."): w for n, w in self.owner.named_parameters()}
         return owned | self.table
 
+    def has_path(self, trace: poutine.Trace, program: Program) -> bool:
+        """Whether log q, at fixed values of what is drawn, has all its weights in the distributions of the draws.
+
+        An automatic guide that draws standard noise has them in the Jacobian of its Delta sites instead; frozen weights
+        would leave that out of the gradient.
+        """
+        values = {name: node["value"].detach() for name, node in trace.nodes.items() if is_drawn(node)}
+        nodes = [node for node in self.trace(program, values).nodes.values() if _is_sampled(node) and not is_drawn(node)]
+        return not any(node["log_prob_sum"].requires_grad for node in nodes)
+
     def check(self, trace: poutine.Trace, program: Program) -> None:
         """Compares the sites of a run of the guide with those of the program.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inference.adaptation import check_mass
 from inference.marginal import MarginalSampler
 from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianInfo, HamiltonianKernel, HamiltonianState
 from inference.program import Program
@@ -24,10 +25,9 @@ __all__ = ["HMC"]
 class HMC(MarginalSampler):
     """Hamiltonian Monte Carlo on the unconstrained continuous sites, finite discrete ones summed out and drawn back.
 
-    Warm-up sets the step size (dual averaging), the trajectory length (squared jumps along the slowest
-    direction) and a diagonal mass matrix from all chains
-    together; afterwards nothing adapts. Trajectories have a length that is jittered by a sequence known in advance, so
-    that all chains take the same number of steps.
+    Warm-up sets the step size (dual averaging), the trajectory length (squared jumps along the slowest direction) and the
+    mass matrix from all chains together; afterwards nothing adapts. Trajectories have a length that is jittered by a
+    sequence known in advance, so that all chains take the same number of steps.
 
     Args:
         chains: Number of chains, all advanced at once.
@@ -36,10 +36,12 @@ class HMC(MarginalSampler):
         thin: Steps per draw.
         target: Acceptance rate that warm-up aims at, in (0, 1).
         most_steps: Cap on the leapfrog steps of one trajectory.
+        mass: "diagonal", or "dense" for the full covariance, which straightens correlations (at most 512 dimensions).
     """
 
     target: float = 0.8
     most_steps: int = 1024
+    mass: str = "diagonal"
 
     @property
     def update(self) -> str:
@@ -50,9 +52,10 @@ class HMC(MarginalSampler):
         return True
 
     def begin(self, position: Tensor, density: Gradient, program: Program) -> tuple[HamiltonianState, HamiltonianAdaptation]:
+        dense = check_mass(self.mass, position.shape[-1])
         one = position.new_ones(())
         state = HamiltonianKernel(one, one, torch.ones_like(position[0]), one).init(position, density)
-        return state, HamiltonianAdaptation.start(state, density, program.groups)
+        return state, HamiltonianAdaptation.start(state, density, program.groups, dense)
 
     def move(
         self, kernel: HamiltonianState, adaptation: HamiltonianAdaptation, density: Gradient, warmup: int

@@ -36,12 +36,17 @@ __all__ = [
     "RandomWalkKernel",
     "RandomWalkState",
     "diagonal",
+    "evened",
     "first_log_step",
+    "is_dense",
     "lead",
+    "log_size",
     "pooled",
     "pulled",
     "pushed",
+    "recent",
     "served",
+    "whitened",
     "window_ends",
 ]
 
@@ -130,6 +135,48 @@ def pulled(gradient: Tensor, factor: Tensor) -> Tensor:
         return gradient @ factor if factor.dim() == 2 else gradient * factor
     gradient = gradient.unflatten(0, (len(factor), -1))
     return (gradient * factor if factor.shape[-2] == 1 else gradient @ factor).flatten(0, 1)
+
+
+def whitened(vector: Tensor, factor: Tensor) -> Tensor:
+    """x of v = L x, for vectors (chain, D); shapes as for ``pushed``."""
+    if factor.dim() < 3:
+        return torch.linalg.solve_triangular(factor, vector.T, upper=False).T if factor.dim() == 2 else vector / factor
+    vector = vector.unflatten(0, (len(factor), -1))
+    is_diagonal = factor.shape[-2] == 1
+    apart = vector / factor if is_diagonal else torch.linalg.solve_triangular(factor, vector.mT, upper=False).mT
+    return apart.flatten(0, 1)
+
+
+def is_dense(factor: Tensor) -> bool:
+    """Whether a factor is L, not its diagonal."""
+    return factor.dim() > 1 and factor.shape[-2] == factor.shape[-1]
+
+
+def log_size(factor: Tensor) -> Tensor:
+    """log det L / D, () or (group,)."""
+    sizes = factor.diagonal(dim1=-2, dim2=-1) if is_dense(factor) else factor
+    mean = sizes.log().mean(-1)
+    return mean.reshape(-1) if factor.dim() == 3 else mean
+
+
+def recent(rates: Tensor, rate: Tensor) -> Tensor:
+    """Running acceptance rate of every chain, about ten steps long; both (chain,)."""
+    return rates + 0.1 * (rate - rates)
+
+
+def evened(rate: Tensor, rates: Tensor, groups: int = 1) -> Tensor:
+    """Mean acceptance rate of the chains, lowered as far as they differ for long: one stuck chain shortens the steps.
+
+    The harmonic by the arithmetic mean of what each chain accepted recently; of single steps, the harmonic mean would
+    be low in every chain.
+
+    Args:
+        rate: Acceptance rates of this step, (chain,).
+        rates: Running ones, (chain,).
+        groups: Number of groups of chains, each of which has a mean of its own.
+    """
+    inverse = pooled(rates.clamp(min=1e-10).reciprocal(), groups)
+    return pooled(rate, groups) / (inverse * pooled(rates, groups))
 
 
 def diagonal(deviations: Tensor) -> Tensor:
@@ -324,7 +371,7 @@ class HamiltonianKernel:
 
 
 class HamiltonianAdaptation(NamedTuple):
-    """Step size by dual averaging, trajectory length by squared jumps, scale from pooled within-chain variances.
+    """Step size by dual averaging, trajectory length by squared jumps, scale from the pooled within-chain covariance.
 
     All are tensors, so that the state of a run can be written down at any step. Steps are counted for all chains, the rest
     has a leading group axis if there are groups.
@@ -335,6 +382,7 @@ class HamiltonianAdaptation(NamedTuple):
     log_step_mean: Tensor
     error_sum: Tensor
     centre: Tensor
+    rates: Tensor
     since: Tensor
     log_length: Tensor
     log_length_mean: Tensor
@@ -345,7 +393,9 @@ class HamiltonianAdaptation(NamedTuple):
     moments: Moments
 
     @classmethod
-    def start(cls, state: HamiltonianState, density: Gradient, groups: int = 1) -> HamiltonianAdaptation:
+    def start(
+        cls, state: HamiltonianState, density: Gradient, groups: int = 1, dense: bool = False
+    ) -> HamiltonianAdaptation:
         """Finds a first step size; see ``first_log_step``."""
         position, axes = state.position, lead(groups)
         ones = position.new_ones((*axes, position.shape[-1]))
@@ -362,11 +412,12 @@ class HamiltonianAdaptation(NamedTuple):
             log_step_mean=log_step,
             error_sum=zeros,
             centre=log_step + math.log(2.0),
+            rates=torch.ones_like(state.log_density),
             since=zero,
             log_length=zeros,
             log_length_mean=zeros,
             jumps=position.new_zeros((2, *axes)),
-            scale=scale,
+            scale=torch.diag_embed(ones) if dense else scale,
             longest=torch.zeros_like(ones),
             centres=position.clone(),
             moments=Moments.like(position, groups),
@@ -395,7 +446,8 @@ class HamiltonianAdaptation(NamedTuple):
             target: Acceptance rate aimed at.
         """
         step, since = self.step + 1, self.since + 1
-        error_sum = self.error_sum + (target - pooled(info.acceptance_rate, self.moments.groups))
+        rates = recent(self.rates, info.acceptance_rate)
+        error_sum = self.error_sum + (target - evened(info.acceptance_rate, rates, self.moments.groups))
         log_step = self.centre - error_sum * since.sqrt() / (0.05 * (since + 10.0))
         weight = since**-0.75
         averaged = weight * log_step + (1 - weight) * self.log_step_mean
@@ -406,6 +458,7 @@ class HamiltonianAdaptation(NamedTuple):
             step=step,
             since=since,
             error_sum=error_sum,
+            rates=rates,
             log_step=log_step,
             log_step_mean=averaged,
             log_length=log_length,
@@ -418,10 +471,12 @@ class HamiltonianAdaptation(NamedTuple):
             covariance = moments.covariance()
             deviations = covariance.diagonal(dim1=-2, dim2=-1).sqrt() if moments.is_full else covariance.sqrt()
             scale, longest = diagonal(deviations), torch.zeros_like(deviations)
-            if moments.is_full:
+            if is_dense(self.scale):  # whitened in all directions, none of which is the slowest
+                scale = torch.linalg.cholesky(covariance)
+            elif moments.is_full:
                 longest = torch.linalg.eigh(covariance / deviations.unsqueeze(-2) / deviations.unsqueeze(-1))[1][..., -1]
             # the same step in the old coordinates: a geometric mean keeps it on average
-            shift = (self.scale.log() - scale.log()).mean(-1).reshape(log_step.shape)
+            shift = log_size(self.scale) - log_size(scale)
             new = new._replace(
                 scale=scale,
                 longest=longest,
@@ -449,10 +504,9 @@ class HamiltonianAdaptation(NamedTuple):
         the logarithm takes the time that a trajectory had; both expectations are running means over steps and chains.
         """
         groups = self.moments.groups
-        scale = self.scale if groups == 1 else self.scale.squeeze(1).repeat_interleave(len(before.position) // groups, 0)
-        start = (before.position - self.centres) / scale
-        end = (info.proposal - self.centres) / scale
-        velocity = info.velocity / scale
+        start = whitened(before.position - self.centres, self.scale)
+        end = whitened(info.proposal - self.centres, self.scale)
+        velocity = whitened(info.velocity, self.scale)
         if bool(self.longest.any()):
             start, end, velocity = (self._along(x) for x in (start, end, velocity))
         change = end.square().sum(-1) - start.square().sum(-1)
@@ -466,11 +520,11 @@ class HamiltonianAdaptation(NamedTuple):
         longest = math.log(math.pi * math.sqrt(self.scale.shape[-1]))
         return (self.log_length + 0.03 * slope).clamp(-4.0, longest), jumps
 
-    def _along(self, whitened: Tensor) -> Tensor:
+    def _along(self, vector: Tensor) -> Tensor:
         """(chain, D) -> (chain, 1), the component along the first principal component."""
         if self.longest.dim() == 1:
-            return (whitened @ self.longest).unsqueeze(-1)
-        apart = whitened.unflatten(0, (len(self.longest), -1))
+            return (vector @ self.longest).unsqueeze(-1)
+        apart = vector.unflatten(0, (len(self.longest), -1))
         return (apart @ self.longest.unsqueeze(-1)).flatten(0, 1)
 
 

@@ -89,14 +89,14 @@ class Langevin(Proposal):
             raise ValueError(f"Langevin(target={self.target!r}): must lie between 0 and 1.")
         groups = program.groups
         zeros = position.new_zeros(lead(groups))
-        factor = StepAdaptation.start(position, zeros, is_dense=True, groups=groups).factor
+        factor = StepAdaptation.start(position, zeros, dense=True, groups=groups).factor
         state = LangevinKernel(zeros, factor).init(position, density)
 
         def rate(step_size: Tensor) -> Tensor:
             return LangevinKernel(step_size, factor).step(state, density)[1].acceptance_rate
 
         log_step = first_log_step(rate, position, groups)
-        return state, StepAdaptation.start(position, log_step, is_dense=True, groups=groups)
+        return state, StepAdaptation.start(position, log_step, dense=True, groups=groups)
 
     def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
         now = LangevinKernel(adaptation.step_size(is_final=not warmup), adaptation.factor)

@@ -62,7 +62,7 @@ class NUTS(MarginalSampler):
         return True
 
     def begin(self, position: Tensor, density: Gradient, program: Program) -> tuple[HamiltonianState, StepAdaptation]:
-        is_dense = check_mass(self.mass, position.shape[-1])
+        dense = check_mass(self.mass, position.shape[-1])
         groups = program.groups
         one, scale = position.new_ones(()), diagonal(position.new_ones((*lead(groups), position.shape[-1])))
         state = TreeKernel(one, scale).init(position, density)
@@ -70,7 +70,7 @@ class NUTS(MarginalSampler):
         def rate(step_size: Tensor) -> Tensor:
             return HamiltonianKernel(step_size, step_size, scale, one).step(state, density)[1].acceptance_rate
 
-        return state, StepAdaptation.start(position, first_log_step(rate, position, groups), is_dense, groups)
+        return state, StepAdaptation.start(position, first_log_step(rate, position, groups), dense, groups)
 
     def move(
         self, kernel: HamiltonianState, adaptation: StepAdaptation, density: Gradient, warmup: int

@@ -50,6 +50,7 @@ class SVIState(NamedTuple):
         scheduler: Learning-rate schedule.
         step: Number of steps taken, ().
         skipped: Steps whose bound was not finite, ().
+        path: Whether the score of the guide is left out of the gradient.
     """
 
     guide: Guide
@@ -57,6 +58,7 @@ class SVIState(NamedTuple):
     scheduler: torch.optim.lr_scheduler.LRScheduler
     step: Tensor
     skipped: Tensor
+    path: bool
 
 
 class SVIInfo(NamedTuple):
@@ -135,7 +137,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         optimiser = torch.optim.Adam(list(trained.values()), lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
         zero = torch.zeros((), dtype=program.dtype, device=program.device)
-        return SVIState(guide, optimiser, scheduler, zero, zero)
+        return SVIState(guide, optimiser, scheduler, zero, zero, self.bound.path and guide.has_path(trace, program))
 
     def _rate(self, step: int) -> float:
         progress = max(0.0, 2.0 * step / self.steps - 1.0)
@@ -213,7 +215,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
         log_p = self._log_p(program, values, data, scale)
         score = torch.stack([_score(trace) for trace in traces])
-        log_q = torch.stack([self._log_q(state.guide, program, trace, data, scale) for trace in traces])
+        log_q = torch.stack([self._log_q(state, program, trace, data, scale) for trace in traces])
         surrogate, bound = self.bound.surrogate(log_p, log_q, score)
         if bool(bound.isfinite()):
             state.optimiser.zero_grad()
@@ -237,11 +239,11 @@ class SVI(Backend[SVIState, SVIInfo]):
         return torch.stack([log_normalizer(program, value, enumerated, data, scales) for value in values])
 
     def _log_q(
-        self, guide: Guide, program: Program, trace: poutine.Trace, data: list[Tensor] | None, scale: float
+        self, state: SVIState, program: Program, trace: poutine.Trace, data: list[Tensor] | None, scale: float
     ) -> Tensor:
-        if self.bound.path:
+        if state.path:
             sites = {name: node["value"] for name, node in trace.nodes.items() if is_drawn(node)}
-            trace = guide.trace(program, sites, data, scale, is_frozen=True)
+            trace = state.guide.trace(program, sites, data, scale, is_frozen=True)
         return log_prob(trace)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference import EM, HMC, SVI, Backend, Gibbs, MetropolisHastings, Posterior, arviz, relabel
+from inference import EM, HMC, NUTS, SVI, Backend, Gibbs, MetropolisHastings, Posterior, arviz, relabel
 from pyro_genmodels import plots
 from pyro_genmodels.classical import GMM
 
@@ -74,6 +74,7 @@ METHODS: dict[str, Backend[Any, Any]] = {
     "gibbs": Gibbs(warmup=100, draws=600),
     "mh": MetropolisHastings(chains=16, draws=500, thin=20),
     "hmc": HMC(chains=16, warmup=300, draws=600),
+    "nuts": NUTS(warmup=200, draws=300),
 }
 
 MODELS: dict[str, Entry] = {
@@ -81,7 +82,7 @@ MODELS: dict[str, Entry] = {
         description="Gaussian mixture",
         build=GMM,
         options={"components": 2, "covariance": "full"},
-        methods=("svi", "em", "gibbs", "mh", "hmc"),
+        methods=("svi", "em", "gibbs", "mh", "hmc", "nuts"),
         shown=("weights", "means"),
         judged=("weights", "means", "covariances"),
         dims={"weights": ("components",), "means": ("components", "features")},

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import EM, HMC, SVI, Backend, Gibbs, MetropolisHastings, Posterior
+from inference import EM, HMC, NUTS, SVI, Backend, Gibbs, MetropolisHastings, Posterior
 from pyro_genmodels import GMM, cli, comparison, datasets
 from pyro_genmodels.comparison import METHODS, MODELS, Comparison, Folder, split
 
@@ -30,6 +30,7 @@ SMALL: dict[str, Backend[Any, Any]] = {
     "gibbs": Gibbs(chains=2, warmup=5, draws=30),
     "mh": MetropolisHastings(chains=2, warmup=20, draws=30),
     "hmc": HMC(chains=2, warmup=20, draws=30),
+    "nuts": NUTS(chains=2, warmup=20, draws=30, max_depth=4),
 }
 FILES = {"table.csv", "density.png", "traces.png", "effective_sizes.png", "comparison.json", *(f"{m}.nc" for m in SMALL)}
 MAIN_JOB = ["compare", "gmm", "--data", "faithful", "--components", "2", "--quiet"]
@@ -276,7 +277,7 @@ def test_a_split_loses_no_row_and_depends_on_the_seed_alone(rows: int, share: fl
         (["compare", "gmm", "--data", "table.xls"], "table.xls"),
         (["compare", "gmm", "--data", "coal"], "'coal' is no table of observations: take its years, counts"),
         (["compare", "gmm", "--data", "faithful", "--method", "em,gips"], "There is no method 'gips'; there are svi, em"),
-        (["fit", "gmm", "--data", "faithful", "--method", "nuts"], "There is no method 'nuts'"),
+        (["fit", "gmm", "--data", "faithful", "--method", "smc"], "There is no method 'smc'"),
         (["fit", "gmm", "--data", "faithful", "--method", "em", "--draws", "5"], "em has no --draws: leave it out"),
         (["fit", "gmm", "--data", "faithful", "--method", "hmc", "--steps", "5"], "hmc has no --steps"),
         (["fit", "gmm", "--data", "faithful"], "--method"),

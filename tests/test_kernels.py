@@ -38,9 +38,9 @@ from inference import (
     arviz,
     markov,
 )
-from inference.adaptation import StepAdaptation, evened, recent
+from inference.adaptation import StepAdaptation
 from inference.blocks import Current
-from inference.mcmc import HamiltonianKernel, RandomWalkKernel
+from inference.mcmc import HamiltonianKernel, RandomWalkKernel, evened, recent
 from inference.program import Program
 from inference.proposals import IndependenceKernel, IndependenceState, LangevinKernel, StudentReference
 from inference.trees import TreeKernel, turns
@@ -417,7 +417,7 @@ def test_step_size_and_covariance_are_found(is_dense: bool) -> None:
     It is the logarithm of the step size that is averaged, and the rate is a concave function of it.
     """
     torch.manual_seed(0)
-    target = gaussian(4, 0.6)
+    target = gaussian(4, 0.6 if is_dense else 0.0)
     position = target.draws(32, seed=3)
     adaptation = StepAdaptation.start(position, -3.0, is_dense)
     state = LangevinKernel(ONE, adaptation.factor).init(position, target.gradient)
@@ -555,6 +555,12 @@ def test_a_variational_fit_becomes_an_exact_sampler(guide: Any, name: str) -> No
     posterior = sampled(name, Independence(_fit(name, guide)), draws=300)
     assert posterior.plan is not None and {update.update for update in posterior.plan.updates} == {"Independence"}
     assert_agrees(posterior, name)
+
+
+def test_a_guide_whose_weights_are_in_a_jacobian_finds_its_width() -> None:
+    """AutoStructured scales standard noise; a gradient that forgets the Jacobian would let it collapse onto a point."""
+    posterior = sampled("gamma_poisson", Independence(_fit("gamma_poisson", AutoStructured)), draws=50, warmup=0)
+    assert float(posterior.stats["acceptance_rate"].mean()) > 0.8
 
 
 def test_draws_of_one_sampler_become_the_proposals_of_another() -> None:
@@ -696,6 +702,50 @@ def test_divergences_reach_the_findings() -> None:
     assert any("diverged" in finding for finding in posterior.diagnose()) == bool(diverging.any())
 
 
+def ridge(x: Tensor, y: Tensor) -> None:
+    """An intercept and a slope far from the middle of the data: correlation −0.99."""
+    intercept = pyro.sample("intercept", dist.Normal(0.0, 10.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(intercept + slope * x, 0.5), obs=y)
+
+
+@pytest.mark.parametrize("backend", [HMC, NUTS], ids=["HMC", "NUTS"])
+def test_a_dense_mass_matrix_straightens_a_ridge(backend: Any) -> None:
+    """The posterior by the formula of linear regression, in fewer leapfrog steps than a diagonal one takes."""
+    x = torch.linspace(9.0, 11.0, 12, dtype=torch.float64)
+    y = 2.0 - 0.5 * x + 0.5 * torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    design = torch.stack([torch.ones_like(x), x], 1)
+    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(2, dtype=torch.float64) / 100.0)
+    mean = covariance @ design.T @ y / 0.25
+    steps = {}
+    for mass in ("diagonal", "dense"):
+        posterior = backend(chains=16, warmup=200, draws=60, mass=mass, seed=0, progress=False).fit(ridge, x, y)
+        steps[mass] = float(posterior.stats["n_steps"].double().mean())
+        if mass == "dense":
+            for i, site in enumerate(("intercept", "slope")):
+                draws = posterior.draws[site].numpy()
+                assert abs(draws.mean() - float(mean[i])) < 5 * arviz.mcse(draws)
+                assert abs(draws.std() - float(covariance[i, i].sqrt())) < 5 * arviz.mcse(draws, method="sd")
+    assert steps["dense"] < 0.5 * steps["diagonal"]
+
+
+def test_no_chain_is_left_in_the_neck_of_a_funnel() -> None:
+    """It starts where steps have to be a twentieth of what suits the other chains."""
+    torch.manual_seed(0)
+    target, backend = TARGETS["funnel"], HMC(warmup=200)
+    position = target.draws(16, seed=3)
+    position[0] = tensor([-6.0, 0.03, -0.03])
+    state, adaptation = backend.begin(position, target.gradient, None)  # type: ignore[arg-type]
+    for _ in range(200):
+        state, adaptation, _ = backend.move(state, adaptation, target.gradient, 200)
+    rates = []
+    for _ in range(60):
+        state, adaptation, info = backend.move(state, adaptation, target.gradient, 0)
+        rates.append(info.acceptance_rate)
+    assert float(torch.stack(rates).mean(0).min()) > 0.5
+
+
 ADAPTIVE: dict[str, Callable[[], Any]] = {
     "RandomWalk": lambda: MetropolisHastings(chains=4, warmup=8, progress=False),
     "Langevin": lambda: MetropolisHastings(proposal=Langevin(), chains=4, warmup=8, progress=False),
@@ -813,13 +863,14 @@ def test_a_posterior_without_a_distribution_is_refused(tmp_path: Any) -> None:
     ("backend", "kind", "sentence"),
     [
         (NUTS(mass="full"), ValueError, "mass='full': must be one of 'diagonal', 'dense'"),
+        (HMC(mass="full"), ValueError, "mass='full': must be one of 'diagonal', 'dense'"),
         (NUTS(target=1.5), ValueError, r"target=1.5\): must lie between 0 and 1"),
         (NUTS(max_depth=0), ValueError, r"max_depth=0\): must be an integer of at least 1"),
         (MetropolisHastings(proposal=Langevin(target=0.0)), ValueError, r"Langevin\(target=0.0\): must lie between"),
         (MetropolisHastings(proposal=Independence(AutoNormal)), TypeError, "has to be fitted first"),
         (MetropolisHastings(proposal=Independence(3)), TypeError, "must be a Pyro guide or a fitted Posterior"),  # type: ignore[arg-type]
     ],
-    ids=["mass", "target", "max_depth", "Langevin", "class", "number"],
+    ids=["NUTS", "HMC", "target", "max_depth", "Langevin", "class", "number"],
 )
 def test_bad_settings_are_refused_with_a_sentence(backend: Any, kind: type[Exception], sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
@@ -841,6 +892,16 @@ def test_a_start_is_kept_where_the_guide_tells_its_density_there() -> None:
             proposal=Independence(_fit("normal_variance", AutoStructured)), progress=False,
             start={"mean": tensor(1.0), "variance": tensor(4.0)},
         ).fit(instance.program, *instance.data)  # fmt: skip
+
+
+def test_a_dense_mass_matrix_of_many_dimensions_is_refused() -> None:
+    def wide(y: Tensor) -> None:
+        pyro.sample(
+            "y", dist.Normal(pyro.sample("level", dist.Normal(0.0, 1.0).expand([600]).to_event(1)).sum(), 1.0), obs=y
+        )
+
+    with pytest.raises(Unsupported, match="600 by 600 numbers, but 512 by 512 is the most"):
+        NUTS(mass="dense", progress=False).fit(wide, tensor(1.0))
 
 
 class Scaled(nn.Module):

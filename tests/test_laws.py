@@ -589,7 +589,9 @@ def within(names: set[str], *packages: str) -> set[str]:
 
 INFERENCE = Path(inference.__file__).parent
 MODELS = Path(pyro_genmodels.__file__).parent
-BACKEND_MODULES = ("gibbs", "marginal", "metropolis", "hamiltonian", "em", "svi", "adversarial", "denoising", "fit")
+BACKEND_MODULES = (
+    "gibbs", "marginal", "metropolis", "hamiltonian", "nuts", "em", "svi", "adversarial", "denoising", "fit",
+)  # fmt: skip
 GLOBAL_STATE = {"param", "module", "get_param_store", "clear_param_store"}
 
 
@@ -623,12 +625,15 @@ def imported_at_run_time(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", ["mcmc.py", *(f"blocks/{path.name}" for path in (INFERENCE / "blocks").glob("*.py"))])
+KERNELS = ("mcmc.py", "proposals.py", "trees.py", "adaptation.py")
+
+
+@pytest.mark.parametrize("name", [*KERNELS, *(f"blocks/{path.name}" for path in (INFERENCE / "blocks").glob("*.py"))])
 def test_a_kernel_imports_no_backend(name: str) -> None:
     forbidden = [f"inference.{module}" for module in BACKEND_MODULES]
     names = imported(INFERENCE / name)
     assert not within(names, *forbidden)
-    assert not {name.split(".")[-1] for name in within(names, "inference")} & {"Gibbs", "HMC", "EM", "SVI"}
+    assert not {name.split(".")[-1] for name in within(names, "inference")} & {"Gibbs", "HMC", "NUTS", "EM", "SVI"}
 
 
 @pytest.mark.parametrize("package", [INFERENCE, MODELS], ids=["inference", "pyro_genmodels"])
