@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,8 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
 
     def moved(self, state: MarginalState, values: Mapping[str, Tensor], program: Program) -> MarginalState:
         coordinates, density = self._parts(program)
-        kernel, _ = self.begin(coordinates.position(values), density, program)
+        placed = replace(self, start=values)  # chains begin there, and nowhere that they would choose themselves
+        kernel, _ = placed.begin(coordinates.position(values), density, program)
         return state._replace(kernel=kernel)
 
     def plan(self, state: MarginalState, program: Program) -> Plan:

@@ -178,7 +178,7 @@ def main(smoke: bool = False) -> dict[tuple[str, str], tuple[SBC, Geweke]]:
         f"{'program':14} {'sampler':18} | {'SBC':7} {'p':>7} {'draws':>6} {'thin':>5} {'s':>5} "
         f"| {'Geweke':7} {'p':>7} {'|z|':>5} {'s':>5}"
     )
-    start, results = time.perf_counter(), {}
+    start, work, results = time.perf_counter(), time.process_time(), {}
     for program, (data, options) in list(PROGRAMS.items())[: 1 if smoke else None]:
         for sampler in samplers(program.__name__, smoke):
             ranked = sbc(program, sampler, *data, replicates=30 if smoke else 1000, **options)
@@ -194,7 +194,10 @@ def main(smoke: bool = False) -> dict[tuple[str, str], tuple[SBC, Geweke]]:
             )
     failed = [result for cell in results.values() for result in cell if not result.passed]
     tests = 2 * len(results)
-    print(f"\n{tests - len(failed)} of {tests} tests passed, {time.perf_counter() - start:.0f} s in all.")
+    print(
+        f"\n{tests - len(failed)} of {tests} tests passed, {time.perf_counter() - start:.0f} s in all, "
+        f"{time.process_time() - work:.0f} s of one processor."
+    )
     for result in failed:
         print(f"\n{result}")
     return results
