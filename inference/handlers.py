@@ -19,7 +19,7 @@ import torch
 from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, biject_to, transform_to
 from torch.overrides import TorchFunctionMode
 
 from inference.contract import Unsupported
@@ -124,7 +124,7 @@ class Weights(Messenger):
             return  # a weight that a PyroModule holds itself; pyro.param would call a method of the store
         name, *initial = msg["args"]
         constraint = msg["kwargs"].get("constraint", torch.distributions.constraints.real)
-        transform = biject_to(constraint)
+        transform = transform_to(constraint)  # as Pyro's store: a weight needs no density, and so no bijection
         if name not in self.table:
             value = initial[0]() if initial and callable(initial[0]) else (initial[0] if initial else None)
             if value is None:

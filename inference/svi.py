@@ -23,7 +23,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     init_to_value,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jacrev
 
 from inference.bounds import ELBO
@@ -168,6 +168,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             return Guide(guide)
         if inspect.isclass(chosen):
             raise TypeError(f"guide= must be a Pyro guide or a class of automatic guides, but is {chosen!r}.")
+        if isinstance(chosen, nn.Module):
+            _keep_own_weights(chosen)
         return Guide(chosen)
 
     def _laplace(self, guide: AutoLaplaceApproximation, program: Program) -> Guide:
@@ -192,7 +194,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             args, kwargs = program.arguments()
             normal(*args, **kwargs)
             root = torch.linalg.cholesky(covariance)
-            normal.loc, normal.scale = loc, root.diagonal()
+            normal.loc, normal.scale = nn.Parameter(loc.clone()), root.diagonal()
             normal.scale_tril = root / root.diagonal()[:, None]
         return Guide(normal)
 
@@ -271,6 +273,14 @@ class SVI(Backend[SVIState, SVIInfo]):
         prefix = "" if owner is not None and owner.module is program.owner else "guide."
         seen = {prefix + n: state.guide.table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()}
         return seen | program.weight_values()
+
+
+def _keep_own_weights(module: nn.Module) -> None:
+    """Lets a module of Pyro that was made outside a run hold its weights itself, as those that are made inside do."""
+    for part in module.modules():
+        context = getattr(part, "_pyro_context", None)
+        if context is not None and not hasattr(context, "param_state"):
+            context.param_state = {"params": {}, "constraints": {}}
 
 
 def _score(trace: poutine.Trace) -> Tensor:

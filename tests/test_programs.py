@@ -187,7 +187,7 @@ def test_the_mode_of_a_program_is_exact(name: str) -> None:
 def test_the_draws_of_a_program_are_those_of_its_posterior(name: str) -> None:
     """Where missing rows are drawn too, successive draws depend on each other: that case is left to EM."""
     case = CASES[name]
-    posterior = Gibbs(chains=2000, warmup=1, draws=1, progress=False, seed=0).fit(case.program, *case.data)
+    posterior = Gibbs(chains=50, warmup=2, draws=40, progress=False, seed=0).fit(case.program, *case.data)
     mean, sd = case.exact
     draws = posterior.draws["mean"].numpy()
     assert abs(draws.mean() - mean) < 4 * sd / math.sqrt(draws.size)
@@ -208,7 +208,7 @@ def test_predictions_at_new_data_have_the_size_of_the_new_data(name: str, backen
 def test_predictions_have_the_moments_of_the_posterior_predictive() -> None:
     """Mean and sd of 3 × 1000 draws within four standard errors."""
     mean, sd = posterior_of(Y)
-    posterior = Gibbs(chains=1000, warmup=1, draws=1, progress=False, seed=0).fit(level, Y)
+    posterior = Gibbs(chains=50, warmup=2, draws=20, progress=False, seed=0).fit(level, Y)
     predicted = posterior.predict(NEW)["y"]
     spread = math.sqrt(4.0 + sd**2)
     assert abs(float(predicted.mean()) - mean) < 4 * math.sqrt(4.0 / 3000 + sd**2 / 1000)

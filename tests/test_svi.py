@@ -36,20 +36,19 @@ def svi(**options: Any) -> SVI:
     return SVI(**{"steps": 400, "learning_rate": 0.1, "draws": 2, "seed": 0, "progress": False, **options})
 
 
-def moments(posterior: Posterior, family: type[AutoGuide]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of a guide by the formula of its family, from its weights."""
-    own = {name.removeprefix("guide."): w.double().numpy() for name, w in posterior.weights.items()}
-    if family is autoguide.AutoNormal:
-        return own["locs.beta"], np.diag(own["scales.beta"] ** 2)
-    if family is autoguide.AutoDelta:
-        return own["beta"], np.zeros((2, 2))
-    if family is autoguide.AutoDiagonalNormal:
-        return own["loc"], np.diag(own["scale"] ** 2)
-    if family is autoguide.AutoLowRankMultivariateNormal:
-        factor = own["cov_factor"] * own["scale"][:, None]
-        return own["loc"], factor @ factor.T + np.diag(own["scale"] ** 2)
-    root = own["scale_tril"] * own["scale"][:, None]
-    return own["loc"], root @ root.T
+def moments(posterior: Posterior) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the coefficients under an automatic guide, by the formula of its family."""
+    assert posterior.program is not None
+    guide: Any = posterior.program.fitted.call
+    with torch.no_grad(), pyro.settings.context(module_local_params=True):
+        if isinstance(guide, autoguide.AutoDelta):
+            return guide.median(DESIGN, Y)["beta"].cpu().numpy(), np.zeros((2, 2))
+        if isinstance(guide, autoguide.AutoNormal):
+            return guide.locs.beta.cpu().numpy(), np.diag(guide.scales.beta.cpu().numpy() ** 2)
+        normal = guide.get_posterior()
+        if isinstance(guide, autoguide.AutoDiagonalNormal):
+            return normal.mean.cpu().numpy(), np.diag(normal.variance.cpu().numpy())
+        return normal.mean.cpu().numpy(), normal.covariance_matrix.cpu().numpy()
 
 
 FULL = (autoguide.AutoMultivariateNormal, autoguide.AutoLowRankMultivariateNormal, autoguide.AutoLaplaceApproximation)
@@ -64,7 +63,7 @@ def test_an_automatic_guide_finds_its_closed_form(family: type[AutoGuide], devic
     """
     posterior = svi(guide=family).fit(regression, DESIGN.to(device), Y.to(device))
     mean, covariance = exact()
-    found, spread = moments(posterior, family)
+    found, spread = moments(posterior)
     sd = np.sqrt(np.diag(covariance))
     assert np.abs(found - mean).max() < 0.02 * sd.min()
     if family in FULL:
@@ -102,12 +101,12 @@ def test_finite_sites_are_summed_out_of_every_automatic_guide(family: type[AutoG
     posterior = svi(guide=family, steps=300).fit(mixture, SHIFTED)
     assert posterior.draws["is_off"].shape == (1, 2, 6) and posterior.draws["mean"].shape == (1, 2)
     mode, sd = peak()
-    if family in (autoguide.AutoDelta, autoguide.AutoLaplaceApproximation):
-        assert (
-            abs(float(posterior.weights["guide.mean" if family is autoguide.AutoDelta else "guide.loc"]) - mode) < 0.02 * sd
-        )
-    if family is autoguide.AutoLaplaceApproximation:
-        assert float(posterior.weights["guide.scale"]) == pytest.approx(sd, rel=0.02)
+    if family is autoguide.AutoDelta:
+        assert abs(float(posterior.draws["mean"][0, 0]) - mode) < 0.02 * sd
+    elif family is autoguide.AutoLaplaceApproximation:
+        draws = svi(guide=family, steps=300, draws=4000).fit(mixture, SHIFTED).draws["mean"]
+        assert abs(float(posterior.weights["guide.loc"]) - mode) < 0.02 * sd
+        assert float(draws.std()) == pytest.approx(sd, rel=4 / 8000**0.5)  # a false alarm in 1.6e4 runs
 
 
 def test_a_guide_may_be_an_instance_or_a_function() -> None:
@@ -118,9 +117,9 @@ def test_a_guide_may_be_an_instance_or_a_function() -> None:
         root = pyro.param("root", torch.eye(2).to(design), constraint=dist.constraints.lower_cholesky)  # noqa: TID251
         pyro.sample("beta", dist.MultivariateNormal(loc, scale_tril=root))
 
-    for guide, weight in [(autoguide.AutoMultivariateNormal(regression), "guide.loc"), (by_hand, "guide.loc")]:
-        posterior = svi(guide=guide, steps=600).fit(regression, DESIGN, Y)
-        assert np.abs(posterior.weights[weight].numpy() - mean).max() < 0.05 * np.sqrt(np.diag(covariance)).min()
+    for guide in (autoguide.AutoMultivariateNormal(regression), by_hand):
+        posterior = svi(guide=guide).fit(regression, DESIGN, Y)
+        assert np.abs(posterior.weights["guide.loc"].numpy() - mean).max() < 0.02 * np.sqrt(np.diag(covariance)).min()
 
 
 def test_mini_batches_find_the_posterior_of_all_rows() -> None:
@@ -129,7 +128,7 @@ def test_mini_batches_find_the_posterior_of_all_rows() -> None:
         regression, DESIGN, Y
     )
     mean, covariance = exact()
-    found, spread = moments(posterior, autoguide.AutoMultivariateNormal)
+    found, spread = moments(posterior)
     sd = np.sqrt(np.diag(covariance))
     assert (np.abs(found - mean) < 0.2 * sd).all()
     np.testing.assert_allclose(np.sqrt(np.diag(spread)), sd, rtol=0.2)
@@ -173,5 +172,5 @@ def test_a_guide_of_a_program_in_a_handler_sees_the_handler() -> None:
     halved = poutine.scale(regression, scale=0.5)
     posterior = svi(guide=autoguide.AutoMultivariateNormal).fit(halved, DESIGN, Y)
     _, covariance = exact()
-    _, spread = moments(posterior, autoguide.AutoMultivariateNormal)
+    _, spread = moments(posterior)
     np.testing.assert_allclose(np.diag(spread), 2.0 * np.diag(covariance), rtol=0.05)
