@@ -787,8 +787,8 @@ def psis(posterior: Posterior) -> PSIS:
     """Pareto-smoothed importance sampling, of an approximation towards its target or of a sampler towards leave-one-out.
 
     Args:
-        posterior: Of a back-end whose draws have densities ("lp" and "log_q" among its stats, as SVI has), or of a sampler
-            with observed sites.
+        posterior: Of a back-end whose draws have densities ("lp" and "log_q" among its stats, as SVI has, or "log_weight" of
+            its proposals, as ``MetropolisHastings(proposal=Independence(...))`` has), or of a sampler with observed sites.
 
     Raises:
         ValueError: If the weights are not finite.
@@ -796,7 +796,8 @@ def psis(posterior: Posterior) -> PSIS:
     """
     names = {"model": str(posterior.info.get("model", "")), "backend": str(posterior.info.get("backend", ""))}
     if "log_q" in posterior.stats and "lp" in posterior.stats:
-        raw = (posterior.stats["lp"] - posterior.stats["log_q"]).double().flatten().numpy()
+        weights = posterior.stats.get("log_weight", posterior.stats["lp"] - posterior.stats["log_q"])  # of the proposals
+        raw = weights.double().flatten().numpy()
         if np.isnan(raw).any() or np.isposinf(raw).any() or not np.isfinite(raw).any():
             raise ValueError("Some importance weights are NaN or infinite: the guide has no usable density.")
         log_weights = arviz.smoothed(raw)

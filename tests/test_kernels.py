@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from inference import (
     Prior,
     Unsupported,
     arviz,
+    calibration,
     markov,
 )
 from inference.adaptation import StepAdaptation
@@ -604,7 +606,9 @@ def test_importance_weights_give_the_evidence(proposal: Any) -> None:
         math.lgamma(shape + total) - math.lgamma(shape) + shape * math.log(rate)
         - (shape + total) * math.log(rate + n) - float(torch.lgamma(counts + 1.0).sum())
     )  # fmt: skip
-    stats = sampled("gamma_poisson", proposal, draws=200, warmup=0).stats
+    posterior = sampled("gamma_poisson", proposal, draws=200, warmup=0)
+    stats, found = posterior.stats, calibration.psis(posterior)
+    assert abs(float(found.estimate) - exact) < 5 * float(found.se) and float(found.pareto_k) < 0.7
     weights = (stats["log_weight"] - exact).exp().flatten()
     assert abs(float(weights.mean()) - 1.0) < 5 * float(weights.std()) / math.sqrt(len(weights))
     assert arviz.pareto_k(stats["log_weight"].flatten().numpy()) < 0.7
@@ -646,10 +650,11 @@ def test_a_prior_that_depends_on_a_finite_site_is_summed_out() -> None:
     assert abs(kind.mean() - exact) < 5 * arviz.mcse(kind)
 
 
-@pytest.mark.parametrize("mass", ["diagonal", "dense"])
-@pytest.mark.parametrize("name", ["mixture", "normal_variance"])
+@pytest.mark.parametrize(
+    ("name", "mass"), [("mixture", "diagonal"), ("normal_variance", "diagonal"), ("normal_variance", "dense")]
+)
 def test_nuts_finds_the_posterior(name: str, mass: str) -> None:
-    backend = NUTS(chains=32, warmup=80, draws=40, mass=mass, seed=0, progress=False)
+    backend = NUTS(chains=48, warmup=60, draws=30, mass=mass, seed=0, progress=False)
     posterior = backend.fit(BY_NAME[name].program, *BY_NAME[name].data)
     assert_agrees(posterior, name)
     stats = posterior.stats
@@ -703,7 +708,7 @@ def test_divergences_reach_the_findings() -> None:
 
 
 def ridge(x: Tensor, y: Tensor) -> None:
-    """An intercept and a slope far from the middle of the data: correlation −0.99."""
+    """An intercept and a slope far from the middle of the data."""
     intercept = pyro.sample("intercept", dist.Normal(0.0, 10.0))
     slope = pyro.sample("slope", dist.Normal(0.0, 10.0))
     with pyro.plate("rows", len(x)):
@@ -713,14 +718,14 @@ def ridge(x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("backend", [HMC, NUTS], ids=["HMC", "NUTS"])
 def test_a_dense_mass_matrix_straightens_a_ridge(backend: Any) -> None:
     """The posterior by the formula of linear regression, in fewer leapfrog steps than a diagonal one takes."""
-    x = torch.linspace(9.0, 11.0, 12, dtype=torch.float64)
+    x = torch.linspace(2.0, 4.0, 12, dtype=torch.float64)  # correlation −0.98
     y = 2.0 - 0.5 * x + 0.5 * torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     design = torch.stack([torch.ones_like(x), x], 1)
     covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(2, dtype=torch.float64) / 100.0)
     mean = covariance @ design.T @ y / 0.25
     steps = {}
     for mass in ("diagonal", "dense"):
-        posterior = backend(chains=16, warmup=200, draws=60, mass=mass, seed=0, progress=False).fit(ridge, x, y)
+        posterior = backend(chains=32, warmup=80, draws=30, mass=mass, seed=0, progress=False).fit(ridge, x, y)
         steps[mass] = float(posterior.stats["n_steps"].double().mean())
         if mass == "dense":
             for i, site in enumerate(("intercept", "slope")):
@@ -736,7 +741,7 @@ def test_no_chain_is_left_in_the_neck_of_a_funnel() -> None:
     target, backend = TARGETS["funnel"], HMC(warmup=200)
     position = target.draws(16, seed=3)
     position[0] = tensor([-6.0, 0.03, -0.03])
-    state, adaptation = backend.begin(position, target.gradient, None)  # type: ignore[arg-type]
+    state, adaptation = backend.begin(position, target.gradient, SimpleNamespace(groups=1))  # type: ignore[arg-type]
     for _ in range(200):
         state, adaptation, _ = backend.move(state, adaptation, target.gradient, 200)
     rates = []

@@ -273,9 +273,7 @@ MUTANTS = {
     "a trajectory without its first half step": Mutant(
         LEAP, "momentum = momentum + half * ", "momentum = momentum + 0.0 * ", trajectories_are_reversible
     ),
-    "a trajectory with a whole last step": Mutant(
-        LEAP, "half if i == steps - 1 else move", "move", trajectories_are_reversible
-    ),
+    "a trajectory with a whole last step": Mutant(LEAP, "half if i == last else move", "move", trajectories_are_reversible),
     "a trajectory that is always accepted": Mutant(
         LEAP, ".log() < -error", ".log() < error.abs()", hamiltonian_is_stationary
     ),
