@@ -15,6 +15,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from inference.handlers import isolated, quiet, reproducible
 from inference.plan import assign
 from inference.program import Program
 from inference.score import score_test
@@ -127,7 +128,13 @@ def test_samplers_agree_with_the_reference_draws(reference: Reference, name: str
     The slow tests, 400 more: |z| < 4.5, a false alarm in 300.
     """
     program = reference.explicit if name == "Gibbs" and reference.explicit else reference.program
-    posterior = sampler(name, reference).fit(program, *reference.data(device))
+    data = reference.data(device)
+    if name == "Gibbs":
+        with isolated(0), reproducible(torch.float64), quiet():
+            blocks, _ = assign(Program(program, data))
+        if not any(block.is_exact for block in blocks):
+            pytest.skip("the plan is what HMC does")
+    posterior = sampler(name, reference).fit(program, *data)
     bound = 4.0 if reference.label in QUICK else 4.5
     for parameter, found in compared(posterior.draws, reference).items():
         assert abs(found.mean) < bound and abs(found.sd) < bound, (parameter, found)
