@@ -289,7 +289,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         curved.thinned, (curved.THINNED,),
         {"count": "RandomWalk"},
-        curved.thinned_moments, refused=ENDLESS | {"EM": "nothing to maximise"},
+        curved.thinned_moments, refused=ENDLESS | {"SVI": "no continuous site", "EM": "nothing to maximise"},
     ),
     Instance(
         regressions.probit, (regressions.DESIGN, regressions.VOTES),
@@ -320,7 +320,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         regressions.imputed, (regressions.DESIGN[:10], regressions.RESULTS, regressions.IS_KNOWN),
         {"beta": "Gaussian", "y_unobserved": "Normal"},
-        regressions.imputed_moments, regressions.imputed_mode, quantities=regressions.imputed_quantities,
+        regressions.imputed_moments, regressions.imputed_mode, quantities=regressions.imputed_quantities, rough=True,
     ),
     Instance(
         regressions.censored, (regressions.TIMES, regressions.IS_OVER),
@@ -333,9 +333,9 @@ ZOO: tuple[Instance, ...] = (
         regressions.weibull_moments, regressions.weibull_mode,
     ),
     Instance(
-        hierarchies.schools, (hierarchies.EFFECTS, hierarchies.ERRORS),
+        hierarchies.schools, (hierarchies.EFFECTS, hierarchies.SMALL_ERRORS),
         {"mean": "Gaussian", "spread": "HMC", "effect": "Gaussian"},
-        hierarchies.schools_moments,
+        hierarchies.schools_moments, hierarchies.schools_mode,
     ),
     Instance(
         hierarchies.schools_apart, (hierarchies.EFFECTS, hierarchies.ERRORS),
