@@ -192,17 +192,17 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         plates.crossed, (plates.CROSSED,),
-        {"row": "Normal", "column": "Normal"},
+        {"row": "Gaussian", "column": "Gaussian"},
         plates.crossed_moments, plates.crossed_mode, maximise=("row", "column"),
     ),
     Instance(
         plates.random_walk, (plates.STEPS,),
-        {f"state_{i}": "Normal" for i in range(4)},
+        {f"state_{i}": "Gaussian" for i in range(4)},
         plates.random_walk_moments, plates.random_walk_mode,
     ),
     Instance(
         plates.hierarchical, (plates.GROUPED,),
-        {"mean": "Normal", "between": "InverseGamma", "within": "InverseGamma", "effect": "Normal"},
+        {"mean": "Gaussian", "between": "InverseGamma", "within": "InverseGamma", "effect": "Gaussian"},
         plates.hierarchical_moments, plates.hierarchical_mode,
     ),
     Instance(
@@ -288,7 +288,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         curved.thinned, (curved.THINNED,),
-        {"count": "RandomWalk"},
+        {"count": "Slice"},
         curved.thinned_moments, refused=ENDLESS | {"SVI": "no continuous site", "EM": "nothing to maximise"},
     ),
     Instance(
@@ -313,13 +313,13 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         regressions.horseshoe, (regressions.CONTRASTS, regressions.CURVE),
-        {"overall": "HMC", "local": "HMC", "raw": "Gaussian"},
+        {"overall": "HMC", "local": "HMC", "raw": "Normal"},
         regressions.horseshoe_moments,
         quantities=regressions.horseshoe_quantities, slow=("Gibbs", "MetropolisHastings", "HMC"),
     ),
     Instance(
         regressions.imputed, (regressions.DESIGN[:10], regressions.RESULTS, regressions.IS_KNOWN),
-        {"beta": "Gaussian", "y_unobserved": "Normal"},
+        {"beta": "Gaussian", "y_unobserved": "HMC"},
         regressions.imputed_moments, regressions.imputed_mode, quantities=regressions.imputed_quantities, rough=True,
     ),
     Instance(
@@ -364,7 +364,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         hierarchies.abundance, (hierarchies.SEEN,),
-        {"rate": "Gamma", "share": "Beta", "number": "RandomWalk"},
+        {"rate": "Gamma", "share": "Beta", "number": "Slice"},
         hierarchies.abundance_moments, hierarchies.abundance_mode, refused=ENDLESS, rough=True,
     ),
     Instance(
@@ -383,7 +383,7 @@ ZOO: tuple[Instance, ...] = (
         processes.kriging_moments, processes.kriging_mode,
     ),
     Instance(
-        processes.cox, (processes.PLACES, processes.ACCIDENTS),
+        processes.cox, (processes.DAYS, processes.ACCIDENTS),
         {"f": "EllipticalSlice"},
         Stored("cox"), processes.cox_mode,
     ),
