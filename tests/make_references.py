@@ -24,7 +24,7 @@ from programs import hierarchies, processes
 
 CHAINS, WARMUP, DRAWS = 4, 300, 2500
 PROGRAMS: dict[str, tuple[Any, tuple[torch.Tensor, ...], Any]] = {
-    "cox": (processes.cox_from_white, (processes.PLACES, processes.ACCIDENTS), processes.cox_from_white_quantities),
+    "cox": (processes.cox_from_white, (processes.DAYS, processes.ACCIDENTS), processes.cox_from_white_quantities),
     "item_response": (hierarchies.item_response, (hierarchies.MARKS,), None),
 }
 

@@ -32,7 +32,7 @@ from zoo import BY_NAME, ZOO, Instance, markdown
 LIMIT = 4.0  # Monte-Carlo standard errors
 LEAST = 400  # effective draws, so that a standard error means something
 NEAR = 0.5  # posterior standard deviations, of the means of a guide of independent normals
-AROUND = 0.25  # posterior standard deviations, of the point of an EM that averages by drawing
+AROUND = 0.5  # posterior standard deviations, of the point of an EM that averages by drawing
 
 
 def cells(*backends: str, where: Callable[[Instance], bool] = lambda instance: True) -> Any:
@@ -88,14 +88,13 @@ def test_what_cannot_work_says_so(instance: Instance, backend: str, device: torc
 
 
 def _em(instance: Instance, device: torch.device, **settings: Any) -> Posterior:
-    backend = EM(maximise=instance.maximise, tolerance=1e-9, seed=0, progress=False, **settings)
-    return backend.fit(instance.program, *instance.on(device))
+    return EM(maximise=instance.maximise, seed=0, progress=False, **settings).fit(instance.program, *instance.on(device))
 
 
 @cells("EM", where=lambda instance: instance.peak is not None and not instance.rough)
 def test_em_finds_the_mode(instance: Instance, backend: str, device: torch.device) -> None:
     """Within 1e-6 of the mode's size, element by element where that is not zero; 1e-5 where it had to climb a gradient."""
-    posterior = _em(instance, device, steps=1000)
+    posterior = _em(instance, device, steps=1000, tolerance=1e-9)
     assert not posterior.info["findings"]
     for site, exact in instance.mode.items():
         assert posterior.draws[site].shape == (1, 1, *exact.shape)
@@ -106,8 +105,8 @@ def test_em_finds_the_mode(instance: Instance, backend: str, device: torch.devic
 
 @cells("EM", where=lambda instance: instance.rough)
 def test_em_by_drawing_stays_near_the_mode(instance: Instance, backend: str, device: torch.device) -> None:
-    """Within a quarter of the posterior's standard deviation: an average over 64 draws has an eighth for its error."""
-    posterior = _em(instance, device, steps=100)
+    """Within half a posterior standard deviation: an eighth is the error of an average over 64 draws, and steps add up."""
+    posterior = _em(instance, device, steps=100, tolerance=0.0)
     for site, exact in instance.mode.items():
         far = np.abs(posterior.draws[site][0, 0].numpy() - exact) / instance.moments[site].sd
         assert far.max() < AROUND, (site, far)
@@ -116,7 +115,7 @@ def test_em_by_drawing_stays_near_the_mode(instance: Instance, backend: str, dev
 @cells("EM", where=lambda instance: instance.peak is None)
 def test_em_climbs_to_a_top(instance: Instance, backend: str, device: torch.device) -> None:
     """The objective never falls, and where it can be written down no point nearby is higher than the last."""
-    posterior = _em(instance, device, steps=300)
+    posterior = _em(instance, device, steps=300, tolerance=1e-9)
     objective = posterior.history["log_joint"]
     assert (objective.diff() >= -1e-9 * objective.abs().max()).all()
     program = Program(instance.program, instance.on(device))
@@ -129,8 +128,8 @@ def test_em_climbs_to_a_top(instance: Instance, backend: str, device: torch.devi
     top = {name: posterior.draws[name][0].to(device) for name in program.continuous}
     around = {}
     for name, value in top.items():
-        free = program.latents[name].transform.inv(value).expand(200, *value.shape[1:])
-        noise = torch.randn(free.shape, generator=generator, dtype=free.dtype).to(device)
+        free = program.latents[name].transform.inv(value)
+        noise = torch.randn((200, *free.shape[1:]), generator=generator, dtype=free.dtype).to(device)
         around[name] = program.latents[name].transform(free + 1e-3 * noise)
     density = program.density.marginal(program.finite)
     assert density(around).max() <= density(top)

@@ -192,17 +192,17 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         plates.crossed, (plates.CROSSED,),
-        {"row": "Normal", "column": "Normal"},
+        {"row": "Gaussian", "column": "Gaussian"},
         plates.crossed_moments, plates.crossed_mode, maximise=("row", "column"),
     ),
     Instance(
         plates.random_walk, (plates.STEPS,),
-        {f"state_{i}": "Normal" for i in range(4)},
+        {f"state_{i}": "Gaussian" for i in range(4)},
         plates.random_walk_moments, plates.random_walk_mode,
     ),
     Instance(
         plates.hierarchical, (plates.GROUPED,),
-        {"mean": "Normal", "between": "InverseGamma", "within": "InverseGamma", "effect": "Normal"},
+        {"mean": "Gaussian", "between": "InverseGamma", "within": "InverseGamma", "effect": "Gaussian"},
         plates.hierarchical_moments, plates.hierarchical_mode,
     ),
     Instance(
@@ -288,8 +288,8 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         curved.thinned, (curved.THINNED,),
-        {"count": "RandomWalk"},
-        curved.thinned_moments, refused=ENDLESS | {"EM": "nothing to maximise"},
+        {"count": "Slice"},
+        curved.thinned_moments, refused=ENDLESS | {"SVI": "no continuous site", "EM": "nothing to maximise"},
     ),
     Instance(
         regressions.probit, (regressions.DESIGN, regressions.VOTES),
@@ -313,14 +313,14 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         regressions.horseshoe, (regressions.CONTRASTS, regressions.CURVE),
-        {"overall": "HMC", "local": "HMC", "raw": "Gaussian"},
+        {"overall": "HMC", "local": "HMC", "raw": "Normal"},
         regressions.horseshoe_moments,
         quantities=regressions.horseshoe_quantities, slow=("Gibbs", "MetropolisHastings", "HMC"),
     ),
     Instance(
         regressions.imputed, (regressions.DESIGN[:10], regressions.RESULTS, regressions.IS_KNOWN),
-        {"beta": "Gaussian", "y_unobserved": "Normal"},
-        regressions.imputed_moments, regressions.imputed_mode, quantities=regressions.imputed_quantities,
+        {"beta": "Gaussian", "y_unobserved": "HMC"},
+        regressions.imputed_moments, regressions.imputed_mode, quantities=regressions.imputed_quantities, rough=True,
     ),
     Instance(
         regressions.censored, (regressions.TIMES, regressions.IS_OVER),
@@ -333,9 +333,9 @@ ZOO: tuple[Instance, ...] = (
         regressions.weibull_moments, regressions.weibull_mode,
     ),
     Instance(
-        hierarchies.schools, (hierarchies.EFFECTS, hierarchies.ERRORS),
+        hierarchies.schools, (hierarchies.EFFECTS, hierarchies.SMALL_ERRORS),
         {"mean": "Gaussian", "spread": "HMC", "effect": "Gaussian"},
-        hierarchies.schools_moments,
+        hierarchies.schools_moments, hierarchies.schools_mode,
     ),
     Instance(
         hierarchies.schools_apart, (hierarchies.EFFECTS, hierarchies.ERRORS),
@@ -364,7 +364,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         hierarchies.abundance, (hierarchies.SEEN,),
-        {"rate": "Gamma", "share": "Beta", "number": "RandomWalk"},
+        {"rate": "Gamma", "share": "Beta", "number": "Slice"},
         hierarchies.abundance_moments, hierarchies.abundance_mode, refused=ENDLESS, rough=True,
     ),
     Instance(
@@ -383,7 +383,7 @@ ZOO: tuple[Instance, ...] = (
         processes.kriging_moments, processes.kriging_mode,
     ),
     Instance(
-        processes.cox, (processes.PLACES, processes.ACCIDENTS),
+        processes.cox, (processes.DAYS, processes.ACCIDENTS),
         {"f": "EllipticalSlice"},
         Stored("cox"), processes.cox_mode,
     ),

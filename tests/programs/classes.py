@@ -225,7 +225,7 @@ def block_model_quantities(draws: Draws) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------- Dirichlet process
-SPOTS = array(-2.1, -1.6, 0.2, 0.6, 2.9)
+SPOTS = array(-1.4, -1.1, 0.2, 0.6, 1.7)
 ATOMS, SCATTER = 4, 2.0
 
 

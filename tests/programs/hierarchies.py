@@ -20,19 +20,20 @@ Draws = Mapping[str, np.ndarray]
 # --------------------------------------------------------------------------------------------- schools
 SCHOOLS = datasets.load("eight_schools")
 EFFECTS, ERRORS = SCHOOLS["y"].double(), SCHOOLS["sigma"].double()
+SMALL_ERRORS = ERRORS / 4.0  # as if there had been sixteen times as many pupils
 
 
 def schools(effects: Tensor, errors: Tensor) -> None:
-    """Eight schools, centred: what a school does is drawn around the mean (D. Rubin, 1981)."""
+    """Schools, centred: what a school does is drawn around the mean, which is right where each tells much of itself."""
     mean = pyro.sample("mean", dist.Normal(effects.new_tensor(0.0), 5.0))
-    spread = pyro.sample("spread", dist.HalfCauchy(effects.new_tensor(5.0)))
+    spread = pyro.sample("spread", dist.LogNormal(effects.new_tensor(2.0), 0.5))
     with pyro.plate("schools", len(effects)):
         effect = pyro.sample("effect", dist.Normal(mean, spread))
         pyro.sample("effects", dist.Normal(effect, errors), obs=effects)
 
 
 def schools_apart(effects: Tensor, errors: Tensor) -> None:
-    """Eight schools, not centred: what a school does is the mean and so many spreads."""
+    """Eight schools, not centred: what a school does is the mean and so many spreads (D. Rubin, 1981)."""
     mean = pyro.sample("mean", dist.Normal(effects.new_tensor(0.0), 5.0))
     spread = pyro.sample("spread", dist.HalfCauchy(effects.new_tensor(5.0)))
     with pyro.plate("schools", len(effects)):
@@ -41,16 +42,14 @@ def schools_apart(effects: Tensor, errors: Tensor) -> None:
         pyro.sample("effects", dist.Normal(effect, errors), obs=effects)
 
 
-def _schools() -> dict[str, Moments]:
-    """By quadrature over the log spread; (mean, raw) are jointly normal given it, and effects are sums of them."""
-    u = np.linspace(-9.0, 8.0, 1001)
+def _schools(errors: np.ndarray, u: np.ndarray, log_prior: np.ndarray) -> dict[str, Moments]:
+    """By quadrature over the log spread u; (mean, raw) are jointly normal given it, and effects are sums of them."""
     spread, n = np.exp(u), len(EFFECTS)
-    ones = np.ones((len(u), n, 1))
-    design = np.concatenate([ones, spread[:, None, None] * np.eye(n)], 2)
+    design = np.concatenate([np.ones((len(u), n, 1)), spread[:, None, None] * np.eye(n)], 2)
     mean, covariance, log_evidence = linear_normal(
-        design, EFFECTS.numpy(), np.zeros(n + 1), np.diag([25.0] + [1.0] * n), ERRORS.numpy() ** 2
+        design, EFFECTS.numpy(), np.zeros(n + 1), np.diag([25.0] + [1.0] * n), errors**2
     )
-    log_weights = log_evidence + u - np.log1p((spread / 5.0) ** 2)
+    log_weights = log_evidence + log_prior
     effect = (design @ mean[:, :, None])[:, :, 0]
     variance = variances(design @ covariance @ np.swapaxes(design, 1, 2))
     return {
@@ -62,12 +61,26 @@ def _schools() -> dict[str, Moments]:
 
 
 def schools_moments() -> dict[str, Moments]:
-    found = _schools()
+    u = np.linspace(-1.5, 5.0, 501)
+    found = _schools(SMALL_ERRORS.numpy(), u, -0.5 * ((u - 2.0) / 0.5) ** 2)
     return {site: found[site] for site in ("mean", "spread", "effect")}
 
 
+def schools_mode() -> dict[str, Any]:
+    """Of p(mean, spread | effects): what a single school does is averaged out."""
+
+    def log_density(point: Tensor) -> Tensor:
+        total = (2.0 * point[1]).exp() + SMALL_ERRORS.square()
+        fit = -0.5 * (total.log() + (EFFECTS - point[0]).square() / total).sum()
+        return fit - point[0] ** 2 / 50.0 - 0.5 * ((point[1] - 2.0) / 0.5) ** 2 - point[1]
+
+    point = summit(log_density, [5.0, 2.0])
+    return {"mean": point[0], "spread": point[1].exp()}
+
+
 def schools_apart_moments() -> dict[str, Moments]:
-    return _schools()
+    u = np.linspace(-9.0, 8.0, 1001)
+    return _schools(ERRORS.numpy(), u, u - np.log1p((np.exp(u) / 5.0) ** 2))
 
 
 # ---------------------------------------------------------------------------------------- batting
@@ -197,7 +210,7 @@ def rasch_mode() -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ animals
-SEEN = array([2, 1, 3], [0, 1, 0], [4, 2, 2], [1, 1, 2])
+SEEN = array([3, 2, 3, 4], [1, 1, 0, 1], [4, 5, 4, 3], [2, 1, 2, 2])
 
 
 def abundance(seen: Tensor) -> None:

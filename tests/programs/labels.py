@@ -150,7 +150,7 @@ def gmm(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(mean[z], variance[z].sqrt()).to_event(1), obs=x)
 
 
-CLUSTERS = torch.cat([noise(3, 2, seed=8) - 0.8, noise(5, 2, seed=9) + 0.3])
+CLUSTERS = torch.cat([noise(3, 2, seed=8) - 1.5, noise(5, 2, seed=9) + 0.5])
 
 
 def gmm_moments() -> dict[str, Moments]:
@@ -182,7 +182,6 @@ def gmm_moments() -> dict[str, Moments]:
         "own_mean": averaged(log_weights, first, second - first**2),
         "own_log_variance": averaged(log_weights, log_v, log_v_square - log_v**2),
         "own_weight": averaged(log_weights, share, share_square - share**2),
-        "together": averaged(log_weights, (z[:, 1:] == z[:, :1]).astype(float)),
     }
 
 
@@ -193,5 +192,4 @@ def gmm_quantities(draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "own_mean": np.take_along_axis(draws["mean"], z[..., None], 2),
         "own_log_variance": np.take_along_axis(np.log(draws["variance"]), z[..., None], 2),
         "own_weight": np.take_along_axis(draws["weights"], z, 2),
-        "together": (z[..., 1:] == z[..., :1]).astype(float),
     }

@@ -15,7 +15,8 @@ from exact import Moments, array, grid, linear_normal, moments, noise, summit
 
 PLACES = torch.linspace(0.0, 4.0, 8, dtype=torch.float64)
 HEIGHTS = PLACES.sin() + 0.3 * noise(8, seed=31)
-ACCIDENTS = array(3, 5, 4, 7, 3, 1, 0, 2)
+DAYS = torch.linspace(0.0, 6.0, 24, dtype=torch.float64)
+ACCIDENTS = array(3, 5, 4, 7, 3, 4, 6, 2, 1, 0, 2, 1, 0, 0, 1, 2, 1, 3, 2, 4, 5, 3, 6, 4)
 
 
 def covariance(x: Tensor, height: Any, length: Any) -> Tensor:
@@ -79,13 +80,13 @@ def cox(x: Tensor, accidents: Tensor) -> None:
 
 
 def cox_mode() -> dict[str, Any]:
-    factor = torch.linalg.cholesky(covariance(PLACES, 1.0, 1.2))
+    factor = torch.linalg.cholesky(covariance(DAYS, 1.0, 1.2))
 
     def log_density(f: Tensor) -> Tensor:
         scaled = torch.linalg.solve_triangular(factor, f[:, None], upper=False)
         return (ACCIDENTS * f - (1.0 + f).exp()).sum() - 0.5 * scaled.square().sum()
 
-    return {"f": summit(log_density, [0.0] * len(PLACES))}
+    return {"f": summit(log_density, [0.0] * len(DAYS))}
 
 
 def cox_from_white(x: Tensor, accidents: Tensor) -> None:
@@ -97,4 +98,4 @@ def cox_from_white(x: Tensor, accidents: Tensor) -> None:
 
 
 def cox_from_white_quantities(draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"f": draws["white"] @ torch.linalg.cholesky(covariance(PLACES, 1.0, 1.2)).numpy().T}
+    return {"f": draws["white"] @ torch.linalg.cholesky(covariance(DAYS, 1.0, 1.2)).numpy().T}
