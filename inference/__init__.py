@@ -7,7 +7,17 @@ Start reading at ``inference.contract``.
 """
 
 from inference import markov
-from inference.blocks import AdaptiveWalk, Conjugate, Enumerate, Hamiltonian
+from inference.blocks import (
+    AdaptiveWalk,
+    Conjugate,
+    EllipticalSlice,
+    Enumerate,
+    Gaussian,
+    Hamiltonian,
+    PolyaGamma,
+    PriorDraw,
+    Slice,
+)
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
 from inference.em import EM
@@ -28,15 +38,20 @@ __all__ = [
     "Backend",
     "Conjugate",
     "Draw",
+    "EllipticalSlice",
     "Enumerate",
+    "Gaussian",
     "Gibbs",
     "Hamiltonian",
     "Independence",
     "Langevin",
     "MetropolisHastings",
+    "PolyaGamma",
     "Posterior",
     "Prior",
+    "PriorDraw",
     "RandomWalk",
+    "Slice",
     "Unsupported",
     "markov",
 ]

@@ -114,9 +114,18 @@ def _certificates(posterior: Posterior) -> list[str]:
     findings = []
     for update in () if posterior.plan is None else posterior.plan.updates:
         who = f"The {update.update} update of {', '.join(repr(site) for site in update.sites)}"
+        is_exact = update.certificate is not None and update.claim == "exact"
+        if not is_exact and update.acceptance < 0.1:
+            findings.append(f"{who} accepts {update.acceptance:.3f} of its proposals. Raise warmup, or choose another.")
         if update.certificate is None:
-            if update.acceptance < 0.1:
-                findings.append(f"{who} accepts {update.acceptance:.3f} of its proposals. Raise warmup, or choose another.")
+            continue
+        if not is_exact:
+            if not update.certificate <= tolerance:
+                findings.append(
+                    f"{who} takes elements for independent that are not: they leave up to {update.certificate:.1e} of a "
+                    "change of the log-joint unexplained, and the draws may be biased. Raise warmup, in which such a block "
+                    "is found out and moves one element at a time, or choose another block (blocks=)."
+                )
         elif not update.certificate <= tolerance or update.acceptance < 1.0 - tolerance:
             findings.append(
                 f"{who} claims to be exact, but its largest |log acceptance ratio| is {update.certificate:.1e} "

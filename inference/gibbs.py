@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor
 
 from inference.blocks import Block, Current
+from inference.blocks.block import failed
 from inference.contract import Backend, Draw, Unsupported
 from inference.fit import Sample
-from inference.plan import Plan, Update, assign
+from inference.plan import Plan, Update, assign, demoted
 from inference.program import Program
 from inference.start import ascended, starting_values
 
 __all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
+
+_STRIKES = 3  # sweeps of warm-up in which a certificate may fail before its block is demoted: one may be rounding far out
+_TRIALS = 8  # chains at which a block that is to take its place is tried
 
 
 class GibbsState(NamedTuple):
@@ -34,8 +39,9 @@ class GibbsState(NamedTuple):
         notes: A note for each.
         states: The state of each block.
         acceptance: Sum of acceptance rates of each block over sweeps and chains, (block,).
-        certificate: Largest |log ratio| of each block, (block,); 0 for blocks that are not exact.
+        certificate: Largest |log ratio| of each block, (block,); the last in warm-up; 0 for blocks without one.
         sweeps: Sweeps counted in the two above, ().
+        strikes: Sweeps of warm-up in which the certificate of each block has failed, (block,).
     """
 
     current: Current
@@ -45,6 +51,7 @@ class GibbsState(NamedTuple):
     acceptance: Tensor
     certificate: Tensor
     sweeps: Tensor
+    strikes: Tensor
 
 
 class GibbsInfo(NamedTuple):
@@ -59,8 +66,10 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
     """Gibbs sampling with exact conditionals wherever the program has them, Metropolis or HMC moves elsewhere.
 
     Finite discrete sites are drawn jointly by enumeration, conjugate sites from the conditional that the gradient of the
-    log-joint gives away, the rest by one HMC block. Each exact update is a Metropolis proposal that would be accepted
-    with certainty; how nearly so is its certificate (``posterior.plan``), and a wrong one cannot bias the draws.
+    log-joint gives away, logistic ones with Pólya-Gamma variables, the rest by one HMC block, what has no gradient by
+    slices. Each exact update is a Metropolis proposal that would be accepted with certainty; how nearly so is its
+    certificate (``posterior.plan``), and a wrong one cannot bias the draws. A block whose certificate fails in warm-up gives
+    way to the next that fits, and the plan says so; after warm-up nothing changes.
 
     Args:
         chains: Number of chains, all advanced at once.
@@ -101,10 +110,44 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         current = Current(values, density.joint(values))
         states = tuple(block.init(density, current) for block in blocks)
         zeros = current.log_joint.new_zeros(len(blocks))
-        return GibbsState(current, blocks, notes, states, zeros, zeros, zeros.new_zeros(()))
+        return GibbsState(current, blocks, notes, states, zeros, zeros, zeros.new_zeros(()), zeros)
 
     def step(self, state: GibbsState, program: Program) -> tuple[GibbsState, GibbsInfo]:
-        return self._sweep(state, program, self.warmup)
+        state, info = self._sweep(state, program, self.warmup)
+        if bool((state.strikes >= _STRIKES).any()):
+            state = self._demote(state, program)
+        return state, info
+
+    def _demote(self, state: GibbsState, program: Program) -> GibbsState:
+        """Blocks that have failed too often give way to the next that fit."""
+        current, density = state.current, program.density
+        rows = torch.arange(_TRIALS, device=current.log_joint.device) % len(current.log_joint)
+        values = {name: value[rows] for name, value in current.values.items()}
+        fresh = starting_values(program, _TRIALS // 2, most=4)  # one chain alone would show no change
+        values |= {name: torch.cat([values[name][: _TRIALS // 2], value]) for name, value in fresh.items()}
+        trials = Current(values, density.joint(values))
+        blocks, notes, states, strikes = [], [], [], []
+        parts = zip(state.blocks, state.notes, state.states, state.strikes.tolist(), state.certificate.tolist(), strict=True)
+        for block, note, memory, strike, certificate in parts:
+            if strike < _STRIKES:
+                new, kept = [(block, note)], [memory]
+            else:
+                new = demoted(program, block, note, certificate, trials)
+                kept = [memory if b is block else b.init(density, current) for b, _ in new]
+                strike = 0.0 if any(b is not block for b, _ in new) else -math.inf
+            blocks += [b for b, _ in new]
+            notes += [n for _, n in new]
+            states += kept
+            strikes += [strike] * len(new)
+        zeros = current.log_joint.new_zeros(len(blocks))
+        return state._replace(
+            blocks=tuple(blocks),
+            notes=tuple(notes),
+            states=tuple(states),
+            acceptance=zeros,
+            certificate=zeros,
+            strikes=zeros.new_tensor(strikes),
+        )
 
     def sample(self, state: GibbsState, program: Program) -> tuple[GibbsState, Draw]:
         for _ in range(self.thin):
@@ -119,20 +162,23 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         return state._replace(current=Current(values, program.density.joint(values)))
 
     def _sweep(self, state: GibbsState, program: Program, warmup: int) -> tuple[GibbsState, GibbsInfo]:
-        current, states, rates, ratios = state.current, [], [], []
+        current, states, rates, ratios, fails = state.current, [], [], [], []
         for block, memory in zip(state.blocks, state.states, strict=True):
             memory, current, move = block.step(memory, program.density, current, warmup)
             states.append(memory)
             rates.append(move.acceptance)
             ratio = torch.zeros_like(move.acceptance) if move.log_ratio is None else move.log_ratio
             ratios.append(ratio.abs().amax())
+            fails.append(failed(ratio, current.log_joint))
         rate = torch.stack(rates)
         info = GibbsInfo(current.log_joint, rate.mean(0))
         state = state._replace(current=current, states=tuple(states))
-        if not warmup:
+        if warmup:
+            state = state._replace(strikes=state.strikes + torch.stack(fails), certificate=torch.stack(ratios))
+        else:
             state = state._replace(
                 acceptance=state.acceptance + rate.mean(1),
-                certificate=torch.maximum(state.certificate, torch.stack(ratios)),
+                certificate=torch.maximum(state.certificate * (state.sweeps > 0), torch.stack(ratios)),
                 sweeps=state.sweeps + 1,
             )
         return state, info
@@ -146,8 +192,9 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
                     sites=block.sites,
                     update=block.update,
                     acceptance=float(state.acceptance[i] / state.sweeps) if has_run else float("nan"),
-                    certificate=float(state.certificate[i]) if has_run and block.is_exact else None,
+                    certificate=float(state.certificate[i]) if has_run and block.has_certificate else None,
                     note=note,
+                    claim=block.claim,
                 )
             )
         return Plan(tuple(updates))

@@ -6,7 +6,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -353,6 +353,11 @@ class Program:
             nodes = {name: node for name, node in traces[0].nodes.items() if _is_statement(node)}
             kinds = {name: _kind(node) for name, node in nodes.items()}
             sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
+            for name, site in sites.items():  # choices that follow another latent, such as a binomial of a latent total
+                if site.choices is not None:
+                    others = [_site(name, trace.nodes[name]).choices for trace in traces[1:]]
+                    if any(choices is None or not torch.equal(choices, site.choices) for choices in others):
+                        sites[name] = replace(site, choices=None)
             self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
             self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
             self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}

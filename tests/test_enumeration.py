@@ -485,7 +485,7 @@ def test_coupled_elements_of_a_plate_are_refused_or_exact(program: Any, backend:
         assert bool(((got.mean((0, 1)) - exact).abs() < 5 * error + 1e-3).all()), (name, got.mean((0, 1)), exact)
 
 
-@pytest.mark.parametrize("backend", [Gibbs, HMC, MetropolisHastings], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("backend", [HMC, MetropolisHastings], ids=lambda b: b.__name__)
 def test_the_sum_of_a_plate_is_refused(backend: Any, device: torch.device) -> None:
     with pytest.raises(Unsupported, match="coupled"):
         backend(chains=2, warmup=1, draws=1, progress=False).fit(summed, OBSERVED.to(device))

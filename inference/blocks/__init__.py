@@ -3,8 +3,27 @@
 from inference.blocks.block import Block, Current, Move
 from inference.blocks.conjugate import Conjugate
 from inference.blocks.constant import Constant
+from inference.blocks.elliptical import EllipticalSlice
 from inference.blocks.enumerate import Enumerate
+from inference.blocks.gaussian import Gaussian
 from inference.blocks.hamiltonian import Hamiltonian
+from inference.blocks.polya_gamma import PolyaGamma
+from inference.blocks.prior import PriorDraw
+from inference.blocks.slice import Slice
 from inference.blocks.walk import AdaptiveWalk
 
-__all__ = ["AdaptiveWalk", "Block", "Conjugate", "Constant", "Current", "Enumerate", "Hamiltonian", "Move"]
+__all__ = [
+    "AdaptiveWalk",
+    "Block",
+    "Conjugate",
+    "Constant",
+    "Current",
+    "EllipticalSlice",
+    "Enumerate",
+    "Gaussian",
+    "Hamiltonian",
+    "Move",
+    "PolyaGamma",
+    "PriorDraw",
+    "Slice",
+]

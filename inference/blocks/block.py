@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.density import Density
 
-__all__ = ["Block", "Current", "Move", "is_certified", "metropolised"]
+__all__ = ["Block", "Current", "Move", "averaged", "failed", "handed_out", "is_certified", "metropolised"]
 
 
 class Current(NamedTuple):
@@ -23,7 +23,7 @@ class Current(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What a block did: ``acceptance`` (chain,), and for a block that claims to be exact its ``log_ratio`` (chain,)."""
+    """What a block did: ``acceptance`` (chain,), and for a certificate the ``log_ratio`` that should be 0, (chain,)."""
 
     acceptance: Tensor
     log_ratio: Tensor | None = None
@@ -46,8 +46,23 @@ class Block(abc.ABC):
 
     @property
     def is_exact(self) -> bool:
-        """Whether every proposal should be accepted."""
+        """Whether it draws its sites anew from their conditional, so that where they start does not matter."""
         return False
+
+    @property
+    def has_certificate(self) -> bool:
+        """Whether its moves carry a ``log_ratio``, whose distance from 0 is the certificate."""
+        return self.is_exact
+
+    @property
+    def claim(self) -> str:
+        """What the certificate is about: "exact", or "independent" if elements are decided on one by one."""
+        return "exact"
+
+    @property
+    def note(self) -> str:
+        """What a plan says beside the update."""
+        return ""
 
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
         """The block for these sites.
@@ -100,9 +115,25 @@ def metropolised(
     return moved, Move(log_ratio.clamp(max=0.0).exp(), log_ratio)
 
 
+def failed(log_ratio: Tensor, log_joint: Tensor) -> Tensor:
+    """Whether a log ratio (chain,) is off by more than the rounding of log-joints (chain,), (); with room for tails."""
+    precision = 1e-8 if log_joint.dtype == torch.float64 else 1e-3
+    return ~(log_ratio.abs() <= precision * (100.0 + log_joint.abs())).all()
+
+
 def is_certified(move: Move, *log_joints: Tensor) -> bool:
     """Whether a log ratio is 0 up to the rounding of the log-joints that it was computed from."""
     assert move.log_ratio is not None
     size = sum(log_joint.abs() for log_joint in log_joints)
     precision = 1e-10 if move.log_ratio.dtype == torch.float64 else 1e-4
     return bool((move.log_ratio.abs() <= precision * (100.0 + size)).all())
+
+
+def averaged(values: Tensor, groups: int) -> Tensor:
+    """Mean over chains, (chain, element) -> (element,), or over the chains of each group, -> (group, element)."""
+    return values.mean(0) if groups == 1 else values.unflatten(0, (groups, -1)).mean(1)
+
+
+def handed_out(learnt: Tensor, chains: int) -> Tensor:
+    """What ``averaged`` gave, so that it multiplies (chain, element)."""
+    return learnt if learnt.dim() == 1 else learnt.repeat_interleave(chains // len(learnt), 0)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.func import grad, vmap
 
 from inference.blocks.block import Block, Current, Move, is_certified, metropolised
 from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
 from inference.messages import Family, Pareto, candidates, kind_of, least_of
+from inference.program import Program
 
-__all__ = ["Conjugate"]
+__all__ = ["Conjugate", "Joined", "merged", "message"]
 
 _HALVINGS = 60  # of an interval: to the last bit
 
@@ -53,6 +55,57 @@ def edge(site: str, density: Density, values: dict[str, Tensor], least: Tensor) 
     return upper
 
 
+class Joined:
+    """Real sites as one: a single site keeps its shape, several become one vector.
+
+    Args:
+        program: The program.
+        sites: Their names.
+
+    Attributes:
+        shape: Shape of the joint value.
+    """
+
+    def __init__(self, program: Program, sites: Sequence[str]) -> None:
+        self.sites = tuple(sites)
+        self.shapes = [program.latents[site].shape for site in self.sites]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.shape = self.shapes[0] if len(self.sites) == 1 else torch.Size([sum(self.sizes)])
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Site to value (chain, *site) -> (chain, *shape)."""
+        if len(self.sites) == 1:
+            return values[self.sites[0]]
+        return torch.cat([values[site].reshape(len(values[site]), -1) for site in self.sites], -1)
+
+    def split(self, value: Tensor) -> dict[str, Tensor]:
+        """(…, *shape) -> site to value (…, *site)."""
+        if len(self.sites) == 1:
+            return {self.sites[0]: value}
+        parts = value.split(self.sizes, -1)
+        return {
+            site: part.reshape(part.shape[:-1] + shape)
+            for site, part, shape in zip(self.sites, parts, self.shapes, strict=True)
+        }
+
+    def is_coupled(self, precision: Tensor) -> Tensor:
+        """Which sites share an entry of a joint precision (chain, D, D), (site, site)."""
+        scale = precision.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+        relative = (precision / (scale.unsqueeze(-1) * scale.unsqueeze(-2))).abs().nan_to_num().amax(0)
+        of = torch.arange(len(self.sizes), device=precision.device)
+        of = of.repeat_interleave(torch.tensor(self.sizes, device=precision.device))
+        member = (of == torch.arange(len(self.sizes), device=of.device)[:, None]).to(relative.dtype)
+        return member @ (relative > 1e-8).to(relative.dtype) @ member.T > 0
+
+    def gradients(self, log_density: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """(points (point, *shape), values, more) -> gradient in the joint value of ``log_density(values, more)``."""
+
+        def at_points(points: Tensor, values: Mapping[str, Tensor], *more: Tensor) -> Tensor:
+            return vmap(grad(lambda value: log_density({**values, **self.split(value)}, *more)))(points)
+
+        return at_points
+
+
 @dataclass(frozen=True)
 class Conjugate(Block):
     """An exact draw from a conjugate conditional.
@@ -77,7 +130,9 @@ class Conjugate(Block):
 
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
         if len(sites) != 1:
-            raise Unsupported(f"Conjugate() updates one site, but was given {', '.join(sites)}.")
+            raise Unsupported(
+                f"Conjugate() updates one site, but was given {', '.join(sites)}. Gaussian() draws real ones jointly."
+            )
         site = density.program.latents[sites[0]]
         if not site.is_continuous:
             raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
@@ -100,7 +155,7 @@ class Conjugate(Block):
         points = self.family.initial(current.values[self.sites[0]])
         for _ in range(2):
             conditional = message(self.family, self.sites[0], points, density, current.values)
-            points = _merged(conditional, points)
+            points = merged(conditional, points)
         return points
 
     def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
@@ -111,10 +166,10 @@ class Conjugate(Block):
         log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(current.values[site])
         log_q = torch.where(conditional.is_proper, log_q, torch.inf)
         moved, move = metropolised(current, {site: proposal}, log_q, log_q_present, density)
-        return _merged(conditional, state) if warmup else state, moved, move
+        return merged(conditional, state) if warmup else state, moved, move
 
 
-def _merged(conditional: Conditional, points: Points) -> Points:
+def merged(conditional: Conditional, points: Points) -> Points:
     """The points that a conditional suggests, where it is proper and they are finite."""
     suggested = conditional.points()
     is_good = conditional.is_proper.reshape(-1, *(1,) * (points.location.dim() - 1))

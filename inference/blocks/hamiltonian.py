@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move
@@ -13,7 +14,9 @@ from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
 from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianKernel
 
-__all__ = ["Hamiltonian"]
+__all__ = ["Hamiltonian", "misled"]
+
+_PIECES, _ROUNDS, _PATHS = 16, 5, 4  # 16⁻⁵ of a path is a millionth of it
 
 
 class HamiltonianBlockState(NamedTuple):
@@ -75,3 +78,47 @@ class Hamiltonian(Block):
         values = {name: values[name] for name in current.values}
         moved = Current(values, density.joint(values))
         return HamiltonianBlockState(adaptation), moved, Move(info.acceptance_rate)
+
+
+def misled(sites: Sequence[str], density: Density, trials: Current) -> tuple[str, ...]:
+    """Sites along which the gradient does not account for the log-density: it jumps, or the gradient is wrong or zero.
+
+    Along paths through a few settings of a site, all others held fixed, the change of the log-density is held against the
+    integral of the gradient, piece by piece; the worst piece is cut into smaller ones until it is a millionth of the path.
+    What is smooth agrees there; a kink differs by no more than the slope times the length; a jump does not shrink. A wrong
+    slope is wrong in most pieces.
+    """
+    coordinates = Unconstrained(density.program, sites)
+    staged = density.unconstrained(coordinates)
+    count = min(_PATHS, len(trials.log_joint))
+    settings = coordinates.position(trials.values)
+    across = settings.roll(-1, 0)[:count] - settings[:count]
+    around = 2.0 * torch.where(across < 0, -1.0, 1.0).to(settings.dtype)
+    start = torch.cat([settings[:count], settings[:count] - 0.5 * around])
+    change = torch.cat([across, around])
+    rows = torch.arange(count, device=start.device).repeat(2).repeat_interleave(_PIECES + 1)
+    others = {name: value[rows] for name, value in trials.values.items() if name not in sites}
+    steps = torch.linspace(0.0, 1.0, _PIECES + 1, dtype=start.dtype, device=start.device)
+    found, offset = [], 0
+    for name, size in zip(coordinates.sites, coordinates.sizes, strict=True):
+        direction = torch.zeros_like(change)
+        direction[:, offset : offset + size] = change[:, offset : offset + size]
+        offset += size
+        low, length = torch.zeros_like(start[:, 0]), 1.0
+        for _ in range(_ROUNDS):
+            at = low[:, None] + length * steps
+            points = start[:, None] + at[..., None] * direction[:, None]
+            gradient, value = staged(points.flatten(0, 1), others)
+            slope = (gradient.unflatten(0, at.shape) * direction[:, None]).sum(-1)
+            value, length = value.unflatten(0, at.shape), length / _PIECES
+            rise, expected = value.diff(dim=1), 0.5 * length * (slope[:, 1:] + slope[:, :-1])
+            error = (rise - expected).abs().nan_to_num(nan=0.0, posinf=0.0)
+            low = at.gather(1, error.argmax(1, keepdim=True)).squeeze(1)
+        rounding = (1e-10 if value.dtype == torch.float64 else 1e-4) * (1.0 + value.abs().nan_to_num(posinf=0.0, neginf=0.0))
+        steepest = length * slope.abs().nan_to_num(posinf=0.0).amax(1)
+        jumps = error.amax(1) > 1e-6 + 100.0 * steepest + rounding.amax(1)
+        largest = torch.maximum(rise.abs(), expected.abs()).nan_to_num(posinf=0.0)
+        is_wrong = (error > 0.1 * largest) & (error > rounding[:, 1:])
+        if bool((jumps | (is_wrong.sum(1) > _PIECES // 2)).any()):
+            found.append(name)
+    return tuple(found)

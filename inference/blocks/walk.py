@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from inference.blocks.block import Block, Current, Move
-from inference.density import Density, Unconstrained
-from inference.mcmc import pooled, served
+from inference.blocks.block import Block, Current, Move, averaged, handed_out
+from inference.density import Density
+from inference.mcmc import lead
+from inference.terms import Coordinates, Elements, colour, one_by_one
 
 __all__ = ["AdaptiveWalk"]
 
 
 class WalkState(NamedTuple):
-    """step (), and log_scale () shared by the chains, or (group,)."""
+    """step (), and the log-scale of every element (element,), shared by the chains, or (group, element)."""
 
     step: Tensor
     log_scale: Tensor
@@ -27,56 +28,75 @@ class WalkState(NamedTuple):
 class AdaptiveWalk(Block):
     """A symmetric random walk: in unconstrained coordinates for continuous sites, in rounded steps for counts.
 
-    The scale follows the acceptance rate (0.44 for one element, 0.234 else) by Robbins-Monro, until the end of warm-up.
+    Elements of a plate that are independent given the rest are accepted one by one; otherwise all elements move together.
+    The scale follows the acceptance rate (0.44 for one coordinate, 0.234 else) by Robbins-Monro, until the end of warm-up.
+    The certificate is the change of the log-joint that the elements' own terms do not explain.
+
+    Args:
+        sites: Names of the sites; filled in by ``bind``.
+        elements: Which elements are accepted on their own; None finds out.
     """
+
+    elements: Elements | None = None
 
     @property
     def update(self) -> str:
         return "RandomWalk"
 
+    @property
+    def has_certificate(self) -> bool:
+        return True
+
+    @property
+    def claim(self) -> str:
+        return "independent"
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether all elements move together, so that nothing is taken for independent."""
+        return self.elements is not None and self.elements.number == 1
+
+    def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
+        coordinates = Coordinates(density.program, sites)
+        bound = replace(self, sites=tuple(sites), elements=colour(density, coordinates, coordinates.batch, trials.values))
+        assert bound.elements is not None
+        return bound if len(bound.elements.colours) == 1 else bound.scanning()
+
+    def scanning(self) -> Self:
+        """The same block, all elements together."""
+        assert self.elements is not None
+        return replace(self, elements=one_by_one(torch.zeros_like(self.elements.of), len(self.elements.owners[0])))
+
     def init(self, density: Density, current: Current) -> WalkState:
-        like, groups = current.log_joint, density.program.groups
-        return WalkState(like.new_zeros(()), like.new_zeros(() if groups == 1 else groups))
+        assert self.elements is not None
+        like = current.log_joint
+        return WalkState(like.new_zeros(()), like.new_zeros((*lead(density.program.groups), self.elements.number)))
 
     def step(self, state: WalkState, density: Density, current: Current, warmup: int) -> tuple[WalkState, Current, Move]:
-        latents = density.program.latents
-        groups = density.program.groups
-        scale = served(state.log_scale.exp(), len(current.log_joint))
-        coordinates = Unconstrained(density.program, [name for name in self.sites if latents[name].is_continuous])
-        values, log_jacobian, size = dict(current.values), torch.zeros_like(current.log_joint), 0
-        if coordinates.sites:
-            before = coordinates.position(values)
-            after = before + scale * torch.randn_like(before)
-            jacobian = torch.func.vmap(coordinates.log_jacobian)
-            log_jacobian = jacobian(after) - jacobian(before)
-            values |= coordinates.values(after)
-            size = coordinates.size
-        for name in self.sites:
-            if name not in coordinates.sites:
-                value = values[name]
-                noise = torch.randn(value.shape, dtype=scale.dtype, device=value.device)
-                step = scale.reshape(-1, *(1,) * (value.dim() - 1)) * noise
-                values[name] = value + (step.sign() * step.abs().ceil()).to(value.dtype)  # at least one away
-                size += value[0].numel()
-        inside = torch.stack([self._inside(density, name, values[name]) for name in self.sites]).all(0)
-        safe = {name: _where(inside, value, current.values[name]) for name, value in values.items()}
-        log_joint = density.joint(safe)
-        log_ratio = (log_joint - current.log_joint + log_jacobian).nan_to_num(nan=-math.inf)
-        log_ratio = torch.where(inside, log_ratio, -math.inf)
+        assert self.elements is not None
+        coordinates, elements = Coordinates(density.program, self.sites), self.elements
+        staged, (owner,) = coordinates.terms(density), elements.owners
+        others = {name: value for name, value in current.values.items() if name not in self.sites}
+        present = coordinates.vector(current.values)
+        step = handed_out(state.log_scale.exp(), len(present))[..., elements.of] * torch.randn_like(present)
+        step = torch.where(coordinates.is_discrete, step.sign() * step.abs().ceil(), step)  # a count moves by one at least
+        is_inside = coordinates.is_inside(present + step)
+        outside = (
+            present.new_zeros(len(present), elements.number).index_add(1, elements.of, (~is_inside).to(present.dtype)) > 0
+        )
+        proposal = torch.where(outside[:, elements.of], present, present + step)
+        before, after = staged(present, others), staged(proposal, others)
+        log_ratio = elements.own(after, owner) - elements.own(before, owner)
+        log_ratio = torch.where(outside, -torch.inf, log_ratio.nan_to_num(nan=-torch.inf))
         accepted = torch.rand_like(log_ratio).log() < log_ratio
-        kept = {name: _where(accepted, value, current.values[name]) for name, value in safe.items()}
+        vector = torch.where(accepted[:, elements.of], proposal, present)
+        values = {**current.values, **coordinates.values(vector)}
+        explained = torch.where(accepted, log_ratio, 0.0).sum(-1)
+        unexplained = staged(vector, others).sum(-1) - before.sum(-1) - explained
         rate = log_ratio.clamp(max=0.0).exp()
         if warmup:
-            target = 0.44 if size == 1 else 0.234
-            log_scale = state.log_scale + (pooled(rate, groups) - target) / (state.step + 1) ** 0.6
+            sizes = torch.bincount(elements.of, minlength=elements.number)
+            target = torch.where(sizes == 1, 0.44, 0.234)
+            log_scale = state.log_scale + (averaged(rate, density.program.groups) - target) / (state.step + 1) ** 0.6
             state = WalkState(state.step + 1, log_scale)
-        return state, Current(kept, torch.where(accepted, log_joint, current.log_joint)), Move(rate)
-
-    @staticmethod
-    def _inside(density: Density, name: str, value: Tensor) -> Tensor:
-        checked = density.program.latents[name].support.check(value)
-        return checked.reshape(len(value), -1).all(-1)
-
-
-def _where(chosen: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return torch.where(chosen.reshape(-1, *(1,) * (left.dim() - 1)), left, right)
+        return state, Current(values, density.joint(values)), Move(rate.mean(-1), unexplained)

@@ -1,0 +1,99 @@
+"""Several real sites drawn together from their joint conditional, where that is Gaussian."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from inference.blocks.block import Block, Current, Move, is_certified, metropolised
+from inference.blocks.conjugate import Joined, merged
+from inference.conditionals import GaussianConditional, Points
+from inference.contract import Unsupported
+from inference.density import Density
+from inference.messages import WIDEST_GAUSSIAN, kind_of
+from inference.messages import Gaussian as Family
+
+__all__ = ["Gaussian", "check_real"]
+
+
+def check_real(block: str, sites: Sequence[str], density: Density) -> None:
+    """Raises unless all sites live on the whole line, and are few enough for one joint normal."""
+    for name in sites:
+        site = density.program.latents[name]
+        if not site.is_continuous or kind_of(site.support) != "real":
+            raise Unsupported(f"{block}() needs sites on the whole real line, but '{name}' is {site.family}.")
+    size = sum(density.program.latents[name].shape.numel() for name in sites)
+    if size > WIDEST_GAUSSIAN:
+        raise Unsupported(
+            f"{block}() would draw {size:,} elements of {', '.join(sites)} from one joint normal, but at most "
+            f"{WIDEST_GAUSSIAN:,} are feasible. Update the sites one at a time."
+        )
+
+
+@dataclass(frozen=True)
+class Gaussian(Block):
+    """An exact draw of real sites from their joint conditional, such as an intercept and a slope, or effects and their mean.
+
+    The precision is the change of the gradient from one point to the next, D + 1 points for D elements. What is linear
+    and normal in all of its sites mixes at once, where one site at a time creeps along their correlations.
+
+    Args:
+        sites: Names of the sites; filled in by ``bind``.
+    """
+
+    @property
+    def update(self) -> str:
+        return "Gaussian"
+
+    @property
+    def is_exact(self) -> bool:
+        return True
+
+    def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
+        check_real("Gaussian", sites, density)
+        bound = replace(self, sites=tuple(sites))
+        points = bound.init(density, trials)
+        for _ in range(2):
+            points, moved, move = bound.step(points, density, trials, 0)
+            if not is_certified(move, trials.log_joint, moved.log_joint):
+                raise Unsupported(f"The joint conditional of {', '.join(sites)} is not Gaussian.")
+        return bound
+
+    def conditional(self, points: Points, density: Density, values: dict[str, Tensor]) -> GaussianConditional:
+        """The joint conditional of the sites as one vector, from gradients near ``points``."""
+        joined = Joined(density.program, self.sites)
+        size = sum(joined.sizes)
+        family = Family(torch.Size([size]), (0,))
+        shape = (len(points.location), -1, *joined.shape)
+        at = family.at(points)
+        staged = density.stage(
+            ("joint gradients", self.sites), joined.gradients(lambda values: density.program.log_joint(values)), (True, True)
+        )
+        gradients = staged(at.movedim(0, 1).reshape(shape), values)
+        return family.solve(at, gradients.reshape(*gradients.shape[:2], size).movedim(1, 0))
+
+    def is_coupled(self, density: Density, trials: Current) -> Tensor:
+        """Which sites share an entry of the joint precision, (site, site)."""
+        precision = self.conditional(self.init(density, trials), density, trials.values).precision
+        return Joined(density.program, self.sites).is_coupled(precision)
+
+    def init(self, density: Density, current: Current) -> Points:
+        values = Joined(density.program, self.sites).join(current.values).reshape(len(current.log_joint), -1)
+        points = Points(values, 1.0 + values.abs())
+        for _ in range(2):
+            points = merged(self.conditional(points, density, current.values), points)
+        return points
+
+    def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
+        joined = Joined(density.program, self.sites)
+        conditional = self.conditional(state, density, current.values)
+        proposal = conditional.sample()
+        present = joined.join(current.values).reshape(proposal.shape)
+        log_q = torch.where(conditional.is_proper, conditional.log_prob(proposal), torch.inf)
+        proposed = joined.split(proposal.reshape(len(proposal), *joined.shape))
+        moved, move = metropolised(current, proposed, log_q, conditional.log_prob(present), density)
+        return merged(conditional, state) if warmup else state, moved, move
