@@ -528,7 +528,9 @@ def gathered(y: Tensor) -> None:
 
 @pytest.mark.usefixtures("inside_a_run")
 @pytest.mark.parametrize(
-    ("program", "colours"), [(plated, 1), (gathered, 1), (walked_in_terms, 2), (walked, 12)], ids=lambda v: str(v)
+    ("program", "colours"),
+    [(plated, 1), (gathered, 1), (walked_in_terms, 2), (walked, 12)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_elements_that_share_no_term_have_one_colour(program: Any, colours: int) -> None:
     density, trials = at_trials(program, Y)
