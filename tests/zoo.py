@@ -192,17 +192,17 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         plates.crossed, (plates.CROSSED,),
-        {"row": "Normal", "column": "Normal"},
+        {"row": "Gaussian", "column": "Gaussian"},
         plates.crossed_moments, plates.crossed_mode, maximise=("row", "column"),
     ),
     Instance(
         plates.random_walk, (plates.STEPS,),
-        {f"state_{i}": "Normal" for i in range(4)},
+        {f"state_{i}": "Gaussian" for i in range(4)},
         plates.random_walk_moments, plates.random_walk_mode,
     ),
     Instance(
         plates.hierarchical, (plates.GROUPED,),
-        {"mean": "Normal", "between": "InverseGamma", "within": "InverseGamma", "effect": "Normal"},
+        {"mean": "Gaussian", "between": "InverseGamma", "within": "InverseGamma", "effect": "Gaussian"},
         plates.hierarchical_moments, plates.hierarchical_mode,
     ),
     Instance(
@@ -288,7 +288,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         curved.thinned, (curved.THINNED,),
-        {"count": "RandomWalk"},
+        {"count": "Slice"},
         curved.thinned_moments, refused=ENDLESS | {"EM": "nothing to maximise"},
     ),
     Instance(
@@ -313,7 +313,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         regressions.horseshoe, (regressions.CONTRASTS, regressions.CURVE),
-        {"overall": "HMC", "local": "HMC", "raw": "Gaussian"},
+        {"overall": "HMC", "local": "HMC", "raw": "Normal"},
         regressions.horseshoe_moments,
         quantities=regressions.horseshoe_quantities, slow=("Gibbs", "MetropolisHastings", "HMC"),
     ),
@@ -364,7 +364,7 @@ ZOO: tuple[Instance, ...] = (
     ),
     Instance(
         hierarchies.abundance, (hierarchies.SEEN,),
-        {"rate": "Gamma", "share": "Beta", "number": "RandomWalk"},
+        {"rate": "Gamma", "share": "Beta", "number": "Slice"},
         hierarchies.abundance_moments, hierarchies.abundance_mode, refused=ENDLESS, rough=True,
     ),
     Instance(
