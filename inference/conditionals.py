@@ -70,24 +70,32 @@ class Conditional(abc.ABC):
 
 @dataclass(frozen=True)
 class NormalConditional(Conditional):
-    """Independent normals with mean and precision (chain, *site)."""
+    """Independent normals with mean and precision (chain, *site).
+
+    Elements that are ``idle`` (*site) are in no term of the log-joint. They have a density of 1, wherever they are, and are
+    drawn from the standard normal.
+    """
 
     mean: Tensor
     precision: Tensor
+    idle: Tensor | None = None
 
     @property
     def is_proper(self) -> Tensor:
-        return _every((self.precision > 0) & self.mean.isfinite())
+        is_good = (self.precision > 0) & self.mean.isfinite()
+        return _every(is_good if self.idle is None else is_good | self.idle)
 
     def _sd(self) -> Tensor:
         return self.precision.clamp(min=torch.finfo(self.mean.dtype).tiny).rsqrt()
 
     def sample(self) -> Tensor:
-        return self.mean + self._sd() * torch.randn_like(self.mean)
+        noise = torch.randn_like(self.mean)
+        drawn = self.mean + self._sd() * noise
+        return drawn if self.idle is None else torch.where(self.idle, noise, drawn)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        quadratic = self.precision * (value - self.mean).square()
-        return -0.5 * _elements(quadratic + math.log(2 * math.pi) + 2 * self._sd().log())
+        terms = self.precision * (value - self.mean).square() + math.log(2 * math.pi) + 2 * self._sd().log()
+        return -0.5 * _elements(terms if self.idle is None else torch.where(self.idle, 0.0, terms))
 
     def mode(self) -> Tensor:
         return self.mean

@@ -114,9 +114,16 @@ class Family(abc.ABC):
 
 
 class Normal(Family):
-    """Independent normals: g = precision · (mean − z)."""
+    """Independent normals: g = precision · (mean − z).
+
+    Args:
+        idle: Elements that are masked, so that nothing depends on them, (*site); None if there are none.
+    """
 
     name = "Normal"
+
+    def __init__(self, idle: Tensor | None = None) -> None:
+        self.idle = idle
 
     def at(self, points: Points) -> Tensor:
         location, spread = points
@@ -126,7 +133,7 @@ class Normal(Family):
         precision = (gradients[0] - gradients[1]) / (at[1] - at[0])
         safe = torch.where(precision == 0, torch.ones_like(precision), precision)
         middle = 0.5 * (at[0] + at[1])
-        return NormalConditional(middle + 0.5 * (gradients[0] + gradients[1]) / safe, precision)
+        return NormalConditional(middle + 0.5 * (gradients[0] + gradients[1]) / safe, precision, self.idle)
 
 
 class Gaussian(Family):

@@ -29,7 +29,7 @@ __all__ = ["Plan", "Update", "assign", "demoted"]
 
 _TRIALS = 8  # settings of all sites at which an update is tried before it is trusted
 _WIDEST_JOINT = 200  # elements of sites that are joined without being asked to: each costs a gradient, and their cube a draw
-_LEAST_ELLIPTICAL = 20  # elements of a correlated normal prior that are worth an elliptical slice
+_LEAST_ELLIPTICAL = 8  # elements of a correlated normal prior that are worth an elliptical slice
 _MOST_COLOURS = 100  # coordinates that slices take in turn
 
 

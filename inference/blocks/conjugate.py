@@ -14,7 +14,7 @@ from inference.blocks.block import Block, Current, Move, is_certified, metropoli
 from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
-from inference.messages import Family, Pareto, candidates, kind_of, least_of
+from inference.messages import Family, Normal, Pareto, candidates, kind_of, least_of
 from inference.program import Program
 
 __all__ = ["Conjugate", "Joined", "merged", "message"]
@@ -137,7 +137,10 @@ class Conjugate(Block):
         if not site.is_continuous:
             raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
         least = least_of(site.support)
-        families = candidates(site.support, site.shape) if least is None else [Pareto(least)]
+        families: list[Family] = [*candidates(site.support, site.shape)] if least is None else [Pareto(least)]
+        idle = _idle(site.name, density, trials)
+        if idle is not None and kind_of(site.support) == "real":  # what is masked may be in no other term either
+            families.append(Normal(idle))
         for family in [self.family] if self.family else families:
             bound = replace(self, sites=(site.name,), family=family)
             points = bound.init(density, trials)
@@ -167,6 +170,16 @@ class Conjugate(Block):
         log_q = torch.where(conditional.is_proper, log_q, torch.inf)
         moved, move = metropolised(current, {site: proposal}, log_q, log_q_present, density)
         return merged(conditional, state) if warmup else state, moved, move
+
+
+def _idle(site: str, density: Density, trials: Current) -> Tensor | None:
+    """The elements that a mask takes out of the site's own statement, such as responses that are known; None if none."""
+    node = density.program.trace({name: value[0] for name, value in trials.values.items()}, evaluated=False).nodes[site]
+    if not isinstance(node["mask"], Tensor):
+        return None
+    known = density.program.latents[site]
+    kept = node["mask"].expand(known.batch_shape).reshape(known.batch_shape + (1,) * known.event_dim)
+    return None if bool(kept.all()) else ~kept.expand(known.shape)
 
 
 def merged(conditional: Conditional, points: Points) -> Points:
