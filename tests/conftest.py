@@ -36,13 +36,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 # Sweeps or steps per draw, where a draw would be much like the last one.
 GIBBS_THIN = {
-<<<<<<< HEAD
-    "thinned": 10, "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "annotators": 4,
-    "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 2, "radon": 3, "abundance": 20,
-=======
     "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "annotators": 4,
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
->>>>>>> e039bb4e53a68e9c766e4df078508b7b833f7732
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
