@@ -343,7 +343,7 @@ BY_NAME = {reference.name: reference for reference in REFERENCES}
 
 # ------------------------------------------------------------------------------------------ samplers
 # Where the defaults of ``sampler`` do not suffice.
-OPTIONS: dict[tuple[str, str], dict[str, int]] = {
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("eight_schools_noncentered", "Gibbs"): {"chains": 32, "warmup": 300, "thin": 3},
     ("eight_schools_noncentered", "HMC"): {"chains": 32, "warmup": 300},
     ("eight_schools_noncentered", "MetropolisHastings"): {"chains": 32, "warmup": 2000, "thin": 25},
@@ -353,7 +353,7 @@ OPTIONS: dict[tuple[str, str], dict[str, int]] = {
     ("nes", "MetropolisHastings"): {"warmup": 3000, "thin": 30},
     ("mesquite", "MetropolisHastings"): {"warmup": 10_000, "thin": 30},
     ("mesquite", "HMC"): {"warmup": 1000},
-    ("kilpisjarvi", "HMC"): {"draws": 2000},
+    ("kilpisjarvi", "HMC"): {"warmup": 1000, "mass": "dense"},
     ("kilpisjarvi", "MetropolisHastings"): {"warmup": 20_000, "thin": 160},
     ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 300},
 }
