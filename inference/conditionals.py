@@ -134,14 +134,21 @@ class Coupling:
 
 @dataclass(frozen=True)
 class GaussianConditional(Conditional):
-    """Joint normals: ``mean`` (chain, *independent, joint), ``precision`` (chain, *independent, joint, joint)."""
+    """Joint normals: ``mean`` (chain, *independent, joint), ``precision`` (chain, *independent, joint, joint).
+
+    ``root`` is the Cholesky factor of the precision, where it is known better than from the precision.
+    """
 
     mean: Tensor
     precision: Tensor
     coupling: Coupling
+    root: Tensor | None = None
 
     def _factor(self) -> tuple[Tensor, Tensor]:
-        factor, failed = torch.linalg.cholesky_ex(self.precision)
+        if self.root is None:
+            factor, failed = torch.linalg.cholesky_ex(self.precision)
+        else:
+            factor, failed = self.root, torch.zeros_like(self.root[..., 0, 0])
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         is_good = (failed == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         return torch.where(is_good[..., None, None], factor, eye), is_good

@@ -251,6 +251,36 @@ def test_what_is_not_jointly_normal_is_refused(program: Callable[..., None]) -> 
         assign(Program(program, data), {names: Gaussian()})
 
 
+def funnel(y: Tensor) -> None:
+    """Effects that all but equal their mean, when the spread is small."""
+    spread = pyro.sample("spread", dist.HalfCauchy(y.new_tensor(1.0)))
+    mean = pyro.sample("mean", dist.Normal(y.new_tensor(0.0), 10.0))
+    with pyro.plate("rows", len(y)):
+        effect = pyro.sample("effect", dist.Normal(mean, spread))
+        pyro.sample("y", dist.Normal(effect, 5.0), obs=y)
+
+
+@pytest.mark.usefixtures("inside_a_run")
+def test_a_precision_that_is_almost_singular_costs_no_digits() -> None:
+    """Condition numbers of 10⁴ to 10¹⁴; the mean has precision 1 / 100 + n / (25 + spread²), the effects integrated out."""
+    density, trials = at_trials(funnel, Y, count=6)
+    block = Gaussian().bind(("mean", "effect"), density, trials)
+    spread = array(1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    values = {**trials.values, "spread": spread, "mean": spread, "effect": spread[:, None] * normal(6, 12)}
+    current = Current(values, density.joint(values))
+    state = block.init(density, current)
+    for _ in range(20):
+        state, current, move = block.step(state, density, current, 10)
+        assert move.log_ratio is not None and bool((move.log_ratio.abs() < 1e-8).all())
+    conditional = block.conditional(state, density, current.values)
+    factor, _ = conditional._factor()
+    right = torch.zeros(13, 1, dtype=torch.float64)
+    right[0] = 1.0
+    variance = torch.cholesky_solve(right.expand(6, 13, 1), factor)[:, 0, 0]
+    assert torch.allclose(1.0 / variance, 0.01 + 12.0 / (25.0 + spread.square()), rtol=1e-6)
+    assert torch.allclose(conditional.mean[:, 0], variance * Y.sum() / (25.0 + spread.square()), rtol=1e-6)
+
+
 # ------------------------------------------------------------------------------------ logistic sites
 DESIGN = torch.cat([torch.ones(20, 1, dtype=torch.float64), normal(20, 1, seed=2)], 1)
 LOGITS = DESIGN @ array(0.4, 1.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,7 +17,9 @@ from inference.density import Density
 from inference.messages import WIDEST_GAUSSIAN, kind_of
 from inference.messages import Gaussian as Family
 
-__all__ = ["Gaussian", "check_real"]
+__all__ = ["Gaussian", "check_real", "refined"]
+
+_SHARED = 1e-4  # share of an element's precision that the elements before it leave to it; below, digits are lost
 
 
 def check_real(block: str, sites: Sequence[str], density: Density) -> None:
@@ -68,13 +70,17 @@ class Gaussian(Block):
         joined = Joined(density.program, self.sites)
         size = sum(joined.sizes)
         family = Family(torch.Size([size]), (0,))
-        shape = (len(points.location), -1, *joined.shape)
-        at = family.at(points)
         staged = density.stage(
             ("joint gradients", self.sites), joined.gradients(lambda values: density.program.log_joint(values)), (True, True)
         )
-        gradients = staged(at.movedim(0, 1).reshape(shape), values)
-        return family.solve(at, gradients.reshape(*gradients.shape[:2], size).movedim(1, 0))
+
+        def gradients(at: Tensor) -> Tensor:
+            """(point, chain, D) -> the same."""
+            found = staged(at.movedim(0, 1).reshape(at.shape[1], -1, *joined.shape), values)
+            return found.reshape(*found.shape[:2], size).movedim(1, 0)
+
+        at = family.at(points)
+        return refined(family.solve(at, gradients(at)), gradients)
 
     def is_coupled(self, density: Density, trials: Current) -> Tensor:
         """Which sites share an entry of the joint precision, (site, site)."""
@@ -97,3 +103,31 @@ class Gaussian(Block):
         proposed = joined.split(proposal.reshape(len(proposal), *joined.shape))
         moved, move = metropolised(current, proposed, log_q, conditional.log_prob(present), density)
         return merged(conditional, state) if warmup else state, moved, move
+
+
+def refined(conditional: GaussianConditional, gradients: Callable[[Tensor], Tensor]) -> GaussianConditional:
+    """The same conditional without the rounding of a precision that is almost singular, as that of effects and their mean.
+
+    With P ≈ L Lᵀ the whitened precision V ᵀP V, V = L⁻ᵀ, is almost the identity. Taken from gradients at steps along the
+    columns of V, it is exact to rounding whatever the condition of P, and so are its factor M and that of P, which is L M.
+
+    Args:
+        conditional: The conditional, (chain, D).
+        gradients: (point, chain, D) -> gradients of the log-joint, the same shape.
+    """
+    factor, is_good = conditional._factor()
+    shares = factor.diagonal(dim1=-2, dim2=-1).square() / factor.square().sum(-1)
+    if not bool((shares < _SHARED).any()):
+        return conditional
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    basis = torch.linalg.solve_triangular(factor.mT, eye.expand_as(factor), upper=True)
+    mean = conditional.mean
+    found = gradients(torch.cat([mean[None], mean + basis.movedim(-1, 0)]))
+    columns = basis.mT @ (found[0] - found[1:]).movedim(0, -1)
+    root, failed = torch.linalg.cholesky_ex(0.5 * (columns + columns.mT))
+    is_good = is_good & (failed == 0)
+    root = torch.where(is_good[:, None, None], root, eye)
+    shift = basis @ torch.cholesky_solve(basis.mT @ found[0].unsqueeze(-1), root)
+    root = factor @ root
+    mean = torch.where(is_good[:, None], mean + shift.squeeze(-1), torch.nan)
+    return GaussianConditional(mean, root @ root.mT, conditional.coupling, root)
