@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -56,8 +56,17 @@ class Conditional(abc.ABC):
         """A draw, (chain, *site)."""
 
     @abc.abstractmethod
+    def log_kernel(self, value: Tensor) -> Tensor:
+        """log q(value) + c, (chain,); a function with a mode may have it though it is no distribution."""
+
+    @abc.abstractmethod
+    def log_normaliser(self) -> Tensor:
+        """The constant c, (chain,); of no meaning where the parameters are not proper."""
+
+    @final
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(value), (chain,)."""
+        return self.log_kernel(value) - self.log_normaliser()
 
     @abc.abstractmethod
     def mode(self) -> Tensor:
@@ -93,9 +102,13 @@ class NormalConditional(Conditional):
         drawn = self.mean + self._sd() * noise
         return drawn if self.idle is None else torch.where(self.idle, noise, drawn)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        terms = self.precision * (value - self.mean).square() + math.log(2 * math.pi) + 2 * self._sd().log()
+    def log_kernel(self, value: Tensor) -> Tensor:
+        terms = self.precision * (value - self.mean).square()
         return -0.5 * _elements(terms if self.idle is None else torch.where(self.idle, 0.0, terms))
+
+    def log_normaliser(self) -> Tensor:
+        terms = self._sd().log() + 0.5 * math.log(2 * math.pi)
+        return _elements(terms if self.idle is None else torch.where(self.idle, 0.0, terms))
 
     def mode(self) -> Tensor:
         return self.mean
@@ -162,11 +175,12 @@ class GaussianConditional(Conditional):
         offset = torch.linalg.solve_triangular(self._factor()[0].mT, noise, upper=True).squeeze(-1)
         return self.coupling.fold(self.mean + offset)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        factor = self._factor()[0]
-        whitened = (factor.mT @ (self.coupling.unfold(value) - self.mean).unsqueeze(-1)).squeeze(-1)
-        log_det = factor.diagonal(dim1=-2, dim2=-1).log()
-        return _elements(-0.5 * (whitened.square() + math.log(2 * math.pi)) + log_det)
+    def log_kernel(self, value: Tensor) -> Tensor:
+        whitened = (self._factor()[0].mT @ (self.coupling.unfold(value) - self.mean).unsqueeze(-1)).squeeze(-1)
+        return -0.5 * _elements(whitened.square())
+
+    def log_normaliser(self) -> Tensor:
+        return _elements(0.5 * math.log(2 * math.pi) - self._factor()[0].diagonal(dim1=-2, dim2=-1).log())
 
     def mode(self) -> Tensor:
         return self.coupling.fold(self.mean)
@@ -198,13 +212,21 @@ class PowerGammaConditional(Conditional):
     def sample(self) -> Tensor:
         return self._gamma().sample().pow(1.0 / self.power)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        log_jacobian = math.log(abs(self.power)) + (self.power - 1.0) * value.log()
-        return _elements(self._gamma().log_prob(value.pow(self.power)) + log_jacobian)
+    @property
+    def _exponent(self) -> Tensor:
+        """A in z^A exp(−B z^p)."""
+        return self.concentration * self.power - 1.0
+
+    def log_kernel(self, value: Tensor) -> Tensor:
+        return _elements(self._exponent * value.log() - self.rate * value.pow(self.power))
+
+    def log_normaliser(self) -> Tensor:
+        gamma = self._gamma()
+        concentration, rate = gamma.concentration, gamma.rate
+        return _elements(torch.lgamma(concentration) - concentration * rate.log() - math.log(abs(self.power)))
 
     def mode(self) -> Tensor:
-        exponent = self.concentration * self.power - 1.0  # A in z^A exp(−B z^p)
-        return (exponent / (self.rate * self.power)).clamp(min=0.0).pow(1.0 / self.power)
+        return (self._exponent / (self.rate * self.power)).clamp(min=0.0).pow(1.0 / self.power)
 
     def points(self) -> Points:
         gamma = self._gamma()
@@ -225,8 +247,11 @@ class LogNormalConditional(Conditional):
     def sample(self) -> Tensor:
         return self.log.sample().exp()
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.log.log_prob(value.log()) - _elements(value.log())
+    def log_kernel(self, value: Tensor) -> Tensor:
+        return self.log.log_kernel(value.log()) - _elements(value.log())
+
+    def log_normaliser(self) -> Tensor:
+        return self.log.log_normaliser()
 
     def mode(self) -> Tensor:
         return (self.log.mean - 1.0 / self.log.precision).exp()
@@ -254,9 +279,12 @@ class ParetoConditional(Conditional):
     def sample(self) -> Tensor:
         return self.scale * (torch.empty_like(self.scale).exponential_() / self._shape()).exp()
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        alpha, ratio = self._shape(), (value / self.scale).log()
-        return _elements(torch.where(ratio >= 0, alpha.log() - value.log() - alpha * ratio, -math.inf))
+    def log_kernel(self, value: Tensor) -> Tensor:
+        ratio = (value / self.scale).log()
+        return _elements(torch.where(ratio >= 0, -value.log() - self.alpha * ratio, -math.inf))
+
+    def log_normaliser(self) -> Tensor:
+        return -_elements(self._shape().log())
 
     def mode(self) -> Tensor:
         return self.scale
@@ -286,8 +314,13 @@ class BetaConditional(Conditional):
         tiny = torch.finfo(self.a.dtype).eps
         return self._beta().sample().clamp(tiny, 1.0 - tiny)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        return _elements(self._beta().log_prob(value))
+    def log_kernel(self, value: Tensor) -> Tensor:
+        return _elements(torch.xlogy(self.a - 1.0, value) + torch.special.xlog1py(self.b - 1.0, -value))
+
+    def log_normaliser(self) -> Tensor:
+        beta = self._beta()
+        a, b = beta.concentration1, beta.concentration0
+        return _elements(torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b))
 
     def mode(self) -> Tensor:
         a, b = (self.a - 1.0).clamp(min=0.0), (self.b - 1.0).clamp(min=0.0)
@@ -316,8 +349,12 @@ class DirichletConditional(Conditional):
         floored = self._dirichlet().sample().clamp(min=torch.finfo(self.concentration.dtype).tiny)
         return floored / floored.sum(-1, keepdim=True)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        return _elements(self._dirichlet().log_prob(value))
+    def log_kernel(self, value: Tensor) -> Tensor:
+        return _elements(torch.xlogy(self.concentration - 1.0, value))
+
+    def log_normaliser(self) -> Tensor:
+        concentration = self._dirichlet().concentration
+        return _elements(torch.lgamma(concentration).sum(-1) - torch.lgamma(concentration.sum(-1)))
 
     def mode(self) -> Tensor:
         counts = (self.concentration - 1.0).clamp(min=0.0)
@@ -370,20 +407,21 @@ class WishartConditional(Conditional):
             root = torch.linalg.solve_triangular(factor.mT, bartlett, upper=True)
         return root @ root.mT
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        factor, df, _ = self._parts()
-        size = factor.shape[-1]
+    def log_kernel(self, value: Tensor) -> Tensor:
+        size = value.shape[-1]
+        symmetric = 0.5 * (self.matrix + self.matrix.mT)
         root = torch.linalg.cholesky(value)
         log_det = 2.0 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_det_matrix = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if self.is_inverse:
-            trace = torch.linalg.solve_triangular(root, factor, upper=False).square().sum((-2, -1))
-            exponent = -0.5 * (df + size + 1.0)
-        else:
-            trace = (factor.mT @ root).square().sum((-2, -1))
-            exponent = 0.5 * (df - size - 1.0)
-        normaliser = 0.5 * df * (log_det_matrix - size * math.log(2.0)) - torch.mvlgamma(0.5 * df, size)
-        return _elements(exponent * log_det - 0.5 * trace + normaliser)
+            trace = torch.cholesky_solve(symmetric, root).diagonal(dim1=-2, dim2=-1).sum(-1)
+            return _elements(-0.5 * (self.df + size + 1.0) * log_det - 0.5 * trace)
+        return _elements(0.5 * (self.df - size - 1.0) * log_det - 0.5 * (symmetric * value).sum((-2, -1)))
+
+    def log_normaliser(self) -> Tensor:
+        factor, df, _ = self._parts()
+        size = factor.shape[-1]
+        log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return _elements(torch.mvlgamma(0.5 * df, size) - 0.5 * df * (log_det - size * math.log(2.0)))
 
     def mode(self) -> Tensor:
         size = self.matrix.shape[-1]

@@ -45,6 +45,7 @@ __all__ = ["EM", "EMInfo", "EMState"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
 _STROLL = 20  # steps of Adam in one M-step on all rows
+_TRIAL = 0.5  # unconstrained distance at which a message must give the change of Q
 _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging of the last half
 
 
@@ -283,13 +284,16 @@ class EM(Backend[EMState, EMInfo]):
                     at = family.at(start)
                     conditional = family.solve(at, task.gradients(name, at, values, particles, weights, batch))
                     start = conditional.points()
-                proposal = conditional.sample()
-                usable = conditional.is_proper & proposal.reshape(len(proposal), -1).isfinite().all(-1)
-                if 2 * int(usable.sum()) < len(usable):  # a flat likelihood need not be a density everywhere
+                # a function with a maximum need not be a density: a component of three rows has no Wishart, but a covariance
+                transform = site.transform
+                free = transform.inv(values[name])
+                proposal = transform(free + _TRIAL * torch.randn_like(free))
+                usable = conditional.mode().reshape(len(proposal), -1).isfinite().all(-1)
+                if 2 * int(usable.sum()) < len(usable):
                     continue
                 before = task.expected(values, particles, weights, batch)
                 after = task.expected({**values, name: proposal}, particles, weights, batch)
-                ratio = (after - before) - (conditional.log_prob(proposal) - conditional.log_prob(values[name]))
+                ratio = (after - before) - (conditional.log_kernel(proposal) - conditional.log_kernel(values[name]))
                 ratio, after, before = (torch.where(usable, part, 0.0) for part in (ratio, after, before))
                 if is_certified(Move(ratio, ratio.nan_to_num(nan=math.inf)), after, before):
                     families[name], points[name] = family, start

@@ -38,6 +38,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 GIBBS_THIN = {
     "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "annotators": 4,
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
+    "logistic": 4,
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
@@ -45,6 +46,7 @@ METROPOLIS_THIN = {
     "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 15,
     "gaussian_process": 15, "hmm": 10,
 }  # fmt: skip
+HMC_THIN = {"hmm": 2}
 # Chains where one evaluation is dear: the change-point has a table of years by years.
 CHAINS = {"coal": 16}
 
@@ -59,7 +61,7 @@ def _metropolis(name: str) -> MetropolisHastings:
 
 
 def _hmc(name: str) -> HMC:
-    return HMC(chains=CHAINS.get(name, 48), warmup=150, draws=100, seed=3, progress=False)
+    return HMC(chains=CHAINS.get(name, 48), warmup=150, draws=100, thin=HMC_THIN.get(name, 1), seed=3, progress=False)
 
 
 SAMPLERS: dict[str, Callable[[str], Any]] = {"Gibbs": _gibbs, "MetropolisHastings": _metropolis, "HMC": _hmc}

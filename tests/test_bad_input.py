@@ -557,7 +557,8 @@ def test_a_stop_in_warm_up_says_that_there_are_no_draws(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["SVI", "EM"])
 def test_an_optimiser_that_is_stopped_returns_where_it_is(backend: str) -> None:
     posterior = BACKENDS[backend](steps=50, callbacks=(interrupt_at(1),)).fit(regression, Y, Y)
-    assert_finite(posterior)
+    assert all(bool(draws.isfinite().all()) for draws in posterior.draws.values())
+    assert bool(posterior.stats["lp"].isfinite().all())  # where EM was stopped is no maximum: it has no standard errors
     assert any("Stopped by Ctrl-C after 2 of 50 steps." in finding for finding in posterior.diagnose())
 
 

@@ -237,24 +237,24 @@ def walk_matrix(scale: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, 
     density = program.density
     counts = torch.arange(TRIALS + 1, dtype=torch.float64)
     current = Current({"count": counts}, density.joint({"count": counts}))
-    block = AdaptiveWalk(sites=("count",))
-    state = block.init(density, current)._replace(log_scale=tensor(math.log(scale)))
+    block = AdaptiveWalk().bind(["count"], density, current)
+    state = block.init(density, current)._replace(log_scale=tensor([math.log(scale)]))
     matrix = torch.zeros(TRIALS + 1, TRIALS + 1, dtype=torch.float64)
     half = tensor(0.5)
     for size in range(1, TRIALS + 1):
         for sign in (-1, 1):
             chance = float(torch.special.ndtr(tensor(size / scale)) - torch.special.ndtr(tensor((size - 1) / scale)))
             for normal in ((size - 1) / scale + SIDE, size / scale - SIDE):  # the whole interval takes this step
-                scripted(monkeypatch, normals=torch.full_like(counts, sign * normal), uniforms=half)
+                scripted(monkeypatch, normals=torch.full((TRIALS + 1, 1), sign * normal, dtype=torch.float64), uniforms=half)
                 _, _, move = block.step(state, density, current, 0)
                 rate = move.acceptance
                 aim = counts + sign * size
-                scripted(monkeypatch, uniforms=rate * (1 - SIDE))
+                scripted(monkeypatch, uniforms=(rate * (1 - SIDE)).unsqueeze(1))
                 _, moved, _ = block.step(state, density, current, 0)
                 assert torch.equal(moved.values["count"], torch.where(rate > 0.0, aim, counts))
                 assert torch.allclose(moved.log_joint, density.joint(moved.values), rtol=0.0, atol=EXACT)
                 is_sure = rate > 1.0 - 1e-9
-                scripted(monkeypatch, uniforms=torch.where(is_sure, 0.5, rate * (1 + SIDE)))
+                scripted(monkeypatch, uniforms=torch.where(is_sure, 0.5, rate * (1 + SIDE)).unsqueeze(1))
                 _, moved, _ = block.step(state, density, current, 0)
                 assert torch.equal(moved.values["count"], torch.where(is_sure, aim, counts))
             inside = (aim >= 0) & (aim <= TRIALS)

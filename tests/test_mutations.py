@@ -312,7 +312,7 @@ MUTANTS = {
         COUNT, "step.sign() * step.abs().ceil()", "step.ceil()", counts_have_their_matrix
     ),
     "a walk on counts with a stale density": Mutant(
-        COUNT, "torch.where(accepted, log_joint, current.log_joint)", "current.log_joint", counts_have_their_matrix
+        COUNT, "Current(values, density.joint(values))", "Current(values, current.log_joint)", counts_have_their_matrix
     ),
     "an enumeration that never draws the first value": Mutant(
         "inference.density:Density._drawn",
@@ -339,7 +339,7 @@ MUTANTS = {
         "inference.conditionals:NormalConditional.sample", "self._sd() * ", "1.2 * self._sd() * ", draws_have_their_law
     ),
     "a normal density of the wrong width": Mutant(
-        "inference.conditionals:NormalConditional.log_prob", "self.precision * ", "1.1 * self.precision * ", NORMAL
+        "inference.conditionals:NormalConditional.log_kernel", "self.precision * ", "1.1 * self.precision * ", NORMAL
     ),
     "an exact update without q": Mutant(METROPOLISED, " - (log_q - log_q_present)", "", GAMMA),
     "an exact update with a stale log-joint": Mutant(

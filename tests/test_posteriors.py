@@ -174,7 +174,8 @@ def test_a_guide_that_contains_the_posterior_finds_it(instance: Instance, device
 @cells("SVI", where=lambda instance: instance.guide is None)
 def test_means_of_an_automatic_guide_are_not_far_off(instance: Instance, backend: str, device: torch.device) -> None:
     """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
-    fitted = SVI(steps=500, learning_rate=0.03, draws=500, seed=0, progress=False).fit(
+    steps, rate = (10000, 0.01) if backend in instance.slow else (500, 0.03)
+    fitted = SVI(steps=steps, learning_rate=rate, draws=1000, seed=0, progress=False).fit(
         instance.program, *instance.on(device)
     )
     known = instance.known(fitted)

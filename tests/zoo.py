@@ -315,11 +315,11 @@ ZOO: tuple[Instance, ...] = (
         regressions.horseshoe, (regressions.CONTRASTS, regressions.CURVE),
         {"overall": "HMC", "local": "HMC", "raw": "Normal"},
         regressions.horseshoe_moments,
-        quantities=regressions.horseshoe_quantities, slow=("Gibbs", "MetropolisHastings", "HMC"),
+        quantities=regressions.horseshoe_quantities, slow=("Gibbs", "MetropolisHastings", "HMC", "SVI"),
     ),
     Instance(
         regressions.imputed, (regressions.DESIGN[:10], regressions.RESULTS, regressions.IS_KNOWN),
-        {"beta": "Gaussian", "y_unobserved": "HMC"},
+        {"beta": "Gaussian", "y_unobserved": "Normal"},
         regressions.imputed_moments, regressions.imputed_mode, quantities=regressions.imputed_quantities, rough=True,
     ),
     Instance(
