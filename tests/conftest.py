@@ -38,12 +38,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 GIBBS_THIN = {
     "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "annotators": 4,
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
-    "logistic": 4,
+    "logistic": 4, "cox": 15,
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
     "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 80, "schools": 20,
-    "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 15,
+    "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 100,
     "gaussian_process": 15, "hmm": 10,
 }  # fmt: skip
 HMC_THIN = {"hmm": 2}
