@@ -6,7 +6,7 @@ Pyro program.
 Start reading at ``inference.contract``.
 """
 
-from inference import markov
+from inference import calibration, markov, relabel
 from inference.blocks import (
     AdaptiveWalk,
     Conjugate,
@@ -53,5 +53,7 @@ __all__ = [
     "RandomWalk",
     "Slice",
     "Unsupported",
+    "calibration",
     "markov",
+    "relabel",
 ]

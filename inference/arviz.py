@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from inference.arrays import label, spaced
+
 __all__ = [
     "LeaveOneOut",
     "convergence",
@@ -210,10 +212,10 @@ def convergence(quantities: Arrays) -> list[str]:
             )
             continue
         flat = values.reshape(chains, draws, -1)
-        looked = np.unique(np.linspace(0, flat.shape[2] - 1, min(flat.shape[2], _ELEMENTS)).round().astype(int))
+        looked = spaced(flat.shape[2], _ELEMENTS)
         judged = flat[..., looked].astype(np.float64)
         moving = np.ptp(judged, axis=(0, 1)) > 0
-        labels = [_element(name, index, values.shape[2:]) for index in looked[moving]]
+        labels = [f"'{label(name, index, values.shape[2:])}'" for index in looked[moving]]
         disagreement |= dict(zip(labels, rhat(judged[..., moving]).tolist(), strict=True))
         sizes |= dict(zip(labels, ess(judged[..., moving]).tolist(), strict=True))
     apart = {label: value for label, value in disagreement.items() if value > _RHAT}
@@ -323,12 +325,6 @@ def _reduce(statistic: str, values: np.ndarray, **options: Any) -> np.ndarray:
     data = xr.Dataset({"x": (("chain", "draw", "element"), values.reshape(*values.shape[:2], -1))})
     with _quiet():
         return np.asarray(getattr(_import(), statistic)(data, **options)["x"]).reshape(values.shape[2:])
-
-
-def _element(name: str, index: int, shape: tuple[int, ...]) -> str:
-    if not shape:
-        return f"'{name}'"
-    return f"'{name}[{', '.join(str(i) for i in np.unravel_index(index, shape))}]'"
 
 
 def _others(found: Mapping[str, float], what: str) -> str:

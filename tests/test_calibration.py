@@ -36,7 +36,8 @@ from inference import (
     arviz,
     calibration,
 )
-from inference.calibration import geweke, psis, sbc
+from inference.calibration import geweke, psis, sbc, score_test, uniformity
+from inference.calibration.geweke import differences
 from inference.density import Density
 from inference.mcmc import (
     HamiltonianAdaptation,
@@ -70,7 +71,7 @@ def test_the_p_value_of_gamma_is_that_of_all_arrangements(gamma: float) -> None:
         below = np.array([(np.array(cells) < i).sum() for i in range(1, points)])
         tail = 2 * np.minimum(scipy.stats.binom.cdf(below, count, z), scipy.stats.binom.sf(below - 1, count, z))
         outside += bool(tail.min() <= gamma)
-    assert calibration.p_value(gamma, count, points) == pytest.approx(outside / points**count, abs=1e-12)
+    assert uniformity.p_value(gamma, count, points) == pytest.approx(outside / points**count, abs=1e-12)
 
 
 def test_gamma_is_the_least_tail_probability_of_the_counts() -> None:
@@ -79,7 +80,7 @@ def test_gamma_is_the_least_tail_probability_of_the_counts() -> None:
         2 * min(scipy.stats.binom.cdf(n, 6, z), scipy.stats.binom.sf(n - 1, 6, z))
         for z, n in ((0.25, 4), (0.5, 5), (0.75, 5))
     ]
-    assert calibration.uniformity(values, 4) == pytest.approx(min(tails), abs=1e-14)
+    assert uniformity.gamma(values, 4) == pytest.approx(min(tails), abs=1e-14)
 
 
 def test_the_band_is_left_as_often_as_it_says() -> None:
@@ -89,9 +90,9 @@ def test_the_band_is_left_as_often_as_it_says() -> None:
     """
     sets, count, points = 4000, 200, 40
     values = np.random.default_rng(0).random((sets, count))
-    critical = calibration.critical(0.9, count, points)
-    exact = calibration.p_value(critical, count, points)
-    share = np.mean([calibration.uniformity(row, points) <= critical for row in values])
+    critical = uniformity.critical(0.9, count, points)
+    exact = uniformity.p_value(critical, count, points)
+    share = np.mean([uniformity.gamma(row, points) <= critical for row in values])
     assert 0.08 < exact <= 0.1
     assert abs(share - exact) < 4.0 * math.sqrt(0.1 * 0.9 / sets)
 
@@ -99,7 +100,7 @@ def test_the_band_is_left_as_often_as_it_says() -> None:
 def test_ranks_that_are_not_uniform_leave_the_band() -> None:
     generator = np.random.default_rng(1)
     for values in (generator.beta(1.7, 1.7, 1000), generator.beta(0.6, 0.6, 1000), generator.beta(1.0, 1.5, 1000)):
-        assert calibration.p_value(calibration.uniformity(values, 100), 1000, 100) < 1e-3
+        assert uniformity.p_value(uniformity.gamma(values, 100), 1000, 100) < 1e-3
 
 
 # ------------------------------------------------------------------------------------- what a program draws
@@ -423,7 +424,7 @@ def test_errors_of_geweke_are_standard_errors() -> None:
         for i in range(1, 20):
             chains[:, i] = 0.8 * chains[:, i - 1] + 0.6 * generator.normal(size=50)
         cauchy = scipy.stats.cauchy.ppf(scipy.stats.norm.cdf(chains))
-        squares.append(calibration._differences(generator.standard_cauchy((300, 1)), cauchy[..., None])[:, 0] ** 2)
+        squares.append(differences(generator.standard_cauchy((300, 1)), cauchy[..., None])[:, 0] ** 2)
     assert np.all(np.abs(np.mean(squares, 0) - 1.0) < 0.4)
 
 
@@ -649,6 +650,25 @@ def test_smoothing_leaves_a_weight_of_zero_at_zero() -> None:
     log_weights[3] = -np.inf
     smoothed = arviz.smoothed(log_weights)
     assert smoothed[3] == -np.inf and np.isfinite(np.delete(smoothed, 3)).all()
+
+
+# ------------------------------------------------------------------------------------- what all results can do
+FOUND: dict[str, tuple[Callable[[], Any], str]] = {
+    "SBC": (lambda: sbc(rates, RIGHT["exact"], COUNTS, replicates=20), "prior_sbc"),
+    "Geweke": (lambda: geweke(rates, RIGHT["exact"], COUNTS, chains=20, iterations=2), "posterior"),
+    "PSIS": (lambda: psis(weighted(np.random.default_rng(0).normal(size=100))), "psis"),
+    "ScoreTest": (lambda: score_test(rates, {"rate": torch.rand(50) + 0.5}, COUNTS), "posterior"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_result_prints_plots_and_exports(name: str) -> None:
+    make, group = FOUND[name]
+    result = make()
+    assert isinstance(result, getattr(calibration, name)) and isinstance(result, calibration.Result)
+    assert repr(result) == str(result) and result.title in str(result)
+    assert [axes.get_title() for axes in result.plot().axes] == [result.title]
+    assert result.to_arviz()[group].sizes["draw"] > 0
 
 
 # ------------------------------------------------------------------------------------- the long run

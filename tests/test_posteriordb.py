@@ -15,10 +15,10 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from inference.calibration import score_test
 from inference.handlers import isolated, quiet, reproducible
 from inference.plan import assign
 from inference.program import Program
-from inference.score import score_test
 from posteriordb import ARCHIVE, BY_NAME, REFERENCES, SAMPLERS, Reference, compared, sampler
 
 pytestmark = pytest.mark.skipif(not ARCHIVE.exists(), reason=f"There is no {ARCHIVE}: set PYRO_GENMODELS_DATA.")

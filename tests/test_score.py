@@ -16,9 +16,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from inference import Gibbs
+from inference.calibration import ScoreTest, score_test
 from inference.contract import Unsupported
 from inference.handlers import isolated
-from inference.score import ScoreTest, score_test
 
 DRAWS = 4000
 Y = torch.tensor([1.3, 0.2, 2.1, -0.4, 1.7, 0.9, 3.0, 0.1], dtype=torch.float64)

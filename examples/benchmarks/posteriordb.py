@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import torch
 
 from inference import arviz
+from inference.calibration import score_test
 from inference.handlers import isolated, quiet, reproducible
 from inference.plan import Plan, assign
 from inference.program import Program
-from inference.score import score_test
 from posteriordb import REFERENCES, SAMPLERS, Reference, compared, sampler
 
 

@@ -8,13 +8,14 @@ The first is blind to a scale that is wrong about the right centre (draws of N(0
 as well); the second is not. Both are necessary, neither says that nothing is wrong.
 
 References:
-    C. Stein, A bound for the error in the normal approximation to the distribution of a sum of dependent random variables (1972).
+    C. Stein, A bound for the error in the normal approximation to the distribution of a sum of dependent random variables
+        (1972).
     J. Gorham and L. Mackey, Measuring sample quality with Stein's method (2015).
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor
 
 from inference import arviz
-from inference.contract import Programmed, Unsupported
+from inference.arrays import label
+from inference.calibration.joint import Model
+from inference.calibration.result import Result, plotted, table
+from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
 from inference.handlers import isolated, quiet, reproducible
 from inference.posterior import Posterior
@@ -38,10 +42,11 @@ _FEWEST_DRAWS = 4  # a chain: below, ArviZ has no effective sample size
 _WIDEST = 2**22  # numbers of data in one evaluation, rows of draws times size of the data
 _ROWS = 256
 _LINES = 20
+_LEVEL = 0.99  # of the bounds in the plot
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ScoreTest:
+class ScoreTest(Result):
     """What ``score_test`` found; one element for each unconstrained coordinate, D of them.
 
     Attributes:
@@ -80,62 +85,39 @@ class ScoreTest:
     @property
     def p_value(self) -> float:
         """Probability of a z as large as the worst if the program is right: Student's t, times the 2 D looks."""
-        from scipy import stats
+        from scipy.stats import t
 
         freedom = np.maximum(self.ess - 1.0, 1.0)
-        tails = [2.0 * stats.t.sf(np.abs(z), freedom) for z in (self.z, self.z_slope)]
+        tails = [2.0 * t.sf(np.abs(z), freedom) for z in (self.z, self.z_slope)]
         return float(min(1.0, np.min(tails) * 2 * len(self.names)))
+
+    @property
+    def title(self) -> str:
+        return f"worst |z| {self.worst:.2f} of {2 * len(self.names)}, p = {self.p_value:.2g} (Bonferroni)"
 
     def __str__(self) -> str:
         largest = np.maximum(np.abs(self.z), np.abs(self.z_slope))
         shown = np.sort(np.argsort(-largest, kind="stable")[:_LINES])
-        width = max(10, *(len(self.names[i]) for i in shown))
-        rows = [f"{'coordinate':{width}}{'score':>11}{'z':>8}{'slope':>9}{'z':>8}{'ESS':>9}"]
-        rows += [
-            f"{self.names[i]:{width}}{self.mean[i]:11.3g}{self.z[i]:8.2f}{self.slope[i]:9.3f}{self.z_slope[i]:8.2f}"
-            f"{self.ess[i]:9.0f}"
-            for i in shown
-        ]
+        columns = [(self.mean, ".3g"), (self.z, ".2f"), (self.slope, ".3f"), (self.z_slope, ".2f"), (self.ess, ".0f")]
+        rows = [[self.names[i], *(format(values[i], form) for values, form in columns)] for i in shown]
+        lines = [table(("coordinate", "score", "z", "slope", "z", "ESS"), rows, align=">", most=_LINES)]
         if len(self.names) > len(shown):
-            rows.append(f"and {len(self.names) - len(shown)} more, with smaller z")
-        return "\n".join(
-            [*rows, f"worst |z| {self.worst:.2f} of {2 * len(self.names)}, p = {self.p_value:.2g} (Bonferroni)"]
-        )
-
-    __repr__ = __str__
+            lines.append(f"and {len(self.names) - len(shown)} more, with smaller z")
+        return "\n".join([*lines, self.title])
 
     def to_arviz(self) -> Any:
-        """The scores as ArviZ's group "posterior": their means are to be zero.
-
-        Returns:
-            ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
-        """
+        """The scores as the group ``posterior``: site to (chain, draw, *unconstrained), whose means are to be zero."""
         return arviz.export({"posterior": self.scores}, attrs={"inference_library": "pyro-genmodels"})
 
     def plot(self) -> Figure:
-        """Both z of every coordinate, and the lines that one of them passes by chance in a hundred tests."""
-        from matplotlib.figure import Figure
-        from scipy import stats
+        """Both z of every coordinate, and the bounds that one of them passes by chance in a hundred tests."""
+        from scipy.stats import norm
 
-        count = len(self.names)
-        figure = Figure(figsize=(6.0, 1.2 + 0.22 * count), layout="constrained")
-        axes = figure.subplots()
-        rows = np.arange(count)
-        axes.plot(self.z, rows, "o", label="mean score")
-        axes.plot(self.z_slope, rows, "s", fillstyle="none", label="slope")
-        bound = stats.norm.isf(0.005 / (2 * count))
-        for level in (-bound, bound):
-            axes.axvline(level, color="0.6", linestyle="--", linewidth=1.0)
-        axes.set_yticks(rows, self.names)
-        axes.invert_yaxis()
-        axes.set_xlabel("standard errors")
-        axes.legend()
-        return figure
+        bound = float(norm.isf(0.5 * (1.0 - _LEVEL) / (2 * len(self.names))))
+        return plotted(self.title, self.names, {"mean score": self.z, "slope": self.z_slope}, bound, _LEVEL)
 
 
-def score_test(
-    program: Callable[..., Any] | Programmed, draws: Mapping[str, Any] | Posterior, /, *args: Any, **kwargs: Any
-) -> ScoreTest:
+def score_test(program: Model, draws: Mapping[str, Any] | Posterior, /, *args: Any, **kwargs: Any) -> ScoreTest:
     """Tests a program, without a sampler, at draws of what should be its posterior.
 
     Args:
@@ -236,10 +218,9 @@ def _require_finite(coordinates: Unconstrained, position: Tensor) -> None:
 
 
 def _names(coordinates: Unconstrained) -> tuple[str, ...]:
+    shapes, sizes = coordinates.shapes, coordinates.sizes
     return tuple(
-        f"{site}[{', '.join(map(str, index))}]" if coordinates.shapes[site] else site
-        for site in coordinates.sites
-        for index in np.ndindex(*coordinates.shapes[site])
+        label(site, i, shapes[site]) for site, size in zip(coordinates.sites, sizes, strict=True) for i in range(size)
     )
 
 
