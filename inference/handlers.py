@@ -161,14 +161,21 @@ class Arithmetic(TorchFunctionMode):
     float64 values of the run (torch would let 0-dimensional float64 times float32 be float32). A matrix that has no
     Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains. ``x[mask] = 0``,
     which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``. A scalar finite site may be an index.
+    A program that writes into tensors of its own, ``rate = torch.zeros(n); rate[i] = ...``, gets them with the chains'
+    axis, which ``vmap`` would not give to a constant.
 
     Args:
         widest: Most entries of a tensor; None sets no limit.
+        zero: A 0-dimensional zero that has the axes of the chains, for a program that writes; else None.
+
+    Attributes:
+        has_written: Whether the program has written one tensor into another.
     """
 
-    def __init__(self, widest: int | None = None) -> None:
+    def __init__(self, widest: int | None = None, zero: Tensor | None = None) -> None:
         super().__init__()
-        self.widest = widest
+        self.widest, self.zero = widest, zero
+        self.has_written = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -182,10 +189,12 @@ class Arithmetic(TorchFunctionMode):
         if name == "gather" and not kwargs and args[0].dim() == 1 and args[2].dim() != 1:
             return _picked(args[0], args[2])  # an enumerated index has dimensions that the table lacks
         if name == "__setitem__":
-            if isinstance(args[1], Tensor) and args[1].dtype == torch.bool and not isinstance(args[2], Tensor):
-                args[0].masked_fill_(args[1], args[2])
-                return None
-            return func(*args)
+            return self._write(func, *args)
+        if name in _WRITES:
+            self.has_written = True
+        if self.zero is not None and name in _MAKES:
+            made = func(*args, **(kwargs or {}))
+            return made + self.zero.to(made.dtype) if made.dtype != torch.bool else made | (self.zero != 0)
         if not name.endswith("_") or name.endswith("__"):
             tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
             for leaf in args:
@@ -197,6 +206,26 @@ class Arithmetic(TorchFunctionMode):
             if self.widest is not None and len(tensors) > 1:
                 _refuse_wide([tensor.shape for tensor in tensors], self.widest)
         return func(*args, **(kwargs or {}))
+
+    def _write(self, func: Callable[..., Any], target: Tensor, index: Any, value: Any) -> None:
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
+        if not isinstance(value, Tensor):
+            target.masked_fill_(index, value) if is_mask else func(target, index, value)
+            return
+        self.has_written = True
+        if value.is_floating_point() and target.is_floating_point():
+            value = value.to(target.dtype)
+        func(target, index.nonzero(as_tuple=True) if is_mask else index, value)
+
+
+# What makes a tensor that a program may write to, and what writes one tensor into another.
+_MAKES = {
+    f"{prefix}{kind}{suffix}"
+    for kind in ("empty", "zeros", "ones", "full")
+    for prefix, suffix in (("", ""), ("", "_like"), ("new_", ""))
+} | {"clone", "eye", "tensor", "new_tensor"}
+_WRITES = {"copy_", "add_", "sub_", "mul_", "div_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_",
+           "masked_scatter_", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # fmt: skip
 
 
 class Drawing(TorchFunctionMode):

@@ -211,6 +211,7 @@ class Program:
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
         self._table = Table()
+        self._writes = False  # whether the program writes into tensors of its own
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)
         used = self._used_weights(owner)
@@ -269,7 +270,7 @@ class Program:
             evaluated: Whether log-probabilities are computed.
         """
         args, kwargs = self.arguments(data) if arguments is None else arguments
-        with quiet(), Arithmetic():
+        with quiet(), self._arithmetic(values):
             trace = poutine.trace(self.handled(values, resampled)).get_trace(*args, **kwargs)
             if evaluated and not resampled:
                 trace.compute_log_prob()
@@ -286,12 +287,20 @@ class Program:
             is_wide: Whether to refuse tensors that would not fit into memory.
         """
         args, kwargs = self.arguments(data)
-        with quiet(), Arithmetic(self.widest if is_wide else None):
+        with quiet(), self._arithmetic(values, is_wide) as arithmetic:
             try:
                 nodes = poutine.trace(self.handled(values)).get_trace(*args, **kwargs).nodes
+                self._writes = self._writes or arithmetic.has_written
                 return nodes, log_probs(nodes)
             except Unsupported as refusal:  # without the table of shapes that Pyro adds
                 raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
+
+    def _arithmetic(self, values: Mapping[str, Tensor], is_wide: bool = False) -> Arithmetic:
+        """The arithmetic of one run; a program that was seen to write gets tensors that have the axes of the values."""
+        zero = None
+        if self._writes and values:
+            zero = torch.stack([torch.zeros_like(value, dtype=self.dtype).sum() for value in values.values()]).sum()
+        return Arithmetic(self.widest if is_wide else None, zero)
 
     def log_joint(self, values: Mapping[str, Tensor], data: list[Tensor] | None = None) -> Tensor:
         """log p(values, data), a scalar, at constrained values of all latent sites."""

@@ -36,7 +36,8 @@ def exchangeable(program: Program) -> dict[str, int | None]:
 
     A plate of size K makes a guess: the sites in it along its axis, the sites outside it that have an event axis of size K,
     and the finite sites with K values. The guess holds if a swap and a cycle of labels, which generate all permutations,
-    leave the log-joint unchanged at three draws from the prior.
+    leave the log-joint unchanged at three draws from the prior. Elements that are independent given all other sites, such
+    as missing values of rows that are alike, are no labels: each of them has a place that is its own.
     """
     plates = {(plate.name, plate.size) for site in program.latents.values() for plate in site.plates}
     data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
@@ -69,8 +70,24 @@ def _holds(program: Program, guess: Mapping[str, int | None], size: int) -> bool
                 afters = [program.log_joint(permuted(values, guess, p, program)) for p in (swap, labels.roll(1))]
             except (Unsupported, RuntimeError, ValueError):
                 return False
-            if not all(
-                torch.allclose(before, after, rtol=1e-9 if before.dtype == torch.float64 else 1e-4) for after in afters
-            ):
+            rounding = 1e-9 if before.dtype == torch.float64 else 1e-4
+            if not all(torch.allclose(before, after, rtol=rounding) for after in afters):
                 return False
-    return True
+        return None in guess.values() or _are_coupled(program, guess)
+
+
+def _are_coupled(program: Program, guess: Mapping[str, int | None]) -> bool:
+    """Whether the log-joint is more than a sum over elements: f(a, b) − f(a, ·) − f(·, b) + f(·, ·) is not zero."""
+    here, there = program.sample_prior(), program.sample_prior()
+
+    def moved(*elements: int) -> Tensor:
+        values = dict(here)
+        for name, axis in guess.items():
+            index = torch.tensor(elements, dtype=torch.long, device=program.device)
+            assert axis is not None
+            values[name] = here[name].index_copy(axis, index, there[name].index_select(axis, index))
+        return program.log_joint(values)
+
+    terms = torch.stack([moved(0, 1), -moved(0), -moved(1), moved()])
+    rounding = 1e-10 if terms.dtype == torch.float64 else 1e-4
+    return not bool(terms.sum().abs() <= rounding * (100.0 + terms.abs().sum()))
