@@ -55,6 +55,8 @@ _REFUSALS = (
     ("numpy()", "hands a latent value to numpy"),
     ("is not possible because there exists a Tensor", "writes a latent value into a tensor of its own"),
     ("out=", "writes a latent value into a tensor of its own"),
+    ("setup_context", "uses a torch.autograd.Function that has no setup_context"),
+    ("generate_vmap_rule", "uses a torch.autograd.Function that has no generate_vmap_rule = True"),
     ("randomness", "draws random numbers outside pyro.sample"),
 )
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyro
+import pyro.ops.special
 import torch
 from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
@@ -208,7 +209,7 @@ class Arithmetic(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _write(self, func: Callable[..., Any], target: Tensor, index: Any, value: Any) -> None:
-        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() > 0
         if not isinstance(value, Tensor):
             target.masked_fill_(index, value) if is_mask else func(target, index, value)
             return
@@ -306,18 +307,41 @@ def _refuse_wide(shapes: list[torch.Size], widest: int) -> None:
         )
 
 
+class _SafeLog(torch.autograd.Function):
+    """Pyro's logarithm with a gradient of 1 / ε at most, in the form that ``vmap`` takes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / x.clamp(min=torch.finfo(x.dtype).eps)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Argument validation off (it is data-dependent control flow, which ``vmap`` refuses), module-local weights on."""
-    validates = Distribution._validate_args
+    validates, logarithm = Distribution._validate_args, pyro.ops.special._SafeLog
     try:
+        pyro.ops.special._SafeLog = _SafeLog
         with pyro.validation_enabled(False), pyro.settings.context(module_local_params=True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
             # torch's Wishart says so at every draw: it tests the support, and means the opposite
             warnings.filterwarnings("ignore", message="Singular sample detected")
+            # of functorch, about an operation that it takes chain by chain; a graph is recorded below it
+            warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
             Distribution.set_default_validate_args(False)
             yield
     finally:
+        pyro.ops.special._SafeLog = logarithm
         Distribution.set_default_validate_args(validates)
 
 

@@ -797,6 +797,29 @@ def test_a_kink_is_no_step_and_a_missing_gradient_is_seen() -> None:
     assert plan_of(blind, Y) == {"m": "Slice"}
 
 
+INSIDE = array(-1.3, 0.2, 2.1, -0.4, 1.7)
+
+
+def bounded(y: Tensor) -> None:
+    """Both ends of a uniform: given the other, the density of each ends at the outermost of the data."""
+    low = pyro.sample("low", dist.Uniform(y.new_tensor(-8.0), 0.0))
+    high = pyro.sample("high", dist.Uniform(y.new_tensor(0.0), 8.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Uniform(low, high), obs=y)
+
+
+def test_the_ends_of_a_uniform_are_cliffs() -> None:
+    """The means by quadrature: the density is (high − low)⁻⁵ on low < −1.3, high > 2.1."""
+    posterior = fitted(bounded, INSIDE, draws=200, thin=2)
+    assert posterior.plan is not None and {update.update for update in posterior.plan.updates} == {"Slice"}
+    low, high = np.linspace(-8.0, -1.3, 2001)[:, None], np.linspace(2.1, 8.0, 2001)
+    weights = (high - low) ** -5.0
+    weights[[0, -1]] *= 0.5  # trapezoidal rule
+    weights[:, [0, -1]] *= 0.5
+    assert_mean(posterior.draws["low"], float((weights * low).sum() / weights.sum()))
+    assert_mean(posterior.draws["high"], float((weights * high).sum() / weights.sum()))
+
+
 def test_draws_from_the_prior_follow_what_the_prior_depends_on() -> None:
     """scale ~ Gamma, m_i | scale ~ N(0, scale²): the proposal moves with the scale; against quadrature."""
 

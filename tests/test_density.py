@@ -52,6 +52,22 @@ def mixture(x: Tensor) -> None:
         pyro.sample("x", dist.MultivariateNormal(mean[z], scale_tril=torch.linalg.cholesky(scatter)[z]), obs=x)
 
 
+def hidden_states(x: Tensor) -> None:
+    """Pyro's own forward recursion, through a logarithm of its own."""
+    transition = pyro.sample("transition", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+    location = pyro.sample("location", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+    emission = dist.Normal(location, 1.0)
+    pyro.sample("x", dist.DiscreteHMM(torch.zeros(2), transition.log(), emission, duration=len(x)), obs=x)
+
+
+def graded(x: Tensor, grade: Tensor) -> None:
+    """Pyro's ordered logistic distribution writes its probabilities into a tensor of its own."""
+    gaps = pyro.sample("gaps", dist.Gamma(2.0, torch.ones(2)).to_event(1))
+    slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("grade", dist.OrderedLogistic(slope * x, gaps.cumsum(-1) - 2.0), obs=grade)
+
+
 @pytest.fixture(autouse=True)
 def as_in_a_run() -> Iterator[None]:
     with isolated(0), reproducible(torch.float64), quiet():
@@ -64,6 +80,8 @@ def programs() -> dict[str, Program]:
         "eight schools": Program(schools, (school["sigma"], school["y"])),
         "coal": Program(BY_NAME["coal"].program, BY_NAME["coal"].data),
         "mixture": Program(mixture, (rows,)),
+        "hidden states": Program(hidden_states, (rows[:, 0] - 3.0,)),
+        "graded": Program(graded, (rows[:, 0] - 3.0, torch.tensor([1, 0, 2, 1, 2]))),
     }
 
 
@@ -103,7 +121,7 @@ def assert_is_pyros(program: Program, rung: str, calls: int) -> None:
 
 
 @pytest.mark.parametrize("rung", ["looped", "vmapped", "staged"])
-@pytest.mark.parametrize("name", ["eight schools", "coal", "mixture"])
+@pytest.mark.parametrize("name", ["eight schools", "coal", "mixture", "hidden states", "graded"])
 def test_every_rung_gives_pyros_own_potential_and_its_gradient(name: str, rung: str) -> None:
     assert_is_pyros(programs()[name], rung, 2 if rung == "looped" else CALLS)
 

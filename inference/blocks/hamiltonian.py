@@ -17,6 +17,7 @@ from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianKernel
 __all__ = ["Hamiltonian", "misled"]
 
 _PIECES, _ROUNDS, _PATHS = 16, 5, 4  # 16⁻⁵ of a path is a millionth of it
+_CLIFF = 50.0  # below the highest point of a path, where the density ends unnoticed
 
 
 class HamiltonianBlockState(NamedTuple):
@@ -86,7 +87,8 @@ def misled(sites: Sequence[str], density: Density, trials: Current) -> tuple[str
     Along paths through a few settings of a site, all others held fixed, the change of the log-density is held against the
     integral of the gradient, piece by piece; the worst piece is cut into smaller ones until it is a millionth of the path.
     What is smooth agrees there; a kink differs by no more than the slope times the length; a jump does not shrink. A wrong
-    slope is wrong in most pieces.
+    slope is wrong in most pieces. Where the density ends at a height that chains reach, as at the end of a uniform, there is
+    a cliff.
     """
     coordinates = Unconstrained(density.program, sites)
     staged = density.unconstrained(coordinates)
@@ -94,15 +96,16 @@ def misled(sites: Sequence[str], density: Density, trials: Current) -> tuple[str
     settings = coordinates.position(trials.values)
     across = settings.roll(-1, 0)[:count] - settings[:count]
     around = 2.0 * torch.where(across < 0, -1.0, 1.0).to(settings.dtype)
-    start = torch.cat([settings[:count], settings[:count] - 0.5 * around])
-    change = torch.cat([across, around])
-    rows = torch.arange(count, device=start.device).repeat(2).repeat_interleave(_PIECES + 1)
+    present, change = settings[:count].repeat(2, 1), torch.cat([across, around])
+    back = torch.cat([torch.zeros_like(across), 0.5 * around])  # where the path begins, in the coordinates that it takes
+    rows = torch.arange(count, device=present.device).repeat(2).repeat_interleave(_PIECES + 1)
     others = {name: value[rows] for name, value in trials.values.items() if name not in sites}
-    steps = torch.linspace(0.0, 1.0, _PIECES + 1, dtype=start.dtype, device=start.device)
+    steps = torch.linspace(0.0, 1.0, _PIECES + 1, dtype=present.dtype, device=present.device)
     found, offset = [], 0
     for name, size in zip(coordinates.sites, coordinates.sizes, strict=True):
-        direction = torch.zeros_like(change)
-        direction[:, offset : offset + size] = change[:, offset : offset + size]
+        own = torch.arange(offset, offset + size, device=present.device)
+        direction = torch.zeros_like(change).index_copy(1, own, change[:, own])
+        start = present.index_copy(1, own, (present - back)[:, own])
         offset += size
         low, length = torch.zeros_like(start[:, 0]), 1.0
         for _ in range(_ROUNDS):
@@ -113,10 +116,15 @@ def misled(sites: Sequence[str], density: Density, trials: Current) -> tuple[str
             value, length = value.unflatten(0, at.shape), length / _PIECES
             rise, expected = value.diff(dim=1), 0.5 * length * (slope[:, 1:] + slope[:, :-1])
             error = (rise - expected).abs().nan_to_num(nan=0.0, posinf=0.0)
+            ends = value.isfinite()[:, 1:] ^ value.isfinite()[:, :-1]
+            edge = torch.maximum(value[:, 1:], value[:, :-1]).masked_fill(~ends, -torch.inf)
+            if length == 1.0 / _PIECES:
+                top = value.nan_to_num(nan=-torch.inf).amax(1)
+            error = torch.where(edge > (top - _CLIFF).unsqueeze(1), torch.inf, error)
             low = at.gather(1, error.argmax(1, keepdim=True)).squeeze(1)
         rounding = (1e-10 if value.dtype == torch.float64 else 1e-4) * (1.0 + value.abs().nan_to_num(posinf=0.0, neginf=0.0))
         steepest = length * slope.abs().nan_to_num(posinf=0.0).amax(1)
-        jumps = error.amax(1) > 1e-6 + 100.0 * steepest + rounding.amax(1)
+        jumps = error.amax(1) > 1e-6 + 100.0 * steepest + rounding.amax(1)  # of a cliff, the error is infinite
         largest = torch.maximum(rise.abs(), expected.abs()).nan_to_num(posinf=0.0)
         is_wrong = (error > 0.1 * largest) & (error > rounding[:, 1:])
         if bool((jumps | (is_wrong.sum(1) > _PIECES // 2)).any()):
