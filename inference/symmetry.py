@@ -36,8 +36,10 @@ def exchangeable(program: Program) -> dict[str, int | None]:
 
     A plate of size K makes a guess: the sites in it along its axis, the sites outside it that have an event axis of size K,
     and the finite sites with K values. The guess holds if a swap and a cycle of labels, which generate all permutations,
-    leave the log-joint unchanged at three draws from the prior.
+    leave the log-joint unchanged at three draws from the prior. Where the structure of a program changes, nothing is tried.
     """
+    if program.is_changing:
+        return {}
     plates = {(plate.name, plate.size) for site in program.latents.values() for plate in site.plates}
     data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
     found: dict[str, int | None] = {}
