@@ -224,9 +224,7 @@ class _Run:
             state = self._improve(state, warmup, phase)
         except KeyboardInterrupt:
             if isinstance(schedule, Sample):
-                raise KeyboardInterrupt(
-                    f"{self.name} was stopped in warm-up: there are no draws yet."
-                ) from None
+                raise KeyboardInterrupt(f"{self.name} was stopped in warm-up: there are no draws yet.") from None
             state = self._last
             self.findings.append(f"Stopped by Ctrl-C after {len(self.history)} of {schedule.steps} steps.")
         try:

@@ -92,9 +92,11 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
     """Pointwise log-likelihood of the observed sites.
 
     Finite sites local to an observation's plate are summed out, with the weights that they have given all other sites;
-    those others are at their draws, as all are where the structure of the program changes: each draw is then replayed in the
-    structure that it has, and a term that a draw lacks is NaN. Observed sites that share a finite site have one term together, named "a+b". A
+    those others are at their draws. Observed sites that share a finite site have one term together, named "a+b". A
     ``pyro.factor`` is no observation.
+
+    Where the structure of the program changes, all latent sites are at their draws: each draw is replayed in the structure
+    that it has, and a term that it lacks is NaN.
 
     Args:
         program: The program.

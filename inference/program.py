@@ -429,7 +429,7 @@ class Program:
             kinds = sorted({sites[name] for sites in seen if name in sites})
             if len(kinds) > 1:
                 raise Unsupported(
-                    f"Site '{name}' is {kinds[0]} in some runs of {self.name}, and {kinds[1]} in others. Give them two names."
+                    f"Site '{name}' of {self.name} is {kinds[0]} in some runs, and {kinds[1]} in others. Give it two names."
                 )
             if any(name not in sites for sites in seen):
                 self._refuse(
@@ -444,7 +444,7 @@ class Program:
                     f"{tuple(other)}, but this back-end needs each site in one shape. Use "
                     "MetropolisHastings(proposal=Prior()). Or take the largest shape always, and mask what is too much."
                 )
-        if not any(kind == "latent" for kind in itertools.chain(*(sites.values() for sites in seen))) and not self._used_weights(self.owner):
+        if not any("latent" in sites.values() for sites in seen) and not self._used_weights(self.owner):
             raise Unsupported(f"{self.name} has no latent site: there is nothing to infer.")
         for name, node in traces[0].nodes.items():
             if node["type"] == "sample" and poutine.util.site_is_subsample(node):
@@ -504,8 +504,7 @@ class Program:
             return
         if self.is_changing and any(self._latents_at(values) != values.keys() for values in settings):
             raise Unsupported(
-                f"{self.name} has hidden randomness: at the same values of its sites it has other sites. Draw by pyro.sample "
-                "only."
+                f"{self.name} has hidden randomness: at the same values it has other sites. Draw by pyro.sample only."
             )
         first, second = self.log_joint(settings[0]), self.log_joint(settings[0])
         if not torch.equal(first, second) and not (first.isnan() and second.isnan()):

@@ -1,19 +1,19 @@
 """Programs whose structure changes from run to run: Metropolis-Hastings over whole traces, one site at a time.
 
-A *trace* is what one run of a program has drawn: its latent sites, whichever there are, with their values and log-densities.
+A *trace* is what one run of a program has drawn: its latent sites, whichever there are, with their values and densities.
 Of a trace x with n(x) latent sites one is chosen at random and drawn anew from its prior, and the program is run again. What
 comes before that site is as it was. What comes after keeps its value if the site is still there, has the same shape, and
-allows the value; else it is drawn from its prior as well. With F the sites of the new trace x' that were drawn and D those of
-the old one that were not kept (the chosen one is in both), x' is accepted with probability min(1, α),
+allows the value; else it is drawn from its prior as well. With F the sites of the new trace x' that were drawn and D those
+of the old one that were not kept (the chosen one is in both), x' is accepted with probability min(1, α),
 
     log α = log p(x', data) − log p(x, data) + Σ_D log q(x_d) − Σ_F log q(x'_f) + log n(x) − log n(x'),
 
-q being the distributions of the sites as they are drawn from. Where nothing is scaled, q is p, and only sites that were kept,
-observations and factors remain. The last two terms are the chances to choose the site, there and back.
+q being the distributions of the sites as they are drawn from. Where nothing is scaled, q is p, and only sites that were
+kept, observations and factors remain. The last two terms are the chances to choose the site, there and back.
 
-The way back must make the same move: a site that was not kept may not be kept there either. Where the supports of a site in x
-and x' overlap it might be, so that a drawn value that x would have allowed refuses the move. Values are kept only between
-distributions whose densities are with respect to one measure: never from a count to a real number, and never at a ``Delta``.
+The way back must make the same move: a site that was not kept may not be kept there either. Where the supports of a site in
+x and x' overlap it might be, so that a drawn value that x would have allowed refuses the move. Values are kept only between
+distributions whose densities are with respect to one measure: never from a count to a real number, never at a ``Delta``.
 
 Now and then all sites are drawn anew instead, so that no trace is out of reach; there log n(x) − log n(x') has no place.
 
@@ -162,7 +162,7 @@ def _check(name: str, node: Mapping[str, Any]) -> None:
         is_masked = is_masked or type(fn).__name__ == "MaskedDistribution"
         fn = fn.base_dist
     if is_masked:
-        raise Unsupported(f"Prior() draws from the prior, but '{name}' is masked, which leaves it without one. Do not mask it.")
+        raise Unsupported(f"Prior() draws from the prior, but '{name}' is masked, which leaves it none. Do not mask it.")
 
 
 @dataclass(frozen=True)
@@ -243,12 +243,13 @@ class TraceSampler(Backend[TraceState, TraceInfo]):
             trace = kernel.init(program, start)
             candidates.append(trace)
             log_weights.append(trace.log_joint - trace.log_q([name for name in trace.choices if name not in start.used]))
-        if isinstance(self.start, Mapping):
-            if unused := [name for name in self.start if not any(name in start.ever_used for start in starts)]:
-                raise ValueError(
-                    f"start= gives '{unused[0]}' a value for which no run of {program.name} had a use: it has no such latent "
-                    "site there, or one of another shape or support."
-                )
+        used = {name for start in starts for name in start.ever_used}
+        unused = [name for name in self.start if name not in used] if isinstance(self.start, Mapping) else []
+        if unused:
+            raise ValueError(
+                f"start= gives '{unused[0]}' a value for which no run of {program.name} had a use: there is no such latent "
+                "site, or it has another shape or support."
+            )
         weights = torch.tensor(log_weights).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         if not bool((weights > -torch.inf).any()):
             raise ValueError(
