@@ -208,8 +208,8 @@ def _of_posterior(posterior: Posterior, program: Program) -> Reference:
 class Prior(_Independent):
     """Draws of the prior, accepted by the ratio of likelihoods: for few observations, and without a gradient.
 
-    Where sites come and go, or their shapes or supports change, one site at a time is drawn from its prior, and the program
-    is run again around it: see ``inference.traces``.
+    Where sites come and go, or their shapes or supports change, or Python reads a latent value (``if``, ``int``), so that
+    they may, one site at a time is drawn from its prior, and the program is run again around it: see ``inference.traces``.
     """
 
     @property

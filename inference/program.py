@@ -203,7 +203,8 @@ class Program:
         rows: Size of dimension 0 of the first tensor argument, or None.
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
         groups: How many groups of consecutive chains there are that do not learn from one another; see ``replicate``.
-        is_changing: Whether sites, shapes or supports change from run to run. ``latents`` and its like then hold what a
+        is_changing: Whether sites, shapes or supports change from run to run, or may do so because Python reads a latent
+            value; False where that is refused. ``latents`` and its like then hold what a
             few runs have shown, each site in its largest shape, and there is no ``density``: see ``inference.traces``.
 
     Raises:
@@ -408,10 +409,19 @@ class Program:
             self._check_supports(traces)
             self._check_data(traces)
             self._check_randomness(traces)
+            if not self._is_fixed and not self.is_changing:
+                self.is_changing = self._is_read(traces[0])
             self._resized = _resized(traces) if self.is_changing else set()
             statements = [name for name in nodes if name not in self.deterministic]
             is_followed = self.finite and not self.is_changing
             self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
+
+    def _is_read(self, trace: poutine.Trace) -> bool:
+        """Whether Python reads the value of a latent site, so that rare sites may hang on it that no look has shown."""
+        values = {name: trace.nodes[name]["value"].clone() for name in self.latents}
+        with Followed(values) as followed:
+            self.trace(values)
+        return followed.is_read
 
     def _follow(self, trace: poutine.Trace) -> dict[str, frozenset[str]]:
         """Statement to the finite sites that its density depends on, in the order of the program."""

@@ -24,7 +24,21 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 from torch.distributions import constraints
 
-from inference import EM, HMC, NUTS, SVI, Gibbs, Langevin, MetropolisHastings, Posterior, Prior, Unsupported, arviz, markov
+from inference import (
+    EM,
+    HMC,
+    NUTS,
+    SVI,
+    Gibbs,
+    Langevin,
+    MetropolisHastings,
+    Posterior,
+    Prior,
+    Unsupported,
+    arviz,
+    calibration,
+    markov,
+)
 from inference.arrays import corner, ragged
 from inference.program import Program
 from inference.traces import SingleSiteKernel, Trace
@@ -576,6 +590,28 @@ def test_a_fixed_structure_keeps_its_own_kernel() -> None:
     assert posterior.info["structure"] == "fixed" and "log_weight" in posterior.stats
 
 
+def test_a_site_too_rare_to_be_seen_is_found_on_the_way() -> None:
+    """P(far | y) by quadrature, where the prior has it once in 700 runs: one check of ``assert_agrees``."""
+
+    def program(y: Tensor) -> None:
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        far = pyro.sample("far", dist.Normal(3.0, 1.0)) if level > 3.0 else torch.tensor(0.0)
+        pyro.sample("y", dist.Normal(level + far, 1.0), obs=y)
+
+    y = 5.5
+    assert "far" not in Program(program, (tensor(y),), is_fixed=False).latents
+    posterior = prior(chains=8, warmup=200, draws=500, thin=2).fit(program, tensor(y))
+    levels = np.linspace(-8.0, 8.0, 16001)
+    weights = scipy.stats.norm.pdf(levels)
+    weights *= np.where(
+        levels > 3.0, scipy.stats.norm(levels + 3.0, math.sqrt(2.0)).pdf(y), scipy.stats.norm(levels, 1.0).pdf(y)
+    )
+    exact = trapezoid(weights * (levels > 3.0), levels) / trapezoid(weights, levels)
+    assert posterior.plan is not None and "far" in posterior.plan
+    assert_agrees(~posterior.draws["far"].isnan(), exact)
+    assert torch.equal(posterior.draws["far"].isnan(), posterior.draws["level"] <= 3.0)
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 OTHERS: dict[str, Any] = {
     "Gibbs": Gibbs(progress=False),
@@ -636,6 +672,15 @@ def impossible(y: Tensor) -> None:
     b = pyro.sample("b", dist.Bernoulli(0.5))
     level = pyro.sample("level", dist.Normal(0.0, 1.0)) if b else torch.tensor(0.0)
     pyro.factor("never", level - torch.inf)
+
+
+def test_a_calibration_refuses_a_structure_that_changes() -> None:
+    with pytest.raises(Unsupported, match="The structure of optional changes from run to run, but a calibration"):
+        calibration.sbc(optional, prior(), Y)
+
+
+def test_leave_one_out_takes_the_draws_as_they_are(optional_fit: Posterior) -> None:
+    assert math.isfinite(float(calibration.psis(optional_fit).estimate))
 
 
 REFUSED: dict[Callable[..., None], tuple[type[Exception], str]] = {
