@@ -37,7 +37,10 @@ class Unsupported(ValueError):
 
 
 class Draw(NamedTuple):
-    """One reading of every chain: ``values`` maps a site to (chain, *site), constrained; ``stats`` a name to (chain,)."""
+    """One reading of every chain: ``values`` maps a site to (chain, *site), constrained; ``stats`` a name to (chain,).
+
+    Where the structure of a program changes, ``values`` has what there is, padded as ``inference.arrays.ragged`` does.
+    """
 
     values: dict[str, Tensor]
     stats: dict[str, Tensor]
@@ -115,6 +118,11 @@ class Backend(abc.ABC, Generic[S, I]):
     @abc.abstractmethod
     def schedule(self) -> Optimise | Sample:
         """How many times to improve, and how many times to read out."""
+
+    @property
+    def changing(self) -> Backend[Any, Any] | None:
+        """Who runs in this one's place a program whose sites, shapes or supports change from run to run; None refuses it."""
+        return None
 
     @abc.abstractmethod
     def init(self, program: Program) -> S:

@@ -15,17 +15,24 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Followed", "lanes", "lifetimes"]
 
 
+_READERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "__array__")
+
+
 class Followed(TorchFunctionMode):
     """Passes the names of sites on from the arguments of every torch function to its results.
 
     Args:
         values: Site to the tensor that the program sees.
+
+    Attributes:
+        is_read: Whether Python has read a number that depends on a site, as ``if``, ``int`` and ``.item()`` do.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._alive: list[Tensor] = []  # an id is good only while its tensor lives
         self._sources: dict[int, frozenset[str]] = {}
+        self.is_read = False
         for name, value in values.items():
             self._mark(value, frozenset([name]))
 
@@ -46,6 +53,7 @@ class Followed(TorchFunctionMode):
             found |= self._sources.get(id(leaf), frozenset())
         if found:
             name = getattr(func, "__name__", "")
+            self.is_read = self.is_read or name in _READERS
             written = args[:1] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else ()
             for leaf in _tensors((result, written, (kwargs or {}).get("out"))):
                 self._mark(leaf, found)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from inference import arviz, relabel
 from inference.arrays import as_numpy, is_whole
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["diagnose"]
 
+_RARE = 0.01  # share of draws in which a site has another size; of less, chains know too little to agree
 _CERTIFICATE = {torch.float64: 1e-8, torch.float32: 1e-2}  # rounding of a log-joint of 10⁴ terms, with room
 
 
@@ -32,9 +35,24 @@ def diagnose(posterior: Posterior) -> list[str]:
 def _quantities(posterior: Posterior) -> dict[str, np.ndarray]:
     """What is judged: draws that do not change when labels are renamed, and the log-joint."""
     invariant = relabel.invariant(posterior.draws, posterior.symmetry)
+    if posterior.info.get("structure") == "changing":
+        invariant = _measured(invariant)
     names = {site: f"sorted {site}" if site in posterior.symmetry else site for site in invariant}
     quantities = {names[site]: as_numpy(values) for site, values in invariant.items()}
     return quantities | {"lp": as_numpy(posterior.stats["lp"])} if "lp" in posterior.stats else quantities
+
+
+def _measured(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sites that are whole in every draw; of the others the number of elements that are there, unless it hardly changes."""
+    measured = {}
+    for site, values in draws.items():
+        size = (~values.isnan()).reshape(*values.shape[:2], -1).sum(-1)
+        rare = 1.0 - float((size == size.flatten().mode().values).double().mean())
+        if not values.isnan().any():
+            measured[site] = values
+        elif rare > _RARE:
+            measured[f"size of {site}"] = size
+    return measured
 
 
 def _unmoved(posterior: Posterior) -> list[str]:

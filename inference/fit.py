@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from inference.arrays import ragged
 from inference.contract import Backend
 from inference.handlers import isolated, quiet, reproducible
 from inference.posterior import Posterior
@@ -69,8 +70,8 @@ class Sample(NamedTuple):
 class _Buffer:
     """Draws on the CPU, preallocated at the first one; sites that would not fit are left out."""
 
-    def __init__(self, schedule: Optimise | Sample, count: int, keep: Any) -> None:
-        self.schedule, self.count, self.keep = schedule, count, keep
+    def __init__(self, count: int, keep: Any) -> None:
+        self.count, self.keep = count, keep
         self.tensors: dict[str, Tensor] = {}
         self.filled = 0
         self.findings: list[str] = []
@@ -94,13 +95,53 @@ class _Buffer:
         kept = sorted(values, key=lambda name: sizes[name])
         while sum(sizes[name] for name in kept) > LARGEST:
             name = kept.pop()
-            self.findings.append(
-                f"The draws of '{name}' would take {sizes[name] / 2**30:.1f} GiB and were not kept. keep=[...] decides."
-            )
+            self.findings.append(_left_out(name, sizes[name]))
         return kept
 
     def read(self) -> dict[str, Tensor]:
         return {name: buffer[:, : self.filled] for name, buffer in self.tensors.items()}
+
+
+class _RaggedBuffer:
+    """Draws whose sites and shapes change from one to the next: kept as they come, put together at the end.
+
+    Sites are left out as soon as they would not fit, by the largest shape that they have had so far.
+    """
+
+    def __init__(self, count: int, keep: Any) -> None:
+        self.count, self.keep = count, keep
+        self.rows: list[dict[str, Tensor]] = []
+        self.sizes: dict[str, int] = {}
+        self.filled = 0
+        self.left_out: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        names = [name for name in values if name not in self.left_out and (self.keep is None or name in self.keep)]
+        self.rows.append({name: values[name].detach().cpu() for name in names})
+        self.filled += 1
+        for name in names:
+            size = values[name].numel() * values[name].element_size() * self.count
+            self.sizes[name] = max(size, self.sizes.get(name, 0))
+        while self.keep is None and sum(self.sizes.values()) > LARGEST:
+            largest = max(self.sizes, key=self.sizes.__getitem__)
+            self.left_out[largest] = self.sizes.pop(largest)
+            for row in self.rows:
+                row.pop(largest, None)
+
+    @property
+    def findings(self) -> list[str]:
+        unseen = [name for name in self.keep or () if name not in self.sizes]
+        return [_left_out(name, size) for name, size in self.left_out.items()] + [
+            f"keep= names '{name}', but no draw has such a site." for name in unseen
+        ]
+
+    def read(self) -> dict[str, Tensor]:
+        rows = ragged(self.rows[: self.filled])
+        return {name: values.transpose(0, 1).contiguous() for name, values in rows.items()}
+
+
+def _left_out(name: str, size: int) -> str:
+    return f"The draws of '{name}' would take {size / 2**30:.1f} GiB and were not kept. keep=[...] decides."
 
 
 def _check(backend: Backend[Any, Any]) -> None:
@@ -146,10 +187,11 @@ def run(backend: Backend[Any, Any], model: Any, args: tuple[Any, ...], kwargs: M
             device=backend.device,
             follow=backend.follows_data,
             evaluations=backend.schedule.evaluations,
+            is_fixed=backend.changing is None,
         )
         sites = (*program.latents, *program.deterministic)
         unknown = [name for name in backend.keep or () if name not in sites]
-        if unknown:
+        if unknown and not program.is_changing:  # whose sites are known when it has run
             raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
         with reproducible(program.dtype, program.device), quiet():
             torch.manual_seed(seed)
@@ -159,9 +201,11 @@ def run(backend: Backend[Any, Any], model: Any, args: tuple[Any, ...], kwargs: M
 class _Run:
     """One run: its state, its buffers and what it noticed."""
 
-    def __init__(self, backend: Backend[Any, Any], program: Program, seed: int, started: float) -> None:
-        self.backend, self.program, self.seed, self.started = backend, program, seed, started
-        self.schedule = backend.schedule
+    def __init__(self, asked: Backend[Any, Any], program: Program, seed: int, started: float) -> None:
+        self.asked, self.name = asked, type(asked).__name__
+        self.backend = (program.is_changing and asked.changing) or asked
+        self.program, self.seed, self.started = program, seed, started
+        self.schedule = self.backend.schedule
         self.history: list[dict[str, Tensor]] = []
         self.findings: list[str] = []
 
@@ -171,17 +215,16 @@ class _Run:
         plan = self.backend.plan(state, self.program)
         if self.backend.progress and plan is not None and isinstance(schedule, Sample):
             tqdm.write(str(plan), file=sys.stderr)
-        warmup = _Buffer(schedule, schedule.improvements, self.backend.keep)
-        draws = _Buffer(schedule, schedule.draws, self.backend.keep)
-        stats = _Buffer(schedule, schedule.draws, None)
+        buffer = _RaggedBuffer if self.program.is_changing else _Buffer
+        warmup = buffer(schedule.improvements, self.backend.keep)
+        draws = buffer(schedule.draws, self.backend.keep)
+        stats = _Buffer(schedule.draws, None)
         phase = "warm-up" if isinstance(schedule, Sample) else "steps"
         try:
             state = self._improve(state, warmup, phase)
         except KeyboardInterrupt:
             if isinstance(schedule, Sample):
-                raise KeyboardInterrupt(
-                    f"{type(self.backend).__name__} was stopped in warm-up: there are no draws yet."
-                ) from None
+                raise KeyboardInterrupt(f"{self.name} was stopped in warm-up: there are no draws yet.") from None
             state = self._last
             self.findings.append(f"Stopped by Ctrl-C after {len(self.history)} of {schedule.steps} steps.")
         try:
@@ -190,7 +233,7 @@ class _Run:
             if not draws.filled or draws.filled != stats.filled:
                 draws.filled = stats.filled = min(draws.filled, stats.filled)
             if not draws.filled:
-                raise KeyboardInterrupt(f"{type(self.backend).__name__} was stopped: there are no draws yet.") from None
+                raise KeyboardInterrupt(f"{self.name} was stopped: there are no draws yet.") from None
             state = self._last
             self.findings.append(f"Stopped by Ctrl-C after {draws.filled} of {schedule.draws} draws.")
         self.findings += draws.findings
@@ -215,7 +258,7 @@ class _Run:
             program=self.program,
         )
 
-    def _improve(self, state: Any, warmup: _Buffer, phase: str) -> Any:
+    def _improve(self, state: Any, warmup: _Buffer | _RaggedBuffer, phase: str) -> Any:
         self._last = state
         stop, is_done = self.schedule.stop, False
         with self._bar(self.schedule.improvements, phase) as bar:
@@ -234,12 +277,12 @@ class _Run:
                     break
         if stop and not is_done:
             self.findings.append(
-                f"{type(self.backend).__name__} stopped at its limit of {self.schedule.improvements} steps before it had "
+                f"{self.name} stopped at its limit of {self.schedule.improvements} steps before it had "
                 "converged. Raise steps=."
             )
         return state
 
-    def _read(self, state: Any, draws: _Buffer, stats: _Buffer) -> Any:
+    def _read(self, state: Any, draws: _Buffer | _RaggedBuffer, stats: _Buffer) -> Any:
         with self._bar(self.schedule.draws, "draws") as bar:
             for i in range(self.schedule.draws):
                 state, draw = self.backend.sample(state, self.program)
@@ -264,22 +307,22 @@ class _Run:
         self.history.append({name: value.detach().cpu() for name, value in fields.items()})
 
     def _with_deterministics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.program.deterministic:
+        if not self.program.deterministic or self.program.is_changing:  # which a changing structure brings along
             return values
         data = self.program.chain_data(len(next(iter(values.values()))))
         return {**values, **self.program.density.deterministics({**values, **data})}
 
     def _bar(self, total: int, what: str) -> tqdm[Any]:
-        name = f"{type(self.backend).__name__} {what}"
-        return tqdm(total=total, desc=name, disable=not self.backend.progress or total < 2, leave=False)
+        return tqdm(total=total, desc=f"{self.name} {what}", disable=not self.backend.progress or total < 2, leave=False)
 
     def _info(self) -> dict[str, Any]:
         schedule = self.schedule
         return {
-            "backend": type(self.backend).__name__,
+            "backend": self.name,
             "kind": self.backend.kind,
-            "config": _config(self.backend),
+            "config": _config(self.asked),
             "model": self.program.name,
+            "structure": "changing" if self.program.is_changing else "fixed",
             "seed": self.seed,
             "sampling_time": time.perf_counter() - self.started,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ from inference.mcmc import RandomWalkAdaptation, first_log_step, lead
 from inference.posterior import Posterior
 from inference.program import Program
 from inference.proposals import IndependenceKernel, LangevinKernel, PriorReference, Reference, StudentReference
+from inference.traces import TraceSampler
 
 __all__ = ["Independence", "Langevin", "MetropolisHastings", "Prior", "Proposal", "RandomWalk"]
 
@@ -47,6 +48,11 @@ class Proposal(abc.ABC):
     def climbs(self) -> bool:
         """Whether chains first climb the density, where nobody says where they start."""
         return True
+
+    @property
+    def takes_changing(self) -> bool:
+        """Whether ``inference.traces`` can propose in the same way where the structure of a program changes."""
+        return False
 
     @abc.abstractmethod
     def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
@@ -200,7 +206,15 @@ def _of_posterior(posterior: Posterior, program: Program) -> Reference:
 
 @dataclass(frozen=True)
 class Prior(_Independent):
-    """Draws of the prior, accepted by the ratio of likelihoods: for few observations, and without a gradient."""
+    """Draws of the prior, accepted by the ratio of likelihoods: for few observations, and without a gradient.
+
+    Where sites come and go, or their shapes or supports change, or Python reads a latent value (``if``, ``int``), so that
+    they may, one site at a time is drawn from its prior, and the program is run again around it: see ``inference.traces``.
+    """
+
+    @property
+    def takes_changing(self) -> bool:
+        return True
 
     def reference(self, program: Program) -> Reference:
         return PriorReference(program)
@@ -209,6 +223,8 @@ class Prior(_Independent):
 @dataclass(frozen=True, kw_only=True)
 class MetropolisHastings(MarginalSampler):
     """Metropolis-Hastings on the unconstrained continuous sites, finite discrete ones summed out and drawn back.
+
+    With ``Prior()`` it also runs programs whose structure changes: see ``inference.traces``.
 
     Args:
         proposal: How to propose: ``RandomWalk()``, ``Langevin()``, ``Independence(...)`` or ``Prior()``.
@@ -223,6 +239,12 @@ class MetropolisHastings(MarginalSampler):
     @property
     def update(self) -> str:
         return self.proposal.update
+
+    @property
+    def changing(self) -> TraceSampler | None:
+        if not self.proposal.takes_changing:
+            return None
+        return TraceSampler(**{field.name: getattr(self, field.name) for field in fields(TraceSampler)})
 
     @property
     def needs_gradient(self) -> bool:

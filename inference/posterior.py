@@ -34,6 +34,9 @@ class Posterior:
 
     Variational fits have one chain, point estimates one chain of one draw, so that one set of tools reads them all.
 
+    Where the structure of a program changes from run to run, every site that was ever there has draws of its largest shape:
+    NaN where the site was absent, or beyond its size in that draw. Integers of such sites are floating.
+
     Attributes:
         draws: Site to draws on the constrained scale, (chain, draw, *site), on the CPU.
         stats: ArviZ's names ("lp", "acceptance_rate", "diverging" ...; "log_q" of a guide) to (chain, draw).
@@ -41,7 +44,8 @@ class Posterior:
         plan: Which site was updated how; None if the back-end has no plan.
         weights: Trained or fixed weights of the model.
         info: What json can hold: "backend", "config", "model", "kind" ("samples", "variational" or "point"), "seed",
-            "sampling_time" in seconds, "created_at", "versions", "warmup", "draws", "thin", and the run's "findings".
+            "sampling_time" in seconds, "created_at", "versions", "warmup", "draws", "thin", the "structure" of the program
+            ("fixed" or "changing"), and the run's "findings".
         dims: Site to names of the dimensions of its value, those of plates among them.
         coords: Name of a dimension to its labels.
         observed: Observed site to the data.
@@ -85,9 +89,11 @@ class Posterior:
 
         Returns:
             Site to the mean over chains and draws of continuous values, the median of floating values that are whole
-            numbers (Bernoulli, Poisson), and the mode of integers. Exchangeable labels are matched before.
+            numbers (Bernoulli, Poisson), and the mode of integers. Exchangeable labels are matched before. Of what is not
+            there in every draw, the mean or median over the draws that have it.
         """
-        return {site: _center(values.flatten(0, 1)) for site, values in self.matched.items()}
+        center = _center if self.info.get("structure") != "changing" else _center_of_present
+        return {site: center(values.flatten(0, 1)) for site, values in self.matched.items()}
 
     def predict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior predictive draws.
@@ -111,7 +117,8 @@ class Posterior:
     def log_likelihood(self) -> dict[str, Tensor]:
         """Pointwise log-likelihood of the data that were fitted, computed once.
 
-        Finite sites local to an observation's plate are summed out, other sites are at their draws.
+        Finite sites local to an observation's plate are summed out, other sites are at their draws; where the structure of
+        the program changes, all are.
 
         Returns:
             Observed site to (chain, draw, *observation), without event dimensions.
@@ -179,7 +186,8 @@ class Posterior:
         """Findings in words, each with what to do; an empty list if there is nothing to say.
 
         Samplers: R-hat above 1.01 and ESS below 100 per chain (of quantities that do not depend on the names of
-        exchangeable labels), chains that never moved, divergences, refused proposals, certificates of exact updates.
+        exchangeable labels), chains that never moved, divergences, refused proposals, certificates of exact updates. Of a
+        site that is not there in every draw, or not in one size, the number of elements that are there is judged.
         Variational fits: k-hat above 0.7. All: what the run itself noticed.
         """
         return diagnose(self)
@@ -242,7 +250,7 @@ class Posterior:
             dims={site: tuple(names) for site, names in meta["dims"].items()},
             coords={name: np.array(values, dtype=dtype) for name, (dtype, values) in meta["coords"].items()},
             symmetry=meta["symmetry"],
-            program=None if model is None else _rebuild(model, args, kwargs, groups),
+            program=None if model is None else _rebuild(model, args, kwargs, groups, meta["info"]),
         )
         posterior._pointwise.update(pointwise)
         return posterior
@@ -287,12 +295,19 @@ class Posterior:
             warnings.warn(f"Saved without the pointwise log-likelihood, which failed: {error}", stacklevel=3)
 
 
-def _rebuild(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: dict[str, dict[str, Tensor]]) -> Program:
+def _rebuild(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    saved: dict[str, dict[str, Tensor]],
+    info: dict[str, Any],
+) -> Program:
     """The program of a loaded posterior, with the saved weights, in the precision of the run."""
     from inference.program import Program
 
     floating = [t.dtype for name in ("draws", "observed") for t in saved[name].values() if t.is_floating_point()]
-    program = Program(model, args, kwargs, dtype=floating[0] if floating else None)
+    is_fixed = info.get("structure") != "changing"
+    program = Program(model, args, kwargs, dtype=floating[0] if floating else None, is_fixed=is_fixed)
     if program.observed.keys() != saved["observed"].keys():
         raise ValueError(f"The model observes {sorted(program.observed)}, but the saved one {sorted(saved['observed'])}.")
     for site, data in saved["observed"].items():
@@ -312,6 +327,13 @@ def _center(values: Tensor) -> Tensor:
     if not values.is_floating_point():
         return values.long().mode(0).values.to(values.dtype)
     return values.median(0).values if is_whole(values) else values.mean(0)
+
+
+def _center_of_present(values: Tensor) -> Tensor:
+    """As ``_center``, of those draws of each element that are not NaN."""
+    if not values.is_floating_point() or not values.isnan().any():
+        return _center(values)
+    return values.nanmedian(0).values if is_whole(values[~values.isnan()]) else values.nanmean(0)
 
 
 def _labels_to_json(labels: np.ndarray) -> tuple[str, list[Any]]:

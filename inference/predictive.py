@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference import traces
+from inference.arrays import ragged
 from inference.contract import Unsupported
 from inference.density import Density
 from inference.enumeration import Factor, eliminate, factors, place, plates_of
 from inference.handlers import isolated, quiet, reproducible
-from inference.program import Program
+from inference.program import Program, is_statement
 
 __all__ = ["log_likelihood", "posterior_predictive", "prior_predictive"]
 
@@ -93,6 +95,9 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
     those others are at their draws. Observed sites that share a finite site have one term together, named "a+b". A
     ``pyro.factor`` is no observation.
 
+    Where the structure of the program changes, all latent sites are at their draws: each draw is replayed in the structure
+    that it has, and a term that it lacks is NaN.
+
     Args:
         program: The program.
         draws: Every latent site but the local finite ones to (chain, draw, *site).
@@ -100,6 +105,8 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
     Returns:
         Observed site to (chain, draw, *batch), on the CPU.
     """
+    if program.is_changing:
+        return traces.log_likelihood(program, draws)
     local = _local(program)
     missing = [name for name in program.latents if name not in draws and name not in local]
     if missing:
@@ -146,6 +153,8 @@ def posterior_predictive(
     """
     is_new = bool(args or kwargs)
     arguments = program.cast(args, kwargs or {}) if is_new else None
+    if program.is_changing:
+        return traces.predictive(program, draws, arguments, seed)
     data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
     kept = [
         name
@@ -176,9 +185,9 @@ def prior_predictive(program: Program, draws: int, seed: int = 0) -> tuple[dict[
     with isolated(seed, program.device), reproducible(program.dtype, program.device):
         for _ in range(draws):
             trace = program.trace({}, resampled=tuple(program.observed_sites))
-            rows.append({name: node["value"].detach().cpu() for name, node in trace.nodes.items() if "value" in node})
+            rows.append({name: node["value"].detach().cpu() for name, node in trace.nodes.items() if is_statement(node)})
+    drawn = {name: values.unsqueeze(0) for name, values in ragged(rows).items()}
     latent, observed = (
-        {name: torch.stack([row[name] for row in rows]).unsqueeze(0) for name in names}
-        for names in (program.latents, program.observed_sites)
+        {name: drawn[name] for name in names if name in drawn} for names in (program.latents, program.observed_sites)
     )
     return latent, observed

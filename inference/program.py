@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from inference.density import Density
     from inference.guides import Guide
 
-__all__ = ["Plate", "Program", "Site"]
+__all__ = ["Plate", "Program", "Site", "is_statement", "kind_of"]
 
 _LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
+_MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
 _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 
 
@@ -101,6 +102,12 @@ class Site:
             ) from None
 
 
+def _shape(node: Mapping[str, Any]) -> torch.Size:
+    distribution = node["fn"]
+    shape = torch.broadcast_shapes(node["value"].shape, distribution.batch_shape + distribution.event_shape)
+    return torch.Size(shape)
+
+
 def _site(name: str, node: Mapping[str, Any]) -> Site:
     distribution, value = node["fn"], node["value"]
     choices = None
@@ -115,13 +122,34 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         name=name,
         family=type(base(distribution)).__name__,
         support=distribution.support,
-        shape=torch.Size(torch.broadcast_shapes(value.shape, distribution.batch_shape + distribution.event_shape)),
+        shape=_shape(node),
         event_dim=distribution.event_dim,
         plates=tuple(sorted(plates, key=lambda plate: plate.dim)),
         dtype=value.dtype,
         choices=choices,
         is_flat=isinstance(base(distribution), ImproperUniform),
     )
+
+
+def _largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:
+    """Statement to its node in the first of those runs in which its value is largest."""
+    nodes: dict[str, Mapping[str, Any]] = {}
+    for trace in traces:
+        for name, node in trace.nodes.items():
+            if is_statement(node) and (name not in nodes or _extent(node) > _extent(nodes[name])):
+                nodes[name] = node
+    return nodes
+
+
+def _resized(traces: list[poutine.Trace]) -> set[str]:
+    """Names of the plates that have not the same size in all runs."""
+    frames = [frame for trace in traces for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
+    sizes = {(frame.name, frame.size) for frame in frames}
+    return {name for name, size in sizes if any(name == other and size != its for other, its in sizes)}
+
+
+def _extent(node: Mapping[str, Any]) -> tuple[int, int]:
+    return node["value"].dim(), node["value"].numel()
 
 
 def _bounds(support: Any) -> list[Tensor]:
@@ -135,11 +163,13 @@ def _bounds(support: Any) -> list[Tensor]:
     return found
 
 
-def _is_statement(node: Mapping[str, Any]) -> bool:
+def is_statement(node: Mapping[str, Any]) -> bool:
+    """Whether a node of a Pyro trace is a statement of the program, and no sub-sample of a plate."""
     return node["type"] == "sample" and not poutine.util.site_is_subsample(node)
 
 
-def _kind(node: Mapping[str, Any]) -> str:
+def kind_of(node: Mapping[str, Any]) -> str:
+    """What a statement is: "latent", "observed", "deterministic" or "factor"."""
     is_masked = getattr(node["fn"], "_mask", None) is False
     is_computed = node["is_observed"] and is_masked and isinstance(base(node["fn"]), Delta)  # what a reparam leaves behind
     if node["infer"].get("_deterministic") or is_computed:
@@ -161,6 +191,7 @@ class Program:
         device: Where to run; None follows the data.
         follow: Whether dtype None follows the data instead of being float64, as stochastic gradients do.
         evaluations: How many evaluations of the density the run asks for; decides the rung (see ``inference.density``).
+        is_fixed: Whether to refuse a program whose structure changes from run to run.
 
     Attributes:
         latents: Name to site, in the order of the program.
@@ -172,6 +203,9 @@ class Program:
         rows: Size of dimension 0 of the first tensor argument, or None.
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
         groups: How many groups of consecutive chains there are that do not learn from one another; see ``replicate``.
+        is_changing: Whether sites, shapes or supports change from run to run, or may do so because Python reads a latent
+            value; False where that is refused. ``latents`` and its like then hold what a
+            few runs have shown, each site in its largest shape, and there is no ``density``: see ``inference.traces``.
 
     Raises:
         Unsupported: If the structure changes from run to run, hidden randomness is found, or nothing is latent.
@@ -188,6 +222,7 @@ class Program:
         device: torch.device | str | None = None,
         follow: bool = False,
         evaluations: int = 0,
+        is_fixed: bool = True,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
@@ -207,6 +242,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._leaves, self._evaluations = leaves, evaluations
+        self._is_fixed, self.is_changing = is_fixed, False
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
@@ -259,6 +295,7 @@ class Program:
         arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
         resampled: Collection[str] = (),
         evaluated: bool = True,
+        handler: Callable[[Any], Any] | None = None,
     ) -> poutine.Trace:
         """Runs the program once on constrained ``values``; sites not named are drawn.
 
@@ -268,10 +305,12 @@ class Program:
             arguments: Positional and keyword arguments in place of those of the program.
             resampled: Observed sites that are drawn instead.
             evaluated: Whether log-probabilities are computed.
+            handler: A Pyro handler that may give values to the sites that ``values`` leaves open.
         """
         args, kwargs = self.arguments(data) if arguments is None else arguments
+        handled = self.handled(values, resampled)
         with quiet(), self._arithmetic(values):
-            trace = poutine.trace(self.handled(values, resampled)).get_trace(*args, **kwargs)
+            trace = poutine.trace(handled if handler is None else handler(handled)).get_trace(*args, **kwargs)
             if evaluated and not resampled:
                 trace.compute_log_prob()
         return trace
@@ -356,15 +395,15 @@ class Program:
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
             traces = [self.trace({}, evaluated=False)]
-            looks = _LOOKS if len(traces[0].nodes) < _MANY else _FEWER_LOOKS
+            looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
             traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
             self._check_structure(traces)
-            nodes = {name: node for name, node in traces[0].nodes.items() if _is_statement(node)}
-            kinds = {name: _kind(node) for name, node in nodes.items()}
+            nodes = _largest(traces)
+            kinds = {name: kind_of(node) for name, node in nodes.items()}
             sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
             for name, site in sites.items():  # choices that follow another latent, such as a binomial of a latent total
                 if site.choices is not None:
-                    others = [_site(name, trace.nodes[name]).choices for trace in traces[1:]]
+                    others = [_site(name, trace.nodes[name]).choices for trace in traces if name in trace.nodes]
                     if any(choices is None or not torch.equal(choices, site.choices) for choices in others):
                         sites[name] = replace(site, choices=None)
             self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
@@ -379,28 +418,52 @@ class Program:
             self._check_supports(traces)
             self._check_data(traces)
             self._check_randomness(traces)
+            if not self._is_fixed and not self.is_changing:
+                self.is_changing = self._is_read(traces[0])
+            self._resized = _resized(traces) if self.is_changing else set()
             statements = [name for name in nodes if name not in self.deterministic]
-            self.dependence = self._follow(traces[0]) if self.finite else dict.fromkeys(statements, frozenset[str]())
+            is_followed = self.finite and not self.is_changing
+            self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
+
+    def _is_read(self, trace: poutine.Trace) -> bool:
+        """Whether Python reads the value of a latent site, so that rare sites may hang on it that no look has shown."""
+        values = {name: trace.nodes[name]["value"].clone() for name in self.latents}
+        with Followed(values) as followed:
+            self.trace(values)
+        return followed.is_read
 
     def _follow(self, trace: poutine.Trace) -> dict[str, frozenset[str]]:
         """Statement to the finite sites that its density depends on, in the order of the program."""
         values = {name: trace.nodes[name]["value"].clone() for name in self.latents}
         with Followed({name: values[name] for name in self.finite}) as followed:
             nodes = self.trace(values).nodes
-            statements = {name: node for name, node in nodes.items() if _is_statement(node)}
+            statements = {name: node for name, node in nodes.items() if is_statement(node)}
             return {
                 name: followed.of(node["log_prob"]) for name, node in statements.items() if name not in self.deterministic
             }
 
     def _check_structure(self, traces: list[poutine.Trace]) -> None:
-        seen = [{name: _kind(node) for name, node in t.nodes.items() if _is_statement(node)} for t in traces]
+        seen = [{name: kind_of(node) for name, node in t.nodes.items() if is_statement(node)} for t in traces]
         for name in dict.fromkeys(itertools.chain.from_iterable(seen)):
-            if any(name not in sites for sites in seen):
+            kinds = sorted({sites[name] for sites in seen if name in sites})
+            if len(kinds) > 1:
                 raise Unsupported(
-                    f"Site '{name}' appears only in some runs of {self.name}, but every back-end here needs each site on "
-                    "every run. Sample it always, and choose with torch.where."
+                    f"Site '{name}' of {self.name} is {kinds[0]} in some runs, and {kinds[1]} in others. Give it two names."
                 )
-        if not any(kind == "latent" for kind in seen[0].values()) and not self._used_weights(self.owner):
+            if any(name not in sites for sites in seen):
+                self._refuse(
+                    f"Site '{name}' appears only in some runs of {self.name}, but this back-end needs each site on every "
+                    "run. Use MetropolisHastings(proposal=Prior()). Or sample it always, and choose with torch.where."
+                )
+            shapes = {_shape(t.nodes[name]) for t in traces if name in t.nodes} if kinds[0] in ("latent", "observed") else ()
+            if len(shapes) > 1:
+                one, other, *_ = sorted(shapes)
+                self._refuse(
+                    f"The shape of '{name}' changes from run to run of {self.name}, such as from {tuple(one)} to "
+                    f"{tuple(other)}, but this back-end needs each site in one shape. Use "
+                    "MetropolisHastings(proposal=Prior()). Or take the largest shape always, and mask what is too much."
+                )
+        if not any("latent" in sites.values() for sites in seen) and not self._used_weights(self.owner):
             raise Unsupported(f"{self.name} has no latent site: there is nothing to infer.")
         for name, node in traces[0].nodes.items():
             if node["type"] == "sample" and poutine.util.site_is_subsample(node):
@@ -411,21 +474,29 @@ class Program:
                         "SVI(batch_size=...) sub-samples it."
                     )
 
+    def _refuse(self, sentence: str) -> None:
+        """Refuses a program whose structure changes, or notes that it does."""
+        if self._is_fixed:
+            raise Unsupported(sentence)
+        self.is_changing = True
+
     def _check_supports(self, traces: list[poutine.Trace]) -> None:
         for name, site in self.latents.items():
-            if not site.is_continuous:
+            if self.is_changing or (self._is_fixed and not site.is_continuous):
                 continue
-            _ = site.transform  # raises if there is none
+            if site.is_continuous:
+                _ = site.transform  # raises if there is none
             bounds = [_bounds(trace.nodes[name]["fn"].support) for trace in traces]
             if any(not torch.equal(a, b) for row in bounds[1:] for a, b in zip(bounds[0], row, strict=True)):
-                raise Unsupported(
-                    f"The support of '{name}' depends on other latent sites. Sample it on a fixed support and scale it: "
-                    "u ~ Uniform(0, 1), x = low + (high - low) * u."
+                self._refuse(
+                    f"The support of '{name}' depends on other latent sites. Use MetropolisHastings(proposal=Prior()). Or "
+                    "sample it on a fixed support and scale it: u ~ Uniform(0, 1), x = low + (high - low) * u."
                 )
 
     def _check_data(self, traces: list[poutine.Trace]) -> None:
         for name, value in self.observed.items():
-            site, mask = self.observed_sites[name], traces[0].nodes[name]["mask"]
+            nodes = [t.nodes[name] for t in traces if name in t.nodes and t.nodes[name]["value"].shape == value.shape]
+            site, mask = self.observed_sites[name], nodes[0]["mask"]
             came = str(value.dtype).removeprefix("torch.")
             if not value.is_floating_point() and (not site.support.is_discrete or value.dtype == torch.bool):
                 raise ValueError(
@@ -435,7 +506,7 @@ class Program:
             if mask is False:
                 continue
             # a support may follow a latent, as that of Uniform(0, θ): what lies outside must do so in every run
-            inside = torch.stack([t.nodes[name]["fn"].support.check(value) for t in traces]).any(0)
+            inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
             missing = value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
             inside = inside | (missing.flatten(value.dim() - site.event_dim).any(-1) if site.event_dim else missing)
             bad = (~inside if mask is None else ~inside & mask).nonzero()
@@ -447,17 +518,20 @@ class Program:
                 )
 
     def _check_randomness(self, traces: list[poutine.Trace]) -> None:
-        values = {name: traces[0].nodes[name]["value"] for name in self.latents}
-        if not values:
+        settings = [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]
+        if not self.latents:
             return
-        first, second = self.log_joint(values), self.log_joint(values)
+        if self.is_changing and any(self._latents_at(values) != values.keys() for values in settings):
+            raise Unsupported(
+                f"{self.name} has hidden randomness: at the same values it has other sites. Draw by pyro.sample only."
+            )
+        first, second = self.log_joint(settings[0]), self.log_joint(settings[0])
         if not torch.equal(first, second) and not (first.isnan() and second.isnan()):
             raise Unsupported(
                 f"{self.name} has hidden randomness: its log-density at the same values is {first:.6g}, then {second:.6g}. "
                 "Draw by pyro.sample only, and switch dropout off with .eval()."
             )
-        joints = (self.log_joint({name: t.nodes[name]["value"] for name in self.latents}) for t in traces)
-        if not any(joint.isfinite() for joint in joints):
+        if not any(self.log_joint(values).isfinite() for values in settings):
             for label, tensor in self._labelled():
                 bad = (~tensor.isfinite()).nonzero()
                 if len(bad):
@@ -466,6 +540,11 @@ class Program:
                         f"{label} holds {len(bad)} values that are NaN or infinite (the first at {where}), and "
                         f"{self.name} has no use for them. Remove those rows, or write the program with a mask."
                     )
+
+    def _latents_at(self, values: Mapping[str, Tensor]) -> set[str]:
+        """Names of the latent sites that a run at these values has."""
+        nodes = self.trace(values, evaluated=False).nodes
+        return {name for name, node in nodes.items() if is_statement(node) and kind_of(node) == "latent"}
 
     def _labelled(self) -> list[tuple[str, Tensor]]:
         """The tensors among the arguments, by the names of the program's parameters."""
@@ -486,7 +565,7 @@ class Program:
                 return {}
             trace = self.trace({})
             named |= self._table
-            total = sum(node["log_prob_sum"] for node in trace.nodes.values() if _is_statement(node))
+            total = sum(node["log_prob_sum"] for node in trace.nodes.values() if is_statement(node))
         if not isinstance(total, Tensor) or not total.requires_grad:
             return {}
         gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
@@ -572,7 +651,8 @@ class Program:
     @cached_property
     def coords(self) -> dict[str, np.ndarray]:
         sites = [*self.latents.values(), *self.observed_sites.values()]
-        return {plate.name: np.arange(plate.size) for site in sites for plate in site.plates}
+        plates = [plate for site in sites for plate in site.plates if plate.name not in self._resized]
+        return {plate.name: np.arange(plate.size) for plate in plates}
 
     @cached_property
     def finite(self) -> tuple[str, ...]:

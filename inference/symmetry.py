@@ -37,8 +37,11 @@ def exchangeable(program: Program) -> dict[str, int | None]:
     A plate of size K makes a guess: the sites in it along its axis, the sites outside it that have an event axis of size K,
     and the finite sites with K values. The guess holds if a swap and a cycle of labels, which generate all permutations,
     leave the log-joint unchanged at three draws from the prior. Elements that are independent given all other sites, such
-    as missing values of rows that are alike, are no labels: each of them has a place that is its own.
+    as missing values of rows that are alike, are no labels: each of them has a place that is its own. Where the structure of
+    a program changes, nothing is tried.
     """
+    if program.is_changing:
+        return {}
     plates = {(plate.name, plate.size) for site in program.latents.values() for plate in site.plates}
     data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
     found: dict[str, int | None] = {}

@@ -43,7 +43,7 @@ def test_examples_fit_one_screen(path: Path) -> None:
 def test_the_code_in_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {"__name__": "readme"}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)
     x, y = namespace["x"], namespace["y"]

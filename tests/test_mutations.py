@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import test_kernels as kernels
+import test_traces as traces
 from inference import Gibbs, Unsupported, markov
 from inference.conditionals import BetaConditional, DirichletConditional, NormalConditional, PowerGammaConditional
 from inference.density import Unconstrained
@@ -204,6 +205,14 @@ def frozen(name: str) -> Callable[[Patch], None]:
     return check
 
 
+def traces_have_their_matrix(patch: Patch) -> None:
+    traces.assert_traces_have_their_matrix(0.1, patch)
+
+
+def points_stay_points(patch: Patch) -> None:
+    traces.assert_points_stay_points()
+
+
 # ---------------------------------------------------------------------------------------------- mutants
 @dataclass(frozen=True)
 class Mutant:
@@ -218,6 +227,7 @@ class Mutant:
 MALA, IMH = "inference.proposals:LangevinKernel.step", "inference.proposals:IndependenceKernel.step"
 LEAP, WALK = "inference.mcmc:HamiltonianKernel.step", "inference.mcmc:RandomWalkKernel.step"
 TREE, BRANCH = "inference.trees:TreeKernel.step", "inference.trees:TreeKernel._grow"
+SITE = "inference.traces:SingleSiteKernel.step"
 COUNT, METROPOLISED = "inference.blocks.walk:AdaptiveWalk.step", "inference.blocks.block:metropolised"
 
 MUTANTS = {
@@ -365,6 +375,35 @@ MUTANTS = {
     ),
     "Langevin that learns after warm-up": Mutant(
         "inference.metropolis:Langevin.move", "if warmup:\n", "if True:\n", frozen("Langevin")
+    ),
+    "a trace without its number of sites": Mutant(
+        SITE, "math.log(len(trace.choices)) - math.log(len(other.choices))", "0.0", traces_have_their_matrix
+    ),
+    "a trace with its number of sites upside down": Mutant(
+        SITE,
+        "math.log(len(trace.choices)) - math.log(len(other.choices))",
+        "math.log(len(other.choices)) - math.log(len(trace.choices))",
+        traces_have_their_matrix,
+    ),
+    "a trace redrawn whole that counts its sites": Mutant(SITE, "if is_single:", "if True:", traces_have_their_matrix),
+    "a trace that keeps its old log-joint": Mutant(
+        SITE, "trace = other if", "trace = other._replace(log_joint=trace.log_joint) if", traces_have_their_matrix
+    ),
+    "a trace whose kept sites keep their old log-density": Mutant(
+        SITE,
+        "trace.log_q(dropped) - other.log_q(drawn)",
+        "trace.log_q(dropped) - other.log_q(drawn) + trace.log_q(kept.names) - other.log_q(kept.names)",
+        traces_have_their_matrix,
+    ),
+    "a trace that forgets what it drew from": Mutant(
+        SITE, "trace.log_q(dropped) - other.log_q(drawn)", "0.0", traces_have_their_matrix
+    ),
+    "a trace that forgets the way back": Mutant(SITE, "log_ratio = -math.inf", "log_ratio += 0.0", traces_have_their_matrix),
+    "a value that goes from a point to a density": Mutant(
+        "inference.traces:_measure", 'return ""', 'return "length"', points_stay_points
+    ),
+    "a value that goes from a count to a density": Mutant(
+        "inference.traces:_measure", "return type(inner).__name__", 'return "length"', points_stay_points
     ),
     "NUTS that learns after warm-up": Mutant("inference.nuts:NUTS.move", "if warmup:\n", "if True:\n", frozen("NUTS")),
 }

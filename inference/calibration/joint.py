@@ -44,8 +44,19 @@ class Bench:
         self.stack.enter_context(isolated(self.seed, device))
         try:
             self.program = Program(
-                model, args, kwargs, dtype=backend.dtype, device=backend.device, evaluations=backend.schedule.evaluations
+                model,
+                args,
+                kwargs,
+                dtype=backend.dtype,
+                device=backend.device,
+                evaluations=backend.schedule.evaluations,
+                is_fixed=backend.changing is None,
             )
+            if self.program.is_changing:
+                raise Unsupported(
+                    f"The structure of {self.program.name} changes from run to run, but a calibration compares the same "
+                    "sites in every run. Sample them always, and choose with torch.where."
+                )
             _check_generative(self.program)
             self.stack.enter_context(reproducible(self.program.dtype, self.program.device))
             self.stack.enter_context(quiet())
