@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from inference.contract import Unsupported
+from inference.handlers import isolated
 
 if TYPE_CHECKING:
     from inference.blocks import Block, Current
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Update", "assign", "demoted"]
 
 _TRIALS = 8  # settings of all sites at which an update is tried before it is trusted
+_DRAWN = 8  # draws from the prior for each of them
 _WIDEST_JOINT = 200  # elements of sites that are joined without being asked to: each costs a gradient, and their cube a draw
 _LEAST_ELLIPTICAL = 8  # elements of a correlated normal prior that are worth an elliptical slice
 _MOST_COLOURS = 100  # coordinates that slices take in turn
@@ -105,26 +107,34 @@ def assign(
         Unsupported: If an override does not fit its sites.
         ValueError: If an override names an unknown site, or one twice.
     """
+    with isolated(0, program.device):  # the plan is one of the program, not of a seed
+        ladder = _Ladder(program, _settings(program))
+        for names, block in (blocks or {}).items():
+            group = (names,) if isinstance(names, str) else tuple(names)
+            for name in group:
+                if name not in program.latents:
+                    raise ValueError(f"blocks= names '{name}', but the latent sites are {', '.join(program.latents)}.")
+                if name not in ladder.left:
+                    raise ValueError(f"blocks= gives '{name}' two blocks.")
+                del ladder.left[name]
+            ladder.add(block.bind(group, ladder.density, ladder.trials), _ASKED)
+        ladder.climb()
+    order = {name: i for i, name in enumerate(program.latents)}
+    ranked = sorted(ladder.taken, key=lambda pair: _rank(pair[0], program, order))
+    return tuple(block for block, _ in ranked), tuple(note for _, note in ranked)
+
+
+def _settings(program: Program) -> Current:
+    """The best of many draws of all sites: far from the mass, rounding can spoil what is exact."""
     from inference.blocks import Current
     from inference.density import Density
     from inference.start import starting_values
 
-    density = Density(program, rung="vmapped")
-    values = starting_values(program, _TRIALS, most=4) | program.chain_data(_TRIALS)
-    ladder = _Ladder(program, Current(values, density.joint(values)))
-    for names, block in (blocks or {}).items():
-        group = (names,) if isinstance(names, str) else tuple(names)
-        for name in group:
-            if name not in program.latents:
-                raise ValueError(f"blocks= names '{name}', but the latent sites are {', '.join(program.latents)}.")
-            if name not in ladder.left:
-                raise ValueError(f"blocks= gives '{name}' two blocks.")
-            del ladder.left[name]
-        ladder.add(block.bind(group, ladder.density, ladder.trials), _ASKED)
-    ladder.climb()
-    order = {name: i for i, name in enumerate(program.latents)}
-    ranked = sorted(ladder.taken, key=lambda pair: _rank(pair[0], program, order))
-    return tuple(block for block, _ in ranked), tuple(note for _, note in ranked)
+    count = _TRIALS * _DRAWN
+    values = starting_values(program, count, most=1) | program.chain_data(count)
+    log_joint = Density(program, rung="vmapped").joint(values)
+    best = log_joint.nan_to_num(nan=-torch.inf, posinf=-torch.inf).topk(_TRIALS).indices
+    return Current({name: value[best] for name, value in values.items()}, log_joint[best])
 
 
 _ASKED = "as asked"

@@ -377,6 +377,11 @@ class Program:
         return {name: value[rows] for name, value in self._replicated.items()}
 
     @property
+    def is_long(self) -> bool:
+        """Whether it has so many statements that a run of it is dear."""
+        return len(self.batch_shapes) >= _MANY
+
+    @property
     def widest(self) -> int:
         """Entries that one table of an enumeration may have for one chain."""
         return max(2**20, 64 * max((leaf.numel() for leaf in self.data), default=1))

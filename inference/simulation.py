@@ -32,7 +32,7 @@ class _Multinomials(Messenger):
             msg["value"], msg["done"] = torch.nn.functional.one_hot(drawn, shape[-1]).sum(0).to(family.probs), True
 
 
-def simulate(program: Program, values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+def simulate(program: Program, values: Mapping[str, Tensor], count: int, with_data: bool = True) -> dict[str, Tensor]:
     """What the program draws beside the latents in ``values``: its other latents, and all observed sites.
 
     All rows at once; one after the other if the program cannot be vectorised. Needs the contexts of a run.
@@ -41,15 +41,17 @@ def simulate(program: Program, values: Mapping[str, Tensor], count: int) -> dict
         program: The program.
         values: Latent site to (count, *site); other names are left out of account.
         count: Number of rows.
+        with_data: Whether the observed sites are drawn, too.
 
     Returns:
         Site to (count, *site).
     """
     given = {name: value for name, value in values.items() if name in program.latents}
-    names = [name for name in (*program.latents, *program.observed_sites) if name not in given]
+    data = tuple(program.observed_sites) if with_data else ()
+    names = [name for name in (*program.latents, *data) if name not in given]
 
     def row(_: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        trace = program.trace(given, resampled=tuple(program.observed_sites), evaluated=False)
+        trace = program.trace(given, resampled=data, evaluated=False)
         return tuple(trace.nodes[name]["value"].detach() for name in names)
 
     index = torch.arange(count, device=program.device)

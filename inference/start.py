@@ -66,6 +66,8 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
 
 def _candidates(program: Program, count: int) -> dict[str, Tensor]:
     """Half from the prior, half uniform on (-2, 2) after unconstraining; (count, *site)."""
+    if program.is_long:
+        return _pool(program, count)
     draws = []
     for i in range(count):
         draw = program.sample_prior()
@@ -79,8 +81,8 @@ def _candidates(program: Program, count: int) -> dict[str, Tensor]:
 
 
 def _pool(program: Program, count: int) -> dict[str, Tensor]:
-    """As ``_candidates``, all drawn at once, for very many chains."""
-    draws = simulate(program, {}, count)
+    """As ``_candidates``, all drawn at once, for very many chains, and for programs that take long to run."""
+    draws = simulate(program, {}, count, with_data=False)
     is_uniform = torch.arange(count, device=program.device) % 2 > 0
     for name in program.continuous:
         site = program.latents[name]
