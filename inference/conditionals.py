@@ -70,7 +70,7 @@ class Conditional(abc.ABC):
 
     @abc.abstractmethod
     def mode(self) -> Tensor:
-        """Where the density of the constrained value is largest, (chain, *site)."""
+        """Where the density of the constrained value is largest, (chain, *site); NaN if that is nowhere."""
 
     @abc.abstractmethod
     def points(self) -> Points:
@@ -183,7 +183,7 @@ class GaussianConditional(Conditional):
         return _elements(0.5 * math.log(2 * math.pi) - self._factor()[0].diagonal(dim1=-2, dim2=-1).log())
 
     def mode(self) -> Tensor:
-        return self.coupling.fold(self.mean)
+        return self.coupling.fold(torch.where(self._factor()[1].unsqueeze(-1), self.mean, torch.nan))
 
     def points(self) -> Points:
         sd = self.precision.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(self.mean.dtype).tiny).rsqrt()
@@ -428,7 +428,7 @@ class WishartConditional(Conditional):
         symmetric = 0.5 * (self.matrix + self.matrix.mT)
         if self.is_inverse:
             return symmetric / (self.df + size + 1.0)[..., None, None]
-        return (self.df - size - 1.0).clamp(min=0.0)[..., None, None] * torch.linalg.inv(symmetric)
+        return (self.df - size - 1.0).clamp(min=0.0)[..., None, None] * torch.linalg.inv_ex(symmetric)[0]
 
     def points(self) -> Points:
         factor, df, _ = self._parts()

@@ -33,6 +33,7 @@ from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
 from inference.program import Program
 from inference.recording import record
+from inference.rows import rewritten
 
 __all__ = ["RUNGS", "Density", "Staged", "Unconstrained"]
 
@@ -92,6 +93,8 @@ class Staged:
         name: Of the program, for errors.
         evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
+        has_rows: Tells whether ``function`` has matrix products of normal rows, which are NaN where their rounding would
+            show (``inference.rows``); it is evaluated row by row then.
 
     Attributes:
         rung: The rung that the last call ran on.
@@ -106,8 +109,11 @@ class Staged:
         name: str = "The program",
         evaluations: int = 0,
         rung: str | None = None,
+        has_rows: Callable[[], bool] | None = None,
     ) -> None:
-        self.function, self.name, self.evaluations = function, name, evaluations
+        self.name, self.evaluations, self.has_rows = name, evaluations, has_rows
+        self.function = function if has_rows is None else rewritten()(function)
+        self.exact = None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung)
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
         limit = rung or os.environ.get("PYRO_GENMODELS_RUNG") or "compiled"
         if limit not in RUNGS:
@@ -118,6 +124,13 @@ class Staged:
         self._variants: dict[Hashable, _Variant] = {}
 
     def __call__(self, *inputs: Any) -> Any:
+        found = self._evaluated(*inputs)
+        if self.exact is None or self.has_rows is None or not self.has_rows() or not _has_nan(found):
+            return found
+        self.exact.evaluations = self.evaluations
+        return self.exact(*inputs)
+
+    def _evaluated(self, *inputs: Any) -> Any:
         leaves, structure = tree_flatten(inputs)
         key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
         variant = self._variants.setdefault(key, _Variant())
@@ -212,6 +225,10 @@ class Staged:
         saved = self.evaluations * self.nodes * _SECONDS_PER_NODE
         has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
         return self.nodes <= _LARGEST_COMPILED and saved > constant + per_node * self.nodes and has_compiler
+
+
+def _has_nan(tree: Any) -> bool:
+    return any(bool(leaf.isnan().any()) for leaf in tree_flatten(tree)[0] if leaf.is_floating_point())
 
 
 def _element(index: int) -> Callable[[Tensor], Tensor]:
@@ -365,7 +382,9 @@ class Density:
         ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all.
         """
         if key not in self.functions:
-            self.functions[key] = Staged(function, batched, name=self.program.name, rung=self.limit)
+            self.functions[key] = Staged(
+                function, batched, name=self.program.name, rung=self.limit, has_rows=lambda: self.program.has_rows
+            )
         staged = self.functions[key]
         staged.evaluations = max(staged.evaluations, self.evaluations if evaluations is None else evaluations)
         return staged

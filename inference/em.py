@@ -179,9 +179,12 @@ class EM(Backend[EMState, EMInfo]):
         density = Density(program, rung="vmapped") if program.weights else program.density
         task = Completed(program, density, maximised, self.objective == "mle", self.hard)
         pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
-        values = starting_values(program, pilots, None) if program.latents else {}
         given = given_values(program, self.start, self.restarts)
         is_given = set(given) >= set(maximised)
+        if is_given and given:  # whether an M-step is closed is tried nearby
+            values = _around(program, given, starting_values(program, pilots, None, most=1))
+        else:
+            values = starting_values(program, pilots, None) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values)
         expectation = self._expectation(values, averaged, task)
@@ -510,6 +513,17 @@ def _finite(objective: Tensor) -> Tensor:
 def _merged(good: Tensor, new: Points, old: Points) -> Points:
     shape = (-1, *(1,) * (old.location.dim() - 1))
     return Points(*(torch.where(good.reshape(shape) & a.isfinite(), a, b) for a, b in zip(new, old, strict=True)))
+
+
+def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Given values, (restart, *site), each a little away from where it is, in place of those in ``values``."""
+    count = len(next(iter(values.values())))
+    moved = {}
+    for name, value in given.items():
+        transform = program.latents[name].transform
+        free = transform.inv(value)[torch.arange(count, device=value.device) % len(value)]
+        moved[name] = transform(free + _TRIAL * torch.randn_like(free))
+    return values | moved
 
 
 def _relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], like: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from inference.contract import Unsupported
 from inference.dependence import lanes, lifetimes
 from inference.program import Program
+from inference.rows import Rows
 
 __all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
 
@@ -39,7 +40,8 @@ Pick = Callable[[tuple[str, ...], Tensor], Tensor]
 class Factor(NamedTuple):
     """A table of log-values, or one row of a stack of tables of one shape.
 
-    ``dims`` names the dimensions of ``table``; ``plates`` are those of them that it is multiplied over.
+    ``dims`` names the dimensions of ``table``; ``plates`` are those of them that it is multiplied over. ``rows`` is what a
+    table of many normal rows is a product of, with the dimensions ``full``, some of size 1.
     """
 
     source: Tensor
@@ -47,6 +49,8 @@ class Factor(NamedTuple):
     plates: frozenset[str]
     site: str = ""
     row: int | None = None
+    rows: Rows | None = None
+    full: torch.Size = torch.Size()
 
     @property
     def table(self) -> Tensor:
@@ -61,7 +65,15 @@ class Factor(NamedTuple):
         return tuple(dim for dim in self.dims if dim not in self.plates)
 
     def with_table(self, table: Tensor) -> Factor:
-        return self._replace(source=table, row=None)
+        return self._replace(source=table, row=None, rows=None)
+
+    def dot(self, weights: Tensor) -> Tensor:
+        """Sum of the table, weighted by a table of its shape; what has no weight may be infinite. A scalar."""
+        if self.rows is not None:
+            return self.rows.total(weights.reshape(self.full))
+        if not self.variables:
+            return (weights * self.table).sum()
+        return torch.where(weights > 0, weights * torch.where(weights > 0, self.table, 0.0), 0.0).sum()
 
 
 def _stack(group: Sequence[Factor]) -> Tensor:
@@ -111,9 +123,20 @@ def _spread(program: Program, lane: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def factors(
-    program: Program, values: Mapping[str, Tensor], enumerated: Collection[str], data: list[Tensor] | None = None
+    program: Program,
+    values: Mapping[str, Tensor],
+    enumerated: Collection[str],
+    data: list[Tensor] | None = None,
+    is_lazy: bool = False,
 ) -> list[Factor]:
     """The program's log-joint as plated factors, with the sites ``enumerated`` over all their values.
+
+    Args:
+        program: The program.
+        values: Values of the other sites.
+        enumerated: Names of finite sites.
+        data: Tensors in place of those among the program's arguments.
+        is_lazy: Whether tables of many normal rows are left out: only ``dot`` is asked for.
 
     Raises:
         Unsupported: If a site depends on an enumerated site of a plate that it is not in.
@@ -135,16 +158,19 @@ def factors(
         for name in statements[first : last + 1]:
             alive[name][-1 - program.nesting - lane[site]] = site
     found = []
-    for names, table in stacks:
-        shape, sources = table.shape[1:], {}
+    for stack in stacks:
+        names, rows, shape, sources = stack.names, stack.rows, stack.shape[1:], {}
+        table = rows.constant if rows is not None and is_lazy else stack.table
         for row, name in enumerate(names):
             if name in program.batch_shapes and name not in program.deterministic:
                 dims = _dims(program, nodes[name], name, shape, alive[name])
                 kept = tuple(dims)  # one tensor for all rows that keep the same dimensions
-                if kept not in sources:
+                if kept not in sources and rows is not None and is_lazy:
+                    sources[kept] = table
+                elif kept not in sources:
                     sources[kept] = table.reshape(len(names), *(shape[dim] for dim in kept))
                 labels = tuple(dims.values())
-                found.append(Factor(sources[kept], labels, frozenset(labels) - lane.keys(), name, row))
+                found.append(Factor(sources[kept], labels, frozenset(labels) - lane.keys(), name, row, rows, shape))
     number = {name: i for i, name in enumerate(statements)}
     return sorted(found, key=lambda factor: number[factor.site])
 
@@ -384,10 +410,15 @@ def _check_width(group: _Group, variable: str) -> None:
 
 def total(found: Collection[Factor]) -> Tensor:
     """Sum of all entries of all tables, a scalar."""
-    rows: dict[int, list[Factor]] = defaultdict(list)
+    groups: dict[int, list[Factor]] = defaultdict(list)
     for factor in found:
-        rows[id(factor.source)].append(factor)
-    parts = [_stack(group).sum() if group[0].row is not None else group[0].table.sum() for group in rows.values()]
+        groups[id(factor.source)].append(factor)
+    parts = []
+    for group in groups.values():
+        if group[0].rows is not None:
+            parts.append(group[0].rows.total())
+        else:
+            parts.append(_stack(group).sum() if group[0].row is not None else group[0].table.sum())
     return torch.stack(parts).sum()
 
 

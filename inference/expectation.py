@@ -76,8 +76,8 @@ class Completed:
         count = len(next(iter(theta.values()))) if theta else 1
         return theta, torch.zeros(count, dtype=self.program.dtype, device=self.program.device)
 
-    def factors(self, values: Mapping[str, Tensor], data: list[Tensor]) -> list[Factor]:
-        found = factors(self.program, values, self.program.finite, data or None)
+    def factors(self, values: Mapping[str, Tensor], data: list[Tensor], is_lazy: bool = False) -> list[Factor]:
+        found = factors(self.program, values, self.program.finite, data or None, is_lazy)
         return [f for f in found if not (self.is_likelihood and f.site in self.maximised)]
 
     def log_z(self, values: Mapping[str, Tensor], batch: Batch = ALL) -> Tensor:
@@ -119,14 +119,8 @@ class Completed:
 
         def expected(theta: Values, particles: Values, weights: list[Tensor], data: list[Tensor]) -> Tensor:
             def one(particle: Values, at: list[Tensor]) -> Tensor:
-                found = self.factors({**theta, **particle}, data)
-                terms = [
-                    torch.where(w > 0, w * torch.where(w > 0, f.table, 0.0), 0.0).sum()
-                    if f.variables
-                    else (w * f.table).sum()
-                    for f, w in zip(found, at, strict=True)
-                ]
-                return torch.stack(terms).sum()
+                found = self.factors({**theta, **particle}, data, is_lazy=True)
+                return torch.stack([f.dot(w) for f, w in zip(found, at, strict=True)]).sum()
 
             if particles:
                 return vmap(one)(particles, weights).mean()

@@ -171,12 +171,20 @@ class Arithmetic(TorchFunctionMode):
 
     Attributes:
         has_written: Whether the program has written one tensor into another.
+        expanded: What was expanded by the identity of what it was expanded to, which it keeps alive; see ``origin``.
     """
 
     def __init__(self, widest: int | None = None, zero: Tensor | None = None) -> None:
         super().__init__()
         self.widest, self.zero = widest, zero
         self.has_written = False
+        self.expanded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def origin(self, tensor: Tensor) -> Tensor:
+        """What a tensor was before plates expanded it: a gradient need not be as large as they made it."""
+        while id(tensor) in self.expanded:
+            tensor = self.expanded[id(tensor)][1]
+        return tensor
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -191,6 +199,10 @@ class Arithmetic(TorchFunctionMode):
             return _picked(args[0], args[2])  # an enumerated index has dimensions that the table lacks
         if name == "__setitem__":
             return self._write(func, *args)
+        if name == "expand":
+            wide = func(*args, **(kwargs or {}))
+            self.expanded[id(wide)] = wide, args[0]
+            return wide
         if name in _WRITES:
             self.has_written = True
         if self.zero is not None and name in _MAKES:

@@ -202,6 +202,7 @@ class Program:
         nesting: Batch dimensions that plates or batch shapes take up.
         rows: Size of dimension 0 of the first tensor argument, or None.
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
+        has_rows: Whether a log-probability of many normal rows was a matrix product; see ``inference.rows``.
         groups: How many groups of consecutive chains there are that do not learn from one another; see ``replicate``.
         is_changing: Whether sites, shapes or supports change from run to run, or may do so because Python reads a latent
             value; False where that is refused. ``latents`` and its like then hold what a
@@ -248,6 +249,7 @@ class Program:
         self.groups = 1
         self._table = Table()
         self._writes = False  # whether the program writes into tensors of its own
+        self.has_rows = False
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)
         used = self._used_weights(owner)
@@ -330,7 +332,9 @@ class Program:
             try:
                 nodes = poutine.trace(self.handled(values)).get_trace(*args, **kwargs).nodes
                 self._writes = self._writes or arithmetic.has_written
-                return nodes, log_probs(nodes)
+                stacks = log_probs(nodes, arithmetic.origin)
+                self.has_rows = self.has_rows or any(stack.rows is not None for stack in stacks)
+                return nodes, stacks
             except Unsupported as refusal:  # without the table of shapes that Pyro adds
                 raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
 
@@ -344,7 +348,7 @@ class Program:
     def log_joint(self, values: Mapping[str, Tensor], data: list[Tensor] | None = None) -> Tensor:
         """log p(values, data), a scalar, at constrained values of all latent sites."""
         _, stacks = self.log_probs(values, data)
-        return torch.stack([stack.table.sum().to(self.dtype) for stack in stacks]).sum()
+        return torch.stack([stack.total.to(self.dtype) for stack in stacks]).sum()
 
     def replicate(self, observed: Mapping[str, Tensor], groups: int = 1) -> Program:
         """The same program, but with data of their own for each chain, or for a few chains each.

@@ -253,7 +253,7 @@ class PriorReference:
             log_prior = total(eliminate(found, plates_of(program, program.finite))[0])
         else:
             _, stacks = program.log_probs(values)
-            rows = [table[i] for names, table in stacks for i, name in enumerate(names) if name in program.latents]
+            rows = [stack.table[i] for stack in stacks for i, name in enumerate(stack.names) if name in program.latents]
             log_prior = torch.stack([row.sum() for row in rows]).sum()
         return log_prior + self.coordinates.log_jacobian(position)
 

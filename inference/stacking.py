@@ -6,7 +6,7 @@ one distribution, so that a graph of the density grows by a few cheap operations
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -14,6 +14,8 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from inference.rows import Rows, gaussian
 
 __all__ = ["Stack", "log_probs"]
 
@@ -43,10 +45,34 @@ _PARAMETERS: dict[type, tuple[dict[str, int], ...]] = {
 
 
 class Stack(NamedTuple):
-    """Statements and their log-probabilities, (statement, *shape of each)."""
+    """Statements and their log-probabilities.
+
+    Attributes:
+        names: Their names.
+        values: (statement, *shape of each); of a statement of many normal rows, what its table is a product of.
+    """
 
     names: tuple[str, ...]
-    table: Tensor
+    values: Tensor | Rows
+
+    @property
+    def rows(self) -> Rows | None:
+        return self.values if isinstance(self.values, Rows) else None
+
+    @property
+    def table(self) -> Tensor:
+        """Log-probabilities, (statement, *shape of each)."""
+        return self.values.table.unsqueeze(0) if isinstance(self.values, Rows) else self.values
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the table."""
+        return torch.Size((1, *self.values.shape)) if isinstance(self.values, Rows) else self.values.shape
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of all log-probabilities, a scalar."""
+        return self.values.total() if isinstance(self.values, Rows) else self.values.sum()
 
 
 class _Form(NamedTuple):
@@ -101,11 +127,14 @@ def _stacked(nodes: list[Mapping[str, Any]], form: _Form) -> Tensor:
     return table if form.scale == 1.0 else table * form.scale
 
 
-def log_probs(nodes: Mapping[str, Mapping[str, Any]]) -> list[Stack]:
+def log_probs(
+    nodes: Mapping[str, Mapping[str, Any]], origin: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> list[Stack]:
     """Log-probabilities of the statements of a trace, as ``poutine.trace`` computes them one by one.
 
     Args:
         nodes: Name to node of a Pyro trace; sub-samples of plates are left out.
+        origin: What a tensor was before it was expanded.
 
     Returns:
         Stacks that together hold every statement once, in the order of their first statements.
@@ -125,8 +154,13 @@ def log_probs(nodes: Mapping[str, Mapping[str, Any]]) -> list[Stack]:
         if key in forms and len(names) >= _FEWEST:
             stacks.append(Stack(tuple(names), _stacked([nodes[name] for name in names], forms[key])))
         else:
-            stacks += [Stack((name,), _log_prob(nodes[name]).unsqueeze(0)) for name in names]
+            stacks += [_alone(name, nodes[name], origin) for name in names]
     return stacks
+
+
+def _alone(name: str, node: Mapping[str, Any], origin: Callable[[Tensor], Tensor]) -> Stack:
+    rows = gaussian(node, origin)
+    return Stack((name,), _log_prob(node).unsqueeze(0) if rows is None else rows)
 
 
 def _log_prob(node: Mapping[str, Any]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = ["ascended", "given_values", "starting_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
 _LEAST, _MOST = 4, 64  # and for each chain
+_NUMBERS = 2**24  # of all data, times the draws that are looked at together
 _POOL = 1024  # different ones in all, where replicated data make for very many chains
 _ASCENT, _LONGEST_ASCENT = 40, 400  # steps of about 0.05 prior standard deviations each
 
@@ -115,13 +117,8 @@ def starting_values(program: Program, chains: int, start: Any = None, most: int 
     else:
         values = _candidates(program, chains * share)
     values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
-    density = Density(program, rung="vmapped")
     free = [name for name in program.finite if name not in given]
-    others = {name: value for name, value in values.items() if name not in free}
-    try:
-        log_density = density.marginal(free)({**others, **data}) if others else density.joint({**values, **data})
-    except Unsupported:
-        log_density = density.joint({**values, **data})
+    log_density = _log_density(program, {**values, **data}, free)
     log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).reshape(chains, share)
     best = log_density.argmax(1)
     lost = log_density.amax(1) == -torch.inf
@@ -134,6 +131,21 @@ def starting_values(program: Program, chains: int, start: Any = None, most: int 
     rows = torch.arange(chains, device=best.device) * share + best
     rows = torch.where(lost, log_density.flatten().argmax(), rows)
     return {name: value[rows].clone() for name, value in values.items()}
+
+
+def _log_density(program: Program, values: Mapping[str, Tensor], free: Collection[str]) -> Tensor:
+    """Log-densities at (chain, *site), the finite sites ``free`` summed out where they can be; few at once of large data."""
+    density = Density(program, rung="vmapped")
+    parts = [values]
+    at_once = max(1, _NUMBERS // max((leaf.numel() for leaf in program.data), default=1))
+    if at_once < len(next(iter(values.values()))):
+        split = {name: value.split(at_once) for name, value in values.items()}
+        parts = [dict(zip(split, part, strict=True)) for part in zip(*split.values(), strict=True)]
+    others = [{name: value for name, value in part.items() if name not in free} for part in parts]
+    if others[0]:
+        with contextlib.suppress(Unsupported):
+            return torch.cat([density.marginal(free)(part) for part in others])
+    return torch.cat([density.joint(part) for part in parts])
 
 
 def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
