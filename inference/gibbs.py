@@ -102,10 +102,8 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         blocks, notes = assign(program, self.blocks)
         density = program.density
         values = starting_values(program, self.chains, self.start)
-        is_exact = all(block.is_exact for block in blocks)
-        if self.start is None and (not is_exact or (program.finite and not program.is_long)):
-            # one step size serves all chains of a Metropolis block: none may start where it is hopeless; and labels that
-            # were drawn at random can hold a component where it explains nothing for thousands of sweeps
+        if self.start is None and not all(block.is_exact for block in blocks):
+            # one step size serves all chains of a Metropolis block: none may start where it is hopeless
             with contextlib.suppress(Unsupported):  # finite sites that cannot be summed out
                 values = ascended(program, values)
         values |= program.chain_data(self.chains)
