@@ -455,6 +455,41 @@ class Density:
 
         return self.stage(("draw", names), drawn, (True, True), evaluations)
 
+    def certify(
+        self, sites: Collection[str], values: Mapping[str, Tensor], advice: str, evaluations: int | None = None
+    ) -> Tensor:
+        """Holds the identity log Z = log p(z, rest) − log q(z | rest) of an enumeration at one draw for every chain.
+
+        Args:
+            sites: The finite sites that are summed out.
+            values: Values of all latent sites, (chain, *site); those of ``sites`` are not looked at.
+            advice: What to do instead, a sentence.
+            evaluations: As for ``draw``.
+
+        Returns:
+            The largest error, ().
+
+        Raises:
+            Unsupported: If it fails: elements of a plate are coupled in a way that enumeration does not see.
+        """
+        others = {name: value for name, value in values.items() if name not in sites}
+        chains = len(next(iter(values.values())))
+        if others:
+            drawn, log_q = self.draw(sites, evaluations)(others, self.uniforms(sites, chains))
+            joint, total = self.joint({**others, **drawn}), self.marginal(sites)(others)
+        else:
+            joint = self.joint(dict(values))
+            return torch.zeros_like(joint[0])
+        error = (joint - log_q - total).abs()
+        error = torch.where(joint.isfinite(), error, 0.0)
+        precision = 1e-10 if self.program.dtype == torch.float64 else 1e-4
+        if bool((error > precision * (100.0 + joint.abs())).any()):
+            raise Unsupported(
+                f"Summing out {', '.join(sites)} does not give the marginal of the program (log-density off by "
+                f"{float(error.max()):.1e}): elements of a plate are coupled. {advice}"
+            )
+        return error.amax()
+
     def redraw(self, sites: Collection[str]) -> Staged:
         """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values."""
         names = tuple(sites)

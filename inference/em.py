@@ -33,6 +33,7 @@ from inference.density import Density
 from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
+from inference.handlers import isolated
 from inference.information import WIDEST, standard_errors
 from inference.marginal import MarginalSampler
 from inference.maximisation import FEW, Adam, climb, stroll
@@ -187,6 +188,9 @@ class EM(Backend[EMState, EMInfo]):
             values = starting_values(program, pilots, None) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values)
+        if program.finite:
+            with isolated(0, program.device):  # looking changes nothing
+                density.certify(program.finite, values, "Use Gibbs().")
         expectation = self._expectation(values, averaged, task)
         pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
         pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)

@@ -73,6 +73,9 @@ class Substitute(Messenger):
         name = msg["name"]
         msg["infer"] = {key: value for key, value in msg["infer"].items() if key != "enumerate"}
         if name in self.resampled:
+            if isinstance(msg["value"], Tensor):  # data without a plate may be wider than their distribution
+                fn, value = msg["fn"], msg["value"]
+                msg["fn"] = fn.expand(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim]))
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         elif msg["is_observed"]:
             is_data = isinstance(msg["value"], Tensor) and not msg["infer"].get("_deterministic")
@@ -195,6 +198,8 @@ class Arithmetic(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__getitem__":
             return _picked(*args)
+        if name == "squeeze" and not args[0].dim() and args[1:] in ((0,), (-1,)):
+            return args[0]  # torch allows it, vmap does not
         if name == "gather" and not kwargs and args[0].dim() == 1 and args[2].dim() != 1:
             return _picked(args[0], args[2])  # an enumerated index has dimensions that the table lacks
         if name == "__setitem__":

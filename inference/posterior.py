@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference import arviz, checkpoint, relabel
 from inference.arrays import as_numpy, is_whole
+from inference.contract import Unsupported
 from inference.diagnosis import diagnose
 from inference.plan import Plan, Update
 
@@ -144,7 +145,7 @@ class Posterior:
 
         Args:
             log_likelihood: Whether to include it, which LOO needs; left out where neither the program nor an earlier
-                result is at hand.
+                result is at hand, and, with a warning, where the program has no pointwise terms.
             prior: Number of draws for the groups prior and prior_predictive; 0 leaves them out.
             posterior_predictive: Whether to include draws of the observed sites.
             warmup: Whether to include the draws of the warm-up, if they were kept.
@@ -160,7 +161,10 @@ class Posterior:
         """
         groups: dict[str, Mapping[str, Tensor]] = {"posterior": self.draws, "sample_stats": self.stats}
         if log_likelihood and (self._pointwise or self.program is not None):
-            groups["log_likelihood"] = self.log_likelihood()
+            try:
+                groups["log_likelihood"] = self.log_likelihood()
+            except Unsupported as refusal:
+                warnings.warn(f"Exported without the pointwise log-likelihood: {refusal}", stacklevel=2)
         if posterior_predictive:
             groups["posterior_predictive"] = self.predict()
         if prior:

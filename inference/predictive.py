@@ -20,6 +20,7 @@ from inference.program import Program, is_statement
 __all__ = ["log_likelihood", "posterior_predictive", "prior_predictive"]
 
 _CHUNK = 2**22  # table entries evaluated at once
+_CERTIFIED = 4  # draws at which the sum over local sites is held against the joint
 
 
 def _local(program: Program) -> tuple[str, ...]:
@@ -104,6 +105,9 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
 
     Returns:
         Observed site to (chain, draw, *batch), on the CPU.
+
+    Raises:
+        Unsupported: If the observations share finite sites in a way that leaves them no terms of their own.
     """
     if program.is_changing:
         return traces.log_likelihood(program, draws)
@@ -121,6 +125,11 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
     chunk = max(1, min(chains * count, _CHUNK // max(size, 1)))
     flat = {name: value.flatten(0, 1) for name, value in needed.items()}
     with reproducible(program.dtype, program.device), quiet():
+        if local:
+            few = {name: value[:_CERTIFIED].to(program.device) for name, value in flat.items()}
+            with isolated(0, program.device):
+                advice = "Its observations have no terms of their own, nor a leave-one-out."
+                Density(program, rung="vmapped").certify(local, few, advice)
         staged = Density(program).stage("pointwise", lambda values: _pointwise(program, values), (True,))
         parts = []
         for begin in range(0, chains * count, chunk):

@@ -152,6 +152,14 @@ def _extent(node: Mapping[str, Any]) -> tuple[int, int]:
     return node["value"].dim(), node["value"].numel()
 
 
+def _batch_shape(node: Mapping[str, Any]) -> torch.Size:
+    """The batch shape of a statement; data without a plate may be wider than their distribution."""
+    own, value = node["fn"].batch_shape, node["value"]
+    if not node["is_observed"] or not isinstance(value, Tensor):
+        return own
+    return torch.broadcast_shapes(own, value.shape[: value.dim() - node["fn"].event_dim])
+
+
 def _bounds(support: Any) -> list[Tensor]:
     """The numbers that a constraint is made of."""
     found = []
@@ -422,8 +430,8 @@ class Program:
             self.deterministic = {
                 name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"
             }
-            self.nesting = max((len(node["fn"].batch_shape) for node in nodes.values()), default=0)
-            self.batch_shapes = {name: node["fn"].batch_shape for name, node in nodes.items()}
+            self.batch_shapes = {name: _batch_shape(node) for name, node in nodes.items()}
+            self.nesting = max(map(len, self.batch_shapes.values()), default=0)
             self._check_supports(traces)
             self._check_data(traces)
             self._check_randomness(traces)

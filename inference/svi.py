@@ -28,17 +28,18 @@ from torch.func import grad, jacrev
 
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
-from inference.density import Unconstrained
+from inference.density import Density, Unconstrained
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, is_drawn, log_prob
-from inference.handlers import Arithmetic, quiet
+from inference.handlers import Arithmetic, isolated, quiet
 from inference.program import Program
 from inference.start import ascended, starting_values
 
 __all__ = ["SVI", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
+_CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint
 
 
 class SVIState(NamedTuple):
@@ -130,6 +131,11 @@ class SVI(Backend[SVIState, SVIInfo]):
         guide = self._guide(program)
         trace = guide.trace(program)
         guide.check(trace, program)
+        enumerated = [name for name in program.finite if name not in trace.nodes]
+        if enumerated:
+            with isolated(0, program.device):  # looking changes nothing
+                density = Density(program, rung="vmapped")
+                density.certify(enumerated, starting_values(program, _CERTIFIED, most=1), "Use Gibbs().")
         program.fitted = guide
         trained = {id(w): w for w in (*guide.weights().values(), *program.weights.values()) if w.requires_grad}
         if not trained:

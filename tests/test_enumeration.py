@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import resource
@@ -17,7 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from inference import HMC, Gibbs, MetropolisHastings
+from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
 from inference.contract import Unsupported
 from inference.density import Density
 from inference.enumeration import Factor, draw_back, eliminate, factors, log_normalizer, plates_of
@@ -458,7 +459,22 @@ def switched(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(m + 3 * z[..., which], 1.0), obs=y[0])
 
 
-COUPLED = (summed, summed_over_everything, accumulated, flipped, picked, switched)
+def rolled(y: Tensor) -> None:
+    """Every row depends on its neighbour's label: the shape gives nothing away."""
+    m = pyro.sample("m", dist.Normal(y.new_tensor(0.0), 1.0))
+    with pyro.plate("rows", 4):
+        z = pyro.sample("z", dist.Bernoulli(y.new_tensor(0.4)))
+        pyro.sample("y", dist.Normal(m + z + 2 * z.roll(1, -1), 1.0), obs=y[:4])
+
+
+def without_a_plate(y: Tensor) -> None:
+    """As many data as the label has values, with nothing around them."""
+    m = pyro.sample("m", dist.Normal(y.new_tensor(0.0), 1.0))
+    z = pyro.sample("z", dist.Bernoulli(y.new_tensor(0.4)))
+    pyro.sample("y", dist.Normal(m + 2 * z, 1.0), obs=y[:2])
+
+
+COUPLED = (summed, summed_over_everything, accumulated, flipped, picked, switched, rolled, without_a_plate)
 
 
 @pytest.mark.parametrize("backend", [Gibbs, HMC, MetropolisHastings], ids=lambda b: b.__name__)
@@ -483,6 +499,41 @@ def test_coupled_elements_of_a_plate_are_refused_or_exact(program: Any, backend:
         got = posterior.draws[name].double()
         error = got.mean(1).std(0) / math.sqrt(len(got))  # chains are independent
         assert bool(((got.mean((0, 1)) - exact).abs() < 5 * error + 1e-3).all()), (name, got.mean((0, 1)), exact)
+
+
+@pytest.mark.parametrize("backend", [EM(steps=500), SVI(steps=1500, learning_rate=0.03)], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("program", COUPLED, ids=lambda p: p.__name__)
+def test_coupled_elements_of_a_plate_do_not_mislead_an_optimiser(program: Any, backend: Any, device: torch.device) -> None:
+    """A sentence, or the mode on a grid (EM), and the mean within a fifth of a standard deviation (SVI, by a normal)."""
+    y = OBSERVED.to(device)
+    try:
+        posterior = dataclasses.replace(backend, seed=0, progress=False).fit(program, y)
+    except Unsupported as reason:
+        assert "couple" in str(reason) or "depends on" in str(reason)
+        return
+    looked = Program(program, (y,))
+    axis = torch.linspace(-6.0, 6.0, 2401, dtype=torch.float64, device=device)
+    found = list(assignments(looked))
+    stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
+    each = {name: value.repeat_interleave(len(axis), 0) for name, value in stacked.items()}
+    joints = Density(looked, rung="vmapped").joint({**each, "m": axis.repeat(len(found))}).reshape(len(found), -1)
+    total = joints.logsumexp(0)
+    if isinstance(backend, EM):
+        assert abs(float(posterior.point()["m"]) - float(axis[total.argmax()])) < 0.006
+        return
+    weights = total.softmax(0)
+    mean = weights @ axis
+    sd = (weights @ (axis - mean).square()).sqrt()
+    assert abs(float(posterior.draws["m"].mean()) - float(mean)) < 0.2 * float(sd)
+
+
+def test_observations_that_share_labels_have_no_terms_of_their_own(device: torch.device) -> None:
+    posterior = Gibbs(chains=2, warmup=5, draws=5, seed=0, progress=False).fit(rolled, OBSERVED.to(device))
+    with pytest.raises(Unsupported, match="no terms of their own"):
+        posterior.log_likelihood()
+    with pytest.warns(UserWarning, match="Exported without the pointwise log-likelihood"):
+        exported = posterior.to_arviz()
+    assert "posterior" in exported and "log_likelihood" not in exported
 
 
 @pytest.mark.parametrize("backend", [HMC, MetropolisHastings], ids=lambda b: b.__name__)
