@@ -7,7 +7,7 @@ long programs. Operations are recorded below ``vmap`` and ``grad``, so that the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["Meta", "record"]
+__all__ = ["Meta", "is_random", "record"]
 
 
 class Meta(NamedTuple):
@@ -29,7 +29,7 @@ class Meta(NamedTuple):
 class _Recorder(TorchDispatchMode):
     """Writes every operation on tensors into a graph."""
 
-    def __init__(self, inputs: list[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
@@ -71,7 +71,7 @@ class _Recorder(TorchDispatchMode):
             return result
         symbolic = tree_map(lambda leaf: self.node(leaf) if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs or {})))
         node = self.graph.call_function(func, *symbolic)
-        if any(source in self._dependent for source in node.all_input_nodes):
+        if is_random(node) or any(source in self._dependent for source in node.all_input_nodes):
             self._dependent.add(node)
         if isinstance(result, Tensor):
             self._enter(result, node)
@@ -85,14 +85,25 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def record(function: Callable[..., Any], inputs: list[Tensor]) -> fx.GraphModule:
+def is_random(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers, anew at each call."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def record(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequence[Tensor] = ()) -> fx.GraphModule:
     """The graph of ``function(*inputs)``; called with tensors of the same shapes, it returns the same tree.
+
+    Args:
+        function: Takes and returns tensors. Random operations are recorded as such.
+        inputs: Its arguments, of which it sees copies.
+        held: Tensors that it reads or writes without being given them, such as the weights and buffers of a module; the
+            graph takes them after ``inputs``.
 
     Raises:
         RuntimeError: If a value becomes a Python number, or memory is shared in a way that cannot be recorded.
     """
     fresh = [tensor.detach().clone() for tensor in inputs]
-    recorder = _Recorder(fresh)
+    recorder = _Recorder([*fresh, *held])
     with recorder:
         result = function(*fresh)
     leaves, structure = tree_flatten(result)
