@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from inference.density import RUNGS, fold, highest_rung, merge
-from inference.recording import record
+from inference.recording import quicken, record
 
 __all__ = ["Objective"]
 
@@ -117,7 +117,7 @@ class Objective:
         for weight in self.weights:
             weight.grad = None  # whose memory the next gradients take
         with torch.no_grad():
-            loss, gradients = variant.graph(*(data or ()), *variant.held)
+            loss, gradients = variant.graph.forward(*(data or ()), *variant.held)
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
         return loss
@@ -147,7 +147,7 @@ class Objective:
         held = [*self.weights, *buffers]
         before, seen = _Before(buffers), _seen(self.owners, self._modules())
         try:
-            graph = fold(merge(record(flat, data or [], held)))
+            graph = quicken(fold(merge(record(flat, data or [], held))))
             if seen.key != _seen(self.owners, self._modules()).key or before.has_drawn_in_python():
                 raise RuntimeError("a run changes Python objects, or draws by other means than torch")
         except Exception as error:

@@ -6,6 +6,7 @@ long programs. Operations are recorded below ``vmap`` and ``grad``, so that the 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["Meta", "is_random", "record"]
+__all__ = ["Meta", "is_random", "quicken", "record"]
 
 
 class Meta(NamedTuple):
@@ -111,3 +112,26 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequenc
         tree_unflatten([recorder.node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
     )
     return fx.GraphModule(recorder.constants, recorder.graph)
+
+
+# Operations that torch.* and methods of tensors take with the arguments of their aten forms, in half the time to dispatch.
+_FUNCTIONS = """abs add addmm bmm cat cos cumsum digamma div eq erf exp expm1 ge gt index_select isfinite le lerp lgamma log
+log1p logical_and logical_not logsumexp lt maximum mean minimum mm mul ne neg permute pow reciprocal relu round rsqrt select
+sigmoid sign sin sqrt square squeeze stack sub sum t tanh transpose unsqueeze where"""
+_METHODS = """expand view"""
+
+
+def quicken(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, to be run by itself: its common operations by their quickest names, its constants as attributes."""
+    quick = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    names = {name: getattr(torch, name) for name in _FUNCTIONS.split()}
+    names |= {name: getattr(Tensor, name) for name in _METHODS.split()}
+    for node in quick.graph.nodes:
+        name = getattr(node.target, "_opname", None)
+        is_plain = name not in ("add", "sub") or len(node.args) == 2  # a third argument would be their alpha
+        if name in names and is_plain and node.target._overloadname not in ("out", "int_out"):
+            node.target = names[name]
+    quick.recompile()
+    for name in list(quick._buffers):  # whose look-up is Python code
+        quick.__dict__[name] = quick._buffers.pop(name)
+    return quick

@@ -41,7 +41,7 @@ from inference.start import ascended, starting_values
 __all__ = ["SVI", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
-_LARGEST_BLOCK = 2**22  # numbers of data and latents, times the draws that are made at once
+_LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
 
 
 class SVIState(NamedTuple):
@@ -299,7 +299,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             state = state._replace(guide=self._laplace(state.guide.call, program))
             program.fitted = state.guide
         sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
-        count = max(1, min(most, _LARGEST_BLOCK // (1 + sum(sizes))))
+        choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
+        count = max(1, min(most, _LARGEST_BLOCK // (1 + sum(sizes) * choices)))
         guide = state.guide
 
         def drawn() -> tuple[dict[str, Tensor], Tensor]:
