@@ -145,7 +145,9 @@ class Objective:
 
         buffers = self._buffers()
         held = [*self.weights, *buffers]
-        before, seen = _Before(buffers), _seen(self.owners, self._modules())
+        before, seen = _Before(buffers, self.weights[0].device), _seen(self.owners, self._modules())
+        attributes = [(vars(module), dict(vars(module))) for module in self._modules()]
+        attributes += [(module._buffers, dict(module._buffers)) for module in self._modules()]
         try:
             graph = quicken(fold(merge(record(flat, data or [], held))))
             if seen.key != _seen(self.owners, self._modules()).key or before.has_drawn_in_python():
@@ -153,16 +155,18 @@ class Objective:
         except Exception as error:
             _log.info("The steps of %s cannot be staged (%s); running without a graph.", self.name, error)
             return
-        finally:
+        finally:  # a trial leaves no trace
+            for held_now, held_before in attributes:
+                held_now.update(held_before)
             before.restore()
         if len(graph.graph.nodes) <= _LARGEST:
             variant.graph, variant.held, variant.recorded = graph, held, variant.calls
 
     def _checked(self, variant: _Variant, data: list[Tensor] | None) -> Tensor:
         buffers = variant.held[len(self.weights) :]
-        before = _Before(buffers)
+        before = _Before(buffers, self.weights[0].device)
         staged = [self._staged(variant, data), *(weight.grad for weight in self.weights)]
-        after = _Before(buffers)
+        after = _Before(buffers, self.weights[0].device)
         before.restore()
         loss = self._unstaged(data)
         unstaged = [loss, *(weight.grad for weight in self.weights)]
@@ -176,21 +180,23 @@ class Objective:
 class _Before:
     """Buffers and random generators as they are now."""
 
-    def __init__(self, buffers: list[Tensor]) -> None:
+    def __init__(self, buffers: list[Tensor], device: torch.device) -> None:
         self.buffers, self.values = buffers, [buffer.detach().clone() for buffer in buffers]
-        self.generators = _generators()
+        self.device, self.generators = device, _generators(device)
         self.python = random.getstate(), np.random.get_state(legacy=False)
 
     @torch.no_grad()
     def restore(self) -> None:
         for buffer, value in zip(self.buffers, self.values, strict=True):
             buffer.copy_(value)
+        random.setstate(self.python[0])
+        np.random.set_state(self.python[1])
         torch.set_rng_state(self.generators[0])
         if len(self.generators) > 1:
-            torch.cuda.set_rng_state(self.generators[1])
+            torch.cuda.set_rng_state(self.generators[1], self.device)
 
     def has_equal_generators(self) -> bool:
-        return all(torch.equal(was, is_now) for was, is_now in zip(self.generators, _generators(), strict=True))
+        return all(torch.equal(was, is_now) for was, is_now in zip(self.generators, _generators(self.device), strict=True))
 
     def has_drawn_in_python(self) -> bool:
         was, is_now = self.python[1], np.random.get_state(legacy=False)
@@ -198,9 +204,8 @@ class _Before:
         return random.getstate() != self.python[0] or not same
 
 
-def _generators() -> list[Tensor]:
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
+def _generators(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
