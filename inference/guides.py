@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, 
 from inference.program import Program
 
 __all__ = ["Guide", "GuideReference", "batched", "mapped"]
+
+_log = logging.getLogger("inference")
 
 
 class _Owner(nn.Module):
@@ -99,20 +102,17 @@ class Guide:
         does, or write to its module, as batch normalisation does.
         """
         values = {name: node["value"].detach() for name, node in trace.nodes.items() if is_drawn(node)}
-        if not self._is_repeatable(program, values):
-            return False
-        nodes = [node for node in self.trace(program, values).nodes.values() if _is_sampled(node) and not is_drawn(node)]
-        return not any(node["log_prob_sum"].requires_grad for node in nodes)
-
-    @torch.no_grad()
-    def _is_repeatable(self, program: Program, values: Mapping[str, Tensor]) -> bool:
-        buffers = [] if self.owner is None else list(self.owner.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        first, second = (log_prob(self.trace(program, values)) for _ in range(2))
-        is_written = not all(torch.equal(*pair) for pair in zip(buffers, before, strict=True))
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-        return torch.equal(first, second) and not is_written
+        held = [] if self.owner is None else list(self.owner.buffers())
+        before = [buffer.clone() for buffer in held]
+        first, second = (self.trace(program, values) for _ in range(2))
+        is_written = not all(torch.equal(*pair) for pair in zip(held, before, strict=True))
+        with torch.no_grad():
+            for buffer, value in zip(held, before, strict=True):
+                buffer.copy_(value)
+        log_q = log_prob(first)
+        is_repeated = torch.isclose(log_q, log_prob(second), rtol=100 * torch.finfo(log_q.dtype).eps, atol=0.0)
+        fixed = [node for node in first.nodes.values() if _is_sampled(node) and not is_drawn(node)]
+        return not is_written and bool(is_repeated) and not any(node["log_prob_sum"].requires_grad for node in fixed)
 
     def check(self, trace: poutine.Trace, program: Program) -> None:
         """Compares the sites of a run of the guide with those of the program.
@@ -167,14 +167,16 @@ def batched(function: Callable[[], Any], count: int) -> Any:
 
 def mapped(function: Callable[[Any], Any], rows: Any) -> Any:
     """Results of a function at every row of a tree of tensors, stacked: at once if that can be, else in turn."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
-            return vmap(function, randomness="different")(rows)
-    except Exception:  # whatever a program does that vmap refuses, such as a loop until acceptance
-        count = len(tree_flatten(rows)[0][0])
-        results = [function(tree_map(lambda leaf: leaf[i], rows)) for i in range(count)]  # noqa: B023
-        return tree_map(lambda *parts: torch.stack(parts), *results)
+    count = len(tree_flatten(rows)[0][0])
+    if count > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
+                return vmap(function, randomness="different")(rows)
+        except Exception as error:  # whatever a program does that vmap refuses, such as a loop until acceptance
+            _log.info("Not for many draws at once (%s); one after the other.", error)
+    results = [function(tree_map(lambda leaf: leaf[i], rows)) for i in range(count)]  # noqa: B023
+    return tree_map(lambda *parts: torch.stack(parts), *results)
 
 
 class GuideReference:
