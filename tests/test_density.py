@@ -323,9 +323,10 @@ def twice(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Equal operations that are not the same: draws, updates of running statistics, and reads before and after a write."""
     functional, total = torch.nn.functional, torch.zeros(3, dtype=x.dtype)
     draws = torch.randn_like(x) - torch.randn_like(x)
-    before = total[:2] + 1.0
+    part = total[:2]
+    before = part + 1.0
     total.add_(x.sum(0))
-    after = total[:2] + 1.0
+    after = part + 1.0
     normed = sum(functional.batch_norm(x, mean, variance, training=True) for _ in range(2))
     return torch.cat([draws.flatten(), before, after, normed.flatten(), (x.exp() - x.exp()).flatten()])
 

@@ -320,7 +320,7 @@ class Reads(Network):
 
 
 class Anneals(Network):
-    """Python counts the steps, to little effect at first."""
+    """Python counts the steps, to no effect until the checks of a graph are over."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class Anneals(Network):
 
     def guide(self, x: Tensor) -> None:
         self.count += 1
-        super().guide(x if self.count < 30 else 0.9 * x)
+        super().guide(x if self.count < 50 else 0.9 * x)
 
 
 class Remembers(Network):
