@@ -90,7 +90,8 @@ class _Evaluated(torch.autograd.Function):
 class SVI(Backend[SVIState, SVIInfo]):
     """Stochastic variational inference of any program; finite discrete sites that the guide lacks are summed out.
 
-    The learning rate is constant for the first half of the steps and then falls along a cosine to a hundredth.
+    The learning rate is constant for the first half of the steps and then falls along a cosine to a hundredth. Batches are
+    passes over the shuffled rows. A step is recorded once and then replayed without Pyro (see ``inference.objective``).
 
     Args:
         steps: Steps of Adam.

@@ -199,7 +199,6 @@ def small(program: Any, data: tuple[Tensor, ...], block: int, blocks: int, draws
     peer = pyros(program, guide, lambda: data)
     staged, plain = ours(program, data), ours(program, data, "vmapped")
     found = milliseconds([staged, plain, peer], block, blocks)
-    seconds = []
     torch.set_default_dtype(torch.float32)
     return [*found, seconds_of_draws(program, data, draws)]
 
