@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from inference.posterior import Posterior
     from inference.program import Program
 
-__all__ = ["Backend", "Draw", "Fitted", "Guided", "Movable", "Prepared", "Programmed", "Unsupported"]
+__all__ = ["Backend", "Draw", "Fitted", "Guided", "Independent", "Movable", "Prepared", "Programmed", "Unsupported"]
 
 S = TypeVar("S")
 I = TypeVar("I", bound=NamedTuple)  # noqa: E741
@@ -65,6 +65,14 @@ class Movable(Protocol):
     """A sampler whose chains can be put at other values, under other data of theirs, with all that warm-up has taught it."""
 
     def moved(self, state: Any, values: Mapping[str, Tensor], program: Program) -> Any: ...
+
+
+@runtime_checkable
+class Independent(Protocol):
+    """A back-end whose readings are independent of one another, so that it can make many at once."""
+
+    def readings(self, state: Any, program: Program, most: int) -> tuple[Any, Draw]:
+        """At least one reading and at most ``most``: ``values`` (chain, draw, *site) and ``stats`` (chain, draw)."""
 
 
 @runtime_checkable

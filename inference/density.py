@@ -26,16 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import grad, grad_and_value, vmap
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
 from inference.program import Program
-from inference.recording import record
+from inference.recording import is_random, record
 from inference.rows import rewritten
 
-__all__ = ["RUNGS", "Density", "Staged", "Unconstrained"]
+__all__ = ["RUNGS", "Density", "Staged", "Unconstrained", "fold", "highest_rung", "merge"]
 
 RUNGS = ("looped", "vmapped", "staged", "compiled")
 _CHECKS = 2
@@ -115,10 +114,7 @@ class Staged:
         self.function = function if has_rows is None else rewritten()(function)
         self.exact = None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung)
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
-        limit = rung or os.environ.get("PYRO_GENMODELS_RUNG") or "compiled"
-        if limit not in RUNGS:
-            raise ValueError(f"PYRO_GENMODELS_RUNG is '{limit}', but must be one of {', '.join(RUNGS)}.")
-        self.limit = RUNGS.index(limit)
+        self.limit = highest_rung(rung)
         self.rung, self.nodes = "", 0
         self.patience = _PATIENCE if rung is None else 0
         self._variants: dict[Hashable, _Variant] = {}
@@ -180,11 +176,7 @@ class Staged:
             return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
 
         try:
-            graph = record(flat, leaves)
-            if not any(_is_mutable(node) for node in graph.graph.nodes):
-                merged = CSEPass()(graph)
-                graph = graph if merged is None else merged.graph_module
-            graph = fold(graph)
+            graph = fold(merge(record(flat, leaves)))
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
@@ -231,6 +223,14 @@ def _has_nan(tree: Any) -> bool:
     return any(bool(leaf.isnan().any()) for leaf in tree_flatten(tree)[0] if leaf.is_floating_point())
 
 
+def highest_rung(rung: str | None = None) -> int:
+    """The number of the highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``."""
+    limit = rung or os.environ.get("PYRO_GENMODELS_RUNG") or "compiled"
+    if limit not in RUNGS:
+        raise ValueError(f"PYRO_GENMODELS_RUNG is '{limit}', but must be one of {', '.join(RUNGS)}.")
+    return RUNGS.index(limit)
+
+
 def _element(index: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[index]
 
@@ -250,24 +250,15 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
 
     What an in-place operation may write to is left alone: a constant that is written to would remember.
     """
-    mutable: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        if _is_mutable(node):
-            mutable.add(node)
-            frontier = _written(node)
-            while frontier:  # up to where the memory was made
-                ancestor = frontier.pop()
-                if ancestor not in mutable:
-                    mutable.add(ancestor)
-                    frontier.extend(ancestor.all_input_nodes if _is_view(ancestor) else ())
+    changing = _changing(graph)
     known: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
-        filled = _filled(node) if node not in mutable else None
+        filled = _filled(node) if node not in changing else None
         if filled is not None:
             known[node] = filled
         elif node.op == "get_attr":
             known[node] = getattr(graph, node.target)
-        elif node.op == "call_function" and node not in mutable and all(i in known for i in node.all_input_nodes):
+        elif node.op == "call_function" and node not in changing and all(i in known for i in node.all_input_nodes):
             arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
             known[node] = node.target(*arguments[0], **arguments[1])
     for count, (node, value) in enumerate(known.items()):
@@ -280,22 +271,84 @@ def fold(graph: fx.GraphModule) -> fx.GraphModule:
     for node in reversed(list(known)):  # also checks for errors, which dead-code elimination keeps
         if not node.users:
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
+    graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_mutable(node))
     graph.recompile()
     return graph
 
 
+def merge(graph: fx.GraphModule) -> fx.GraphModule:
+    """Does in place once what a graph does twice: equal operations on equal arguments, whose memory nothing writes to.
+
+    The names that autograd gives to one tensor (``detach``, ``alias``, the transpose of a transpose) become one.
+    """
+    changing = _changing(graph)
+    seen: dict[Hashable, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        same = _renamed(node)
+        if same is None and node not in changing:
+            leaves, structure = tree_flatten((node.args, dict(node.kwargs)))
+            # 1, 1.0 and True are equal, and so are 0.0 and -0.0
+            literal = tuple(leaf if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves)
+            key = (node.target, str(structure), literal)
+            same = seen.setdefault(key, node)
+        if same is not None and same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _renamed(node: fx.Node) -> fx.Node | None:
+    """The node of which this one is another name, if it is one."""
+    aten = torch.ops.aten
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh.default):
+        return source
+    is_returned = node.target is aten.t.default and source.target is aten.t.default
+    return source.args[0] if is_returned else None  # type: ignore[return-value]
+
+
+def _changing(graph: fx.GraphModule) -> set[fx.Node]:
+    """What is drawn at random, all names of memory that is written to, and what reads such memory."""
+    written: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if _is_mutable(node):
+            written.add(node)
+            frontier = _written(node)
+            while frontier:  # up to where the memory was made
+                ancestor = frontier.pop()
+                if ancestor not in written:
+                    written.add(ancestor)
+                    frontier.extend(ancestor.all_input_nodes if _is_view(ancestor) else ())
+    for node in graph.graph.nodes:  # and down to its other names
+        if _is_view(node) and any(source in written for source in node.all_input_nodes):
+            written.add(node)
+    readers = {node for node in graph.graph.nodes if any(source in written for source in node.all_input_nodes)}
+    return written | readers | {node for node in graph.graph.nodes if is_random(node)}
+
+
 def _is_mutable(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
+    return node.op == "call_function" and schema is not None and (schema.is_mutable or node.target in _WRITES_UNSAID)
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that an in-place operation writes to."""
+    if node.target in _WRITES_UNSAID:
+        return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
     declared = node.target._schema.arguments  # type: ignore[union-attr]
     pairs = zip(declared, node.args, strict=False)
     written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
     return [value for value in written if isinstance(value, fx.Node)]
+
+
+_WRITES_UNSAID = {  # their schemas do not tell that they update the running mean and variance, arguments 3 and 4
+    getattr(torch.ops.aten, name).default for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+}
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference.arrays import ragged
-from inference.contract import Backend
+from inference.contract import Backend, Independent
 from inference.handlers import isolated, quiet, reproducible
 from inference.posterior import Posterior
 from inference.program import Program
@@ -87,6 +87,14 @@ class _Buffer:
         for name, buffer in self.tensors.items():
             buffer[:, self.filled] = values[name].detach().cpu()
         self.filled += 1
+
+    def extend(self, values: Mapping[str, Tensor]) -> None:
+        """Adds many draws, (chain, draw, ...)."""
+        self.add({name: value[:, 0] for name, value in values.items()})
+        last = self.filled - 1 + next(iter(values.values())).shape[1]
+        for name, buffer in self.tensors.items():
+            buffer[:, self.filled : last] = values[name][:, 1:].detach().cpu()
+        self.filled = last
 
     def _kept(self, values: Mapping[str, Tensor]) -> list[str]:
         if self.keep is not None:
@@ -283,6 +291,8 @@ class _Run:
         return state
 
     def _read(self, state: Any, draws: _Buffer | _RaggedBuffer, stats: _Buffer) -> Any:
+        if isinstance(self.backend, Independent) and isinstance(draws, _Buffer):
+            return self._read_blocks(self.backend, state, draws, stats)
         with self._bar(self.schedule.draws, "draws") as bar:
             for i in range(self.schedule.draws):
                 state, draw = self.backend.sample(state, self.program)
@@ -300,11 +310,23 @@ class _Run:
                     break
         return state
 
+    def _read_blocks(self, backend: Independent, state: Any, draws: _Buffer, stats: _Buffer) -> Any:
+        with self._bar(self.schedule.draws, "draws") as bar:
+            while stats.filled < self.schedule.draws:
+                state, block = backend.readings(state, self.program, self.schedule.draws - stats.filled)
+                self._last = state
+                flat = self._with_deterministics({name: value.flatten(0, 1) for name, value in block.values.items()})
+                lead = next(iter(block.stats.values())).shape
+                draws.extend({name: value.unflatten(0, lead) for name, value in flat.items()})
+                stats.extend(block.stats)
+                bar.update(lead[1])
+        return state
+
     def _record(self, info: Any) -> None:
-        fields = {name: value for name, value in info._asdict().items() if isinstance(value, Tensor)}
+        fields = {name: value.detach() for name, value in info._asdict().items() if isinstance(value, Tensor)}
         if isinstance(self.schedule, Sample):
-            fields = {name: value for name, value in fields.items() if name == "lp"}
-        self.history.append({name: value.detach().cpu() for name, value in fields.items()})
+            fields = {name: value.cpu() for name, value in fields.items() if name == "lp"}
+        self.history.append(fields)  # a loss stays where it is: a copy would wait for the GPU at every step
 
     def _with_deterministics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.program.deterministic or self.program.is_changing:  # which a changing structure brings along

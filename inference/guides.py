@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,14 +12,16 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from inference.contract import Unsupported
 from inference.density import Unconstrained
 from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, quiet
 from inference.program import Program
 
-__all__ = ["Guide", "GuideReference", "batched"]
+__all__ = ["Guide", "GuideReference", "batched", "mapped"]
+
+_log = logging.getLogger("inference")
 
 
 class _Owner(nn.Module):
@@ -95,11 +98,21 @@ class Guide:
         """Whether log q, at fixed values of what is drawn, has all its weights in the distributions of the draws.
 
         An automatic guide that draws standard noise has them in the Jacobian of its Delta sites instead; frozen weights
-        would leave that out of the gradient.
+        would leave that out of the gradient. Nor may a second run of the guide differ from the first, as that of dropout
+        does, or write to its module, as batch normalisation does.
         """
         values = {name: node["value"].detach() for name, node in trace.nodes.items() if is_drawn(node)}
-        nodes = [node for node in self.trace(program, values).nodes.values() if _is_sampled(node) and not is_drawn(node)]
-        return not any(node["log_prob_sum"].requires_grad for node in nodes)
+        held = [] if self.owner is None else list(self.owner.buffers())
+        before = [buffer.clone() for buffer in held]
+        first, second = (self.trace(program, values) for _ in range(2))
+        is_written = not all(torch.equal(*pair) for pair in zip(held, before, strict=True))
+        with torch.no_grad():
+            for buffer, value in zip(held, before, strict=True):
+                buffer.copy_(value)
+        log_q = log_prob(first)
+        is_repeated = torch.isclose(log_q, log_prob(second), rtol=100 * torch.finfo(log_q.dtype).eps, atol=0.0)
+        fixed = [node for node in first.nodes.values() if _is_sampled(node) and not is_drawn(node)]
+        return not is_written and bool(is_repeated) and not any(node["log_prob_sum"].requires_grad for node in fixed)
 
     def check(self, trace: poutine.Trace, program: Program) -> None:
         """Compares the sites of a run of the guide with those of the program.
@@ -146,13 +159,24 @@ def log_prob(trace: poutine.Trace) -> Tensor:
 
 def batched(function: Callable[[], Any], count: int) -> Any:
     """Results of ``count`` independent calls of a function that draws, stacked: at once if that can be, else in turn."""
-    try:
-        with Drawing(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
-            return vmap(lambda _: function(), randomness="different")(torch.empty(count))
-    except Exception:  # whatever a sampler does that vmap refuses, such as a loop until acceptance
-        rows = [function() for _ in range(count)]
-        return tree_map(lambda *parts: torch.stack(parts), *rows)
+    if count == 1:
+        return tree_map(lambda part: part[None], function())
+    with Drawing():
+        return mapped(lambda _: function(), torch.empty(count))
+
+
+def mapped(function: Callable[[Any], Any], rows: Any) -> Any:
+    """Results of a function at every row of a tree of tensors, stacked: at once if that can be, else in turn."""
+    count = len(tree_flatten(rows)[0][0])
+    if count > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
+                return vmap(function, randomness="different")(rows)
+        except Exception as error:  # whatever a program does that vmap refuses, such as a loop until acceptance
+            _log.info("Not for many draws at once (%s); one after the other.", error)
+    results = [function(tree_map(lambda leaf: leaf[i], rows)) for i in range(count)]  # noqa: B023
+    return tree_map(lambda *parts: torch.stack(parts), *results)
 
 
 class GuideReference:

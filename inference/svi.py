@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,15 +25,16 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 from torch import Tensor, nn
-from torch.func import grad, jacrev
+from torch.func import grad, jacrev, vmap
 
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density, Unconstrained
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
-from inference.guides import Guide, is_drawn, log_prob
+from inference.guides import Guide, batched, is_drawn, log_prob, mapped
 from inference.handlers import Arithmetic, isolated, quiet
+from inference.objective import Objective
 from inference.program import Program
 from inference.start import ascended, starting_values
 
@@ -40,6 +42,7 @@ __all__ = ["SVI", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
 _CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint
+_LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
 
 
 class SVIState(NamedTuple):
@@ -51,7 +54,8 @@ class SVIState(NamedTuple):
         scheduler: Learning-rate schedule.
         step: Number of steps taken, ().
         skipped: Steps whose bound was not finite, ().
-        path: Whether the score of the guide is left out of the gradient.
+        objective: The loss and its gradients.
+        order: The rows in the order of this pass, of which every step takes the next few, (rows,); empty without batches.
     """
 
     guide: Guide
@@ -59,7 +63,8 @@ class SVIState(NamedTuple):
     scheduler: torch.optim.lr_scheduler.LRScheduler
     step: Tensor
     skipped: Tensor
-    path: bool
+    objective: Objective
+    order: Tensor
 
 
 class SVIInfo(NamedTuple):
@@ -86,7 +91,8 @@ class _Evaluated(torch.autograd.Function):
 class SVI(Backend[SVIState, SVIInfo]):
     """Stochastic variational inference of any program; finite discrete sites that the guide lacks are summed out.
 
-    The learning rate is constant for the first half of the steps and then falls along a cosine to a hundredth.
+    The learning rate is constant for the first half of the steps and then falls along a cosine to a hundredth. Batches are
+    passes over the shuffled rows. A step is recorded once and then replayed without Pyro (see ``inference.objective``).
 
     Args:
         steps: Steps of Adam.
@@ -140,10 +146,17 @@ class SVI(Backend[SVIState, SVIInfo]):
         trained = {id(w): w for w in (*guide.weights().values(), *program.weights.values()) if w.requires_grad}
         if not trained:
             raise Unsupported(f"Neither the guide nor {program.name} has weights to train.")
-        optimiser = torch.optim.Adam(list(trained.values()), lr=self.learning_rate)
+        optimiser = _adam(list(trained.values()), self.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
         zero = torch.zeros((), dtype=program.dtype, device=program.device)
-        return SVIState(guide, optimiser, scheduler, zero, zero, self.bound.path and guide.has_path(trace, program))
+        objective = Objective(
+            partial(self._loss, guide, program, self.bound.path and guide.has_path(trace, program)),
+            [*trained.values()],
+            [program.owner, program.call, guide.call, getattr(guide.call, "__self__", None)],
+            name=program.name,
+            is_watched=bool(self.callbacks),
+        )
+        return SVIState(guide, optimiser, scheduler, zero, zero, objective, torch.empty(0))
 
     def _rate(self, step: int) -> float:
         progress = max(0.0, 2.0 * step / self.steps - 1.0)
@@ -215,61 +228,101 @@ class SVI(Backend[SVIState, SVIInfo]):
         return {name: value[best] for name, value in values.items()}
 
     def step(self, state: SVIState, program: Program) -> tuple[SVIState, SVIInfo]:
-        data, scale = None, 1.0
-        if self.batch_size is not None and program.rows is not None and self.batch_size < program.rows:
-            index = torch.randperm(program.rows, device=program.device)[: self.batch_size]
-            data, scale = program.minibatch(index), program.rows / self.batch_size
-        traces = [state.guide.trace(program, data=data, scale=scale) for _ in range(self.bound.particles)]
-        values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
-        log_p = self._log_p(program, values, data, scale)
-        score = torch.stack([_score(trace) for trace in traces])
-        log_q = torch.stack([self._log_q(state, program, trace, data, scale) for trace in traces])
-        surrogate, bound = self.bound.surrogate(log_p, log_q, score)
-        if bool(bound.isfinite()):
-            state.optimiser.zero_grad()
-            (-surrogate).backward()
+        order, data = self._batch(state, program)
+        loss = state.objective(data)
+        is_finite = loss.isfinite()
+        if not state.scheduler.last_epoch and not is_finite:
+            raise ValueError(f"The bound of {program.name} is {-float(loss)} at the start. Give start=, or check the data.")
+        is_skipped = (~is_finite).float()
+        if state.optimiser.defaults["fused"]:
+            state.optimiser.found_inf = is_skipped  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
             state.optimiser.step()
-        elif not int(state.step):
-            raise ValueError(f"The bound of {program.name} is {float(bound)} at the start. Give start=, or check the data.")
+        elif is_finite:
+            state.optimiser.step()
         state.scheduler.step()
-        skipped = state.skipped + (~bound.isfinite()).to(state.skipped)
-        return state._replace(step=state.step + 1, skipped=skipped), SVIInfo(-bound)
+        return state._replace(step=state.step + 1, skipped=state.skipped + is_skipped, order=order), SVIInfo(loss)
 
-    def _log_p(self, program: Program, values: list[dict[str, Tensor]], data: list[Tensor] | None, scale: float) -> Tensor:
+    def _batch(self, state: SVIState, program: Program) -> tuple[Tensor, list[Tensor] | None]:
+        """The order of the rows, and the data of the next step: passes over all rows, what is left at their end put back."""
+        if self.batch_size is None or program.rows is None or self.batch_size >= program.rows:
+            return state.order, None
+        first = state.scheduler.last_epoch % (program.rows // self.batch_size) * self.batch_size
+        order = state.order if first else torch.randperm(program.rows, device=program.device)
+        return order, program.minibatch(order[first : first + self.batch_size])
+
+    def _loss(
+        self, guide: Guide, program: Program, path: bool, data: list[Tensor] | None, is_recorded: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What to differentiate, and minus the bound.
+
+        Args:
+            guide: The guide.
+            program: The program.
+            path: Whether the score of the guide is left out of the gradient.
+            data: The tensors of a batch; None takes all.
+            is_recorded: Whether this run is recorded as a graph, which should be that of the program alone.
+        """
+        scale = 1.0 if data is None or program.rows is None else program.rows / len(data[0])
+        traces = [guide.trace(program, data=data, scale=scale) for _ in range(self.bound.particles)]
+        values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
+        log_p = self._log_p(program, values, data, scale, is_recorded)
+        score = torch.stack([_score(trace) for trace in traces])
+        log_q = torch.stack([self._log_q(guide, program, path, trace, data, scale) for trace in traces])
+        surrogate, bound = self.bound.surrogate(log_p, log_q, score)
+        return -surrogate, -bound
+
+    def _log_p(
+        self, program: Program, values: list[dict[str, Tensor]], data: list[Tensor] | None, scale: float, is_recorded: bool
+    ) -> Tensor:
         """log p(data, values) of each particle, finite sites that the guide lacks summed out, (particle,)."""
         enumerated = tuple(name for name in program.finite if name not in values[0])
         names = tuple(values[0])
-        if data is None and not program.weights and all(value.is_floating_point() for value in values[0].values()):
+        is_shared = data is None and not program.weights and all(value.is_floating_point() for value in values[0].values())
+        if is_shared and not is_recorded:
             staged = program.density.slopes(names, enumerated)
             stacked = [torch.stack([value[name] for value in values]) for name in names]
             return _Evaluated.apply(staged, names, *stacked)
         scales = dict.fromkeys(program.row_plates, scale) if data is not None else None
+        if is_shared and len(values) > 1:
+            every = {name: torch.stack([value[name] for value in values]) for name in names}
+            return vmap(lambda value: log_normalizer(program, value, enumerated))(every)
         return torch.stack([log_normalizer(program, value, enumerated, data, scales) for value in values])
 
     def _log_q(
-        self, state: SVIState, program: Program, trace: poutine.Trace, data: list[Tensor] | None, scale: float
+        self, guide: Guide, program: Program, path: bool, trace: poutine.Trace, data: list[Tensor] | None, scale: float
     ) -> Tensor:
-        if state.path:
+        if path:
             sites = {name: node["value"] for name, node in trace.nodes.items() if is_drawn(node)}
-            trace = state.guide.trace(program, sites, data, scale, is_frozen=True)
+            trace = guide.trace(program, sites, data, scale, is_frozen=True)
         return log_prob(trace)
 
-    @torch.no_grad()
     def sample(self, state: SVIState, program: Program) -> tuple[SVIState, Draw]:
+        state, draw = self.readings(state, program, 1)
+        return state, Draw({n: v[:, 0] for n, v in draw.values.items()}, {n: v[:, 0] for n, v in draw.stats.items()})
+
+    @torch.no_grad()
+    def readings(self, state: SVIState, program: Program, most: int) -> tuple[SVIState, Draw]:
         if isinstance(state.guide.call, AutoLaplaceApproximation):
             state = state._replace(guide=self._laplace(state.guide.call, program))
             program.fitted = state.guide
-        trace = state.guide.trace(program)
-        values = {name: trace.nodes[name]["value"][None] for name in program.latents if name in trace.nodes}
+        sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
+        choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
+        count = max(1, min(most, _LARGEST_BLOCK // (1 + sum(sizes) * choices)))
+        guide = state.guide
+
+        def drawn() -> tuple[dict[str, Tensor], Tensor]:
+            trace = guide.trace(program)
+            return {n: trace.nodes[n]["value"] for n in program.latents if n in trace.nodes}, log_prob(trace)
+
+        values, log_q = batched(drawn, count)
         enumerated = tuple(name for name in program.finite if name not in values)
         if program.weights:
-            lp = log_normalizer(program, {n: v[0] for n, v in values.items()}, enumerated)[None]
+            lp = mapped(lambda value: log_normalizer(program, value, enumerated), values)
         else:
             lp = program.density.marginal(enumerated)(values)
         if enumerated:
-            values |= program.density.draw(enumerated)(values, program.density.uniforms(enumerated, 1))[0]
-        stats = {"lp": lp, "log_q": log_prob(trace)[None]}
-        return state, Draw({name: values[name].detach() for name in program.latents}, stats)
+            values |= program.density.draw(enumerated)(values, program.density.uniforms(enumerated, count))[0]
+        return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"lp": lp[None], "log_q": log_q[None]})
 
     def values(self, state: SVIState, program: Program) -> dict[str, Tensor]:
         return self.sample(state, program)[1].values
@@ -279,6 +332,14 @@ class SVI(Backend[SVIState, SVIInfo]):
         prefix = "" if owner is not None and owner.module is program.owner else "guide."
         seen = {prefix + n: state.guide.table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()}
         return seen | program.weight_values()
+
+
+def _adam(weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam as one operation for all weights; weights that it does not take, such as complex ones, are done in turn."""
+    try:
+        return torch.optim.Adam(weights, lr=learning_rate, fused=True)
+    except RuntimeError:
+        return torch.optim.Adam(weights, lr=learning_rate, fused=False)
 
 
 def _keep_own_weights(module: nn.Module) -> None:

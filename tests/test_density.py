@@ -21,10 +21,10 @@ from scipy import stats
 from torch import Size, Tensor
 from torch.autograd.functional import jacobian
 
-from inference.density import RUNGS, Density, Staged, Unconstrained, fold
+from inference.density import RUNGS, Density, Staged, Unconstrained, fold, merge
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
-from inference.recording import record
+from inference.recording import quicken, record
 from inference.transforms import PositiveDefinite
 from pyro_genmodels import datasets
 from pyro_genmodels.distributions import InverseWishart
@@ -317,6 +317,47 @@ def test_folding_evaluates_once_what_does_not_depend_on_the_inputs() -> None:
     targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert not any("inv" in target for target in targets)
     assert_close(graph(x), quadratic(x))
+
+
+def twice(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Equal operations that are not the same: draws, updates of running statistics, and reads before and after a write."""
+    functional, total = torch.nn.functional, torch.zeros(3, dtype=x.dtype)
+    draws = torch.randn_like(x) - torch.randn_like(x)
+    part = total[:2]
+    before = part + 1.0
+    total.add_(x.sum(0))
+    after = part + 1.0
+    normed = sum(functional.batch_norm(x, mean, variance, training=True) for _ in range(2))
+    return torch.cat([draws.flatten(), before, after, normed.flatten(), (x.exp() - x.exp()).flatten()])
+
+
+def test_merging_keeps_apart_what_is_equal_by_name_only() -> None:
+    x = torch.randn(7, 3, dtype=torch.float64)
+    states = [(torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)) for _ in range(3)]
+    graph = fold(merge(record(lambda x: twice(x, *states[0]), [x], states[0])))
+    assert sum("exp" in str(node.target) for node in graph.graph.nodes) == 1
+    for _ in range(2):  # what was drawn or folded must not stay
+        torch.manual_seed(0)
+        expected = twice(x, *states[1])
+        torch.manual_seed(0)
+        assert_close(graph(x, *states[2]), expected)
+        assert_close(states[2], states[1])
+    torch.manual_seed(1)
+    other = graph(x, *states[2])
+    assert not torch.equal(other[:21], expected[:21])
+
+
+def test_an_operation_by_its_quickest_name_is_the_same() -> None:
+    x = torch.rand(4, 3, dtype=torch.float64) + 0.5
+    data = torch.rand(4, 3, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        y = torch.where(x > 1.0, x.log(), x.pow(2.0)) - torch.add(x, data, alpha=3) + (2.0 - x) + 2.0**x
+        z = y.sum(-1, keepdim=True).expand(4, 3) + x.logsumexp(0) + x.mean() + torch.rsub(x, 1.0, alpha=2)
+        return torch.stack([z, x.transpose(0, 1).reshape(4, 3), x.cumsum(0), x.select(0, 1).view(1, 3).expand(4, 3)])
+
+    graph = record(function, [x])
+    assert_close(quicken(graph)(x), function(x))
 
 
 # ------------------------------------------------------------------------------------------------------ coordinates

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -12,9 +14,13 @@ import torch
 from pyro import poutine
 from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference import SVI, Posterior, Unsupported
+from inference.bounds import ELBO
+from inference.guides import log_prob
+from inference.handlers import isolated, quiet, reproducible
+from inference.program import Program
 
 DESIGN = torch.cat([torch.ones(30, 1), torch.randn(30, 1, generator=torch.Generator().manual_seed(0))], 1).double()
 Y = DESIGN @ torch.tensor([0.5, -1.0]).double() + 0.7 * torch.randn(30, generator=torch.Generator().manual_seed(1)).double()
@@ -112,11 +118,6 @@ def test_finite_sites_are_summed_out_of_every_automatic_guide(family: type[AutoG
 def test_a_guide_may_be_an_instance_or_a_function() -> None:
     mean, covariance = exact()
 
-    def by_hand(design: Tensor, y: Tensor) -> None:
-        loc = pyro.param("loc", design.new_zeros(2))  # noqa: TID251
-        root = pyro.param("root", torch.eye(2).to(design), constraint=dist.constraints.lower_cholesky)  # noqa: TID251
-        pyro.sample("beta", dist.MultivariateNormal(loc, scale_tril=root))
-
     for guide in (autoguide.AutoMultivariateNormal(regression), by_hand):
         posterior = svi(guide=guide).fit(regression, DESIGN, Y)
         assert np.abs(posterior.weights["guide.loc"].numpy() - mean).max() < 0.02 * np.sqrt(np.diag(covariance)).min()
@@ -174,3 +175,278 @@ def test_a_guide_of_a_program_in_a_handler_sees_the_handler() -> None:
     _, covariance = exact()
     _, spread = moments(posterior)
     np.testing.assert_allclose(np.diag(spread), 2.0 * np.diag(covariance), rtol=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------- staged steps
+class Network(nn.Module):
+    """A small variational autoencoder, whose parts the tests vary."""
+
+    def __init__(self, *, norm: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Dropout(dropout))
+        self.heads = nn.Linear(8, 4)
+        self.decoder = nn.Sequential(nn.Linear(2, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.ReLU(), nn.Linear(8, 5))
+        self.double()
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        mean, log_scale = self.heads(self.encoder(x).relu()).chunk(2, -1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+BINARY = (torch.rand(30, 5, generator=torch.Generator().manual_seed(2)) > 0.6).double()
+
+
+def network(**options: Any) -> Callable[[], tuple[Any, tuple[Tensor, ...]]]:
+    def made() -> tuple[Any, tuple[Tensor, ...]]:
+        torch.manual_seed(0)
+        return Network(**options), (BINARY,)
+
+    return made
+
+
+def by_hand(design: Tensor, y: Tensor) -> None:
+    loc = pyro.param("loc", design.new_zeros(2))  # noqa: TID251
+    root = pyro.param("root", torch.eye(2).to(design), constraint=dist.constraints.lower_cholesky)  # noqa: TID251
+    pyro.sample("beta", dist.MultivariateNormal(loc, scale_tril=root))
+
+
+def discrete(y: Tensor) -> None:
+    """A guide without a reparameterised draw for every site: its gradient needs the score function."""
+    logits = pyro.param("logits", y.new_zeros(len(y)))  # noqa: TID251
+    loc = pyro.param("loc", y.new_zeros(()))  # noqa: TID251
+    pyro.sample("mean", dist.Normal(loc, 0.3))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("is_off", dist.Bernoulli(logits=logits))
+
+
+Case = tuple[Callable[[], tuple[Any, tuple[Tensor, ...]]], dict[str, Any]]
+CASES: dict[str, Case] = {
+    "normal": (lambda: (regression, (DESIGN, Y)), {}),
+    "multivariate": (lambda: (regression, (DESIGN, Y)), {"guide": autoguide.AutoMultivariateNormal}),
+    "particles": (lambda: (regression, (DESIGN, Y)), {"bound": ELBO(particles=3)}),
+    "score": (lambda: (regression, (DESIGN, Y)), {"bound": ELBO(path=False)}),
+    "rows": (lambda: (regression, (DESIGN, Y)), {"batch_size": 10}),
+    "scaled": (lambda: (poutine.scale(regression, scale=0.5), (DESIGN, Y)), {}),
+    "function": (lambda: (regression, (DESIGN, Y)), {"guide": by_hand}),
+    "finite": (lambda: (mixture, (SHIFTED,)), {}),
+    "finite rows": (lambda: (mixture, (SHIFTED,)), {"batch_size": 2}),
+    "discrete": (lambda: (mixture, (SHIFTED,)), {"guide": discrete, "bound": ELBO(particles=2)}),
+    "network": (network(), {}),
+    "network rows": (network(), {"batch_size": 8}),
+    "batch norm": (network(norm=True), {"batch_size": 8}),
+    "dropout": (network(dropout=0.3), {"batch_size": 8}),
+}
+
+
+class Steps(NamedTuple):
+    losses: Tensor
+    gradients: list[Tensor | None]
+    buffers: list[Tensor]
+    rungs: list[str]
+
+
+def steps_of(made: Any, options: dict[str, Any], rung: str, monkeypatch: pytest.MonkeyPatch, count: int = 40) -> Steps:
+    """Losses of all steps, gradients of the last, and the buffers after it."""
+    monkeypatch.setenv("PYRO_GENMODELS_RUNG", rung)
+    model, arguments = made()
+    backend = svi(steps=count, learning_rate=0.01, **options)
+    with isolated(0):
+        program = Program(model, arguments, follow=True)
+        with reproducible(program.dtype), quiet():
+            torch.manual_seed(1)
+            state, losses, rungs = backend.init(program), [], []
+            for i in range(count):
+                state, info = backend.step(state, program)
+                for callback in backend.callbacks:
+                    callback(i, info)
+                losses.append(info.loss)
+                rungs.append(state.objective.rung)
+    buffers = [buffer.clone() for buffer in model.buffers()] if isinstance(model, nn.Module) else []
+    return Steps(torch.stack(losses), [w.grad for w in state.objective.weights], buffers, rungs)
+
+
+def assert_same_steps(one: Steps, other: Steps) -> None:
+    """Equal up to the rounding that the steps pile up."""
+    torch.testing.assert_close(one.losses, other.losses, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(one.gradients, other.gradients, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(one.buffers, other.buffers, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_staged_step_is_the_step_of_the_program(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At equal random numbers losses, gradients and running statistics are those of the unstaged steps, up to rounding."""
+    staged = steps_of(*CASES[case], "staged", monkeypatch)
+    assert staged.rungs[-1] == "staged"
+    unstaged = steps_of(*CASES[case], "vmapped", monkeypatch)
+    assert "staged" not in unstaged.rungs
+    assert_same_steps(staged, unstaged)
+
+
+def test_batch_normalisation_counts_every_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the encoder, whose guide is run once a step, and in the decoder."""
+    before = steps_of(network(norm=True), {"batch_size": 8}, "staged", monkeypatch, count=1)
+    after = steps_of(network(norm=True), {"batch_size": 8}, "staged", monkeypatch, count=31)
+    counts = [(int(b), int(a)) for a, b in zip(after.buffers, before.buffers, strict=True) if not a.is_floating_point()]
+    assert [late - early for early, late in counts] == [30, 30]
+
+
+def test_the_density_of_a_guide_with_dropout_is_that_of_its_draw() -> None:
+    """A bound with log q at another mask than that of the draw would be wrong."""
+    torch.manual_seed(0)
+    program = Program(Network(dropout=0.5), (BINARY,), follow=True)
+    with reproducible(program.dtype), quiet():
+        state = svi(steps=1).init(program)
+        torch.manual_seed(1)
+        loss = state.objective()
+        torch.manual_seed(1)
+        trace = state.guide.trace(program)
+        bound = program.log_joint({"z": trace.nodes["z"]["value"]}) - log_prob(trace)
+    torch.testing.assert_close(loss, -bound.detach(), rtol=1e-12, atol=0)
+
+
+class Reads(Network):
+    """Python reads a number."""
+
+    def guide(self, x: Tensor) -> None:
+        if float(self.heads.bias.detach().abs().max()) > 1e6:
+            raise ValueError("The weights are gone.")
+        super().guide(x)
+
+
+class Anneals(Network):
+    """Python counts the steps, to no effect until the checks of a graph are over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def guide(self, x: Tensor) -> None:
+        self.count += 1
+        super().guide(x if self.count < 50 else 0.9 * x)
+
+
+class Remembers(Network):
+    """A buffer is replaced, not written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5).double())
+
+    def guide(self, x: Tensor) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        super().guide(x - self.mean)
+
+
+class Flips(Network):
+    """Randomness that is not torch's."""
+
+    def guide(self, x: Tensor) -> None:
+        super().guide(x if random.random() < 0.5 else -x)
+
+
+class Listens(Network):
+    """A hook waits for the encoder to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+        self.encoder.register_forward_hook(lambda *_: self.heard.append(1))
+
+
+@pytest.mark.parametrize("kind", [Reads, Anneals, Remembers, Flips, Listens], ids=lambda kind: kind.__name__)
+def test_what_cannot_be_recorded_runs_without_a_graph(kind: type[Network], monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> tuple[Any, tuple[Tensor, ...]]:
+        torch.manual_seed(0)
+        random.seed(0)
+        return kind(), (BINARY,)
+
+    tried, unstaged = (steps_of(made, {"batch_size": 8}, rung, monkeypatch) for rung in ("staged", "vmapped"))
+    assert "staged" not in tried.rungs
+    assert_same_steps(tried, unstaged)
+    assert tried.losses[-10:].mean() < tried.losses[:10].mean()
+
+
+def test_what_a_callback_changes_reaches_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tempered(Network):
+        weight = 1.0
+
+        def model(self, x: Tensor) -> None:
+            with poutine.scale(scale=self.weight):
+                super().model(x)
+
+    def case() -> tuple[Any, dict[str, Any]]:
+        torch.manual_seed(0)
+        model = Tempered()
+
+        def anneal(step: int, _: Any) -> None:
+            model.weight = 0.5 if step < 25 else 0.25
+
+        return lambda: (model, (BINARY,)), {"callbacks": (anneal,)}
+
+    staged = steps_of(*case(), "staged", monkeypatch, count=60)
+    assert staged.rungs[24] == staged.rungs[-1] == "staged"
+    assert_same_steps(staged, steps_of(*case(), "vmapped", monkeypatch, count=60))
+
+
+def test_a_smaller_batch_has_a_graph_of_its_own() -> None:
+    model, arguments = network()()
+    program = Program(model, arguments, follow=True)
+    with reproducible(program.dtype), quiet():
+        objective = svi(batch_size=8).init(program).objective
+        for _ in range(20):
+            for size in (8, 6):
+                torch.manual_seed(size)
+                objective([BINARY[:size]])
+        for size in (8, 6):
+            torch.manual_seed(size)
+            loss, rung = objective([BINARY[:size]]), objective.rung
+            gradients = [w.grad for w in objective.weights]
+            torch.manual_seed(size)
+            expected = objective._unstaged([BINARY[:size]])
+            assert rung == "staged"
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(gradients, [w.grad for w in objective.weights])
+
+
+def test_a_step_whose_bound_is_not_finite_is_left_out() -> None:
+    def bounded(y: Tensor) -> None:
+        top = pyro.sample("top", dist.Normal(0.0, 10.0))
+        pyro.factor("inside", torch.where(top < 2.0, 0.0, -torch.inf))
+        pyro.sample("y", dist.Normal(top, 1.0), obs=y)
+
+    def wide(y: Tensor) -> None:
+        loc = pyro.param("loc", y.new_zeros(()))  # noqa: TID251
+        pyro.sample("top", dist.Normal(loc, 1.0))
+
+    program = Program(bounded, (torch.tensor(3.0).double(),), follow=True)
+    backend = svi(guide=wide)
+    with isolated(3), reproducible(program.dtype), quiet():
+        state, skipped = backend.init(program), 0
+        for _ in range(200):
+            before = {name: weight.detach().clone() for name, weight in state.guide.weights().items()}
+            state, info = backend.step(state, program)
+            if not info.loss.isfinite():
+                skipped += 1
+                torch.testing.assert_close(dict(state.guide.weights()), before, rtol=0, atol=0)
+    assert skipped == int(state.skipped) > 0 and state.objective.rung == "staged"
+    assert all(weight.isfinite().all() for weight in state.guide.weights().values())
+
+
+@pytest.mark.parametrize("family", [autoguide.AutoNormal, autoguide.AutoMultivariateNormal])
+def test_draws_that_are_made_at_once_are_draws_of_the_guide(family: type[AutoGuide]) -> None:
+    """Each has the densities of its own point, and together they have the guide's moments (z below 5)."""
+    posterior = svi(guide=family, draws=4000).fit(regression, DESIGN, Y)
+    (beta,) = posterior.draws["beta"]
+    mean, covariance = moments(posterior)
+    q = torch.distributions.MultivariateNormal(torch.as_tensor(mean), torch.as_tensor(covariance))
+    torch.testing.assert_close(posterior.stats["log_q"][0], q.log_prob(beta), rtol=1e-6, atol=1e-6)
+    lp = dist.Normal(0.0, 2.0).log_prob(beta).sum(-1) + dist.Normal(beta @ DESIGN.T, 0.7).log_prob(Y).sum(-1)
+    torch.testing.assert_close(posterior.stats["lp"][0], lp, rtol=1e-6, atol=1e-6)
+    z = (beta.numpy() - mean).mean(0) / np.sqrt(np.diag(covariance) / 4000)
+    assert np.abs(z).max() < 5.0
