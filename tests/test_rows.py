@@ -1,0 +1,163 @@
+"""Normal rows as matrix products have the log-probabilities of rows one by one, or say that they have not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from inference import EM, HMC
+from inference.density import Density, Unconstrained
+from inference.handlers import isolated
+from inference.program import Program
+from inference.rows import Rows
+from pyro_genmodels import GMM
+from pyro_genmodels.classical.mixture import COVARIANCES
+
+GENERATOR = torch.Generator().manual_seed(0)
+NOISE = torch.randn(700, 3, generator=GENERATOR, dtype=torch.float64)
+X = torch.where(torch.arange(700)[:, None] < 400, NOISE * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 100.0, 3.0]),
+                0.3 * NOISE + torch.tensor([4.0, 90.0, 2.0])).double()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def run(inside_a_run: None) -> Iterator[None]:
+    yield
+
+
+def vectors(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.new_zeros(3), 100.0).to_event(1))
+    spread = pyro.sample("spread", dist.LogNormal(x.new_zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mean, spread).to_event(1), obs=x)
+
+
+def scalars(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mean, 2.0), obs=x[:, 0])
+
+
+def columns(x: Tensor) -> None:
+    """The rows are not the last dimension."""
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+    with pyro.plate("column", 1, dim=-1), pyro.plate("rows", len(x), dim=-2):
+        pyro.sample("x", dist.Normal(mean, 2.0), obs=x[:, :1])
+
+
+def labelled(x: Tensor) -> None:
+    with pyro.plate("components", 2):
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+        spread = pyro.sample("spread", dist.LogNormal(x.new_tensor(0.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(x.new_ones(2)))
+        pyro.sample("x", dist.Normal(mean[z], spread[z]), obs=x[:, 1])
+
+
+def without_a_plate(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+    pyro.sample("x", dist.Normal(mean, 2.0), obs=x[:, 0])
+
+
+PROGRAMS: dict[str, Any] = {
+    **{program.__name__: program for program in (vectors, scalars, columns, labelled, without_a_plate)},
+    "scaled": poutine.scale(vectors, scale=0.5),
+    **{covariance: GMM(3, covariance) for covariance in COVARIANCES},
+}
+
+
+def densities(program: Any, x: Tensor) -> tuple[Program, Any, Tensor]:
+    """The program, its unconstrained density, and three positions drawn from the prior."""
+    looked = Program(program, (x,))
+    coordinates = Unconstrained(looked, looked.continuous)
+    staged = Density(looked, rung="vmapped").unconstrained(coordinates, looked.finite)
+    with isolated(1):
+        draws = [looked.sample_prior() for _ in range(3)]
+    values = {name: torch.stack([draw[name] for draw in draws]) for name in looked.continuous}
+    return looked, staged, coordinates.position(values)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_products_have_the_log_density_and_gradient_of_rows_one_by_one(name: str, device: torch.device) -> None:
+    program, staged, position = densities(PROGRAMS[name], X.to(device))
+    gradient, value = staged._evaluated(position, {})
+    expected_gradient, expected = staged.exact(position, {})
+    assert program.has_rows
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+def regression(x: Tensor) -> None:
+    slope = pyro.sample("slope", dist.Normal(x.new_tensor(0.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(slope * x[:, 0], 1.0), obs=x[:, 1])
+
+
+def masked(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+    with pyro.plate("rows", len(x)), poutine.mask(mask=x[:, 0] > 0):
+        pyro.sample("x", dist.Normal(mean, 2.0), obs=x[:, 0])
+
+
+def grouped(x: Tensor) -> None:
+    with pyro.plate("groups", 2, dim=-1):
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+        with pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("x", dist.Normal(mean, 2.0), obs=x[:, :2])
+
+
+@pytest.mark.parametrize("program", [regression, masked, grouped], ids=lambda program: program.__name__)
+def test_what_is_no_product_is_left_alone(program: Callable[[Tensor], None]) -> None:
+    looked, staged, position = densities(program, X)
+    staged(position, {})
+    assert not looked.has_rows
+
+
+def test_few_rows_are_left_alone() -> None:
+    looked, staged, position = densities(vectors, X[:100])
+    staged(position, {})
+    assert not looked.has_rows
+
+
+@pytest.mark.parametrize("width", [1.0, 1e-6])
+def test_a_component_too_narrow_for_a_product_is_evaluated_row_by_row(width: float) -> None:
+    """Beside rows 100 wide, the terms of the product of a narrow component would be 10¹⁶ and more."""
+    _, staged, position = densities(vectors, X)
+    position = torch.cat([X[:3], torch.full((3, 3), width, dtype=torch.float64).log()], -1)
+    assert bool(staged._evaluated(position, {})[1].isnan().all()) == (width < 1e-5)
+    gradient, value = staged(position, {})
+    expected_gradient, expected = staged.exact(position, {})
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-6)
+
+
+def test_a_weighted_sum_is_that_of_the_table() -> None:
+    generator = torch.Generator().manual_seed(1)
+    parts = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((50, 4), (3, 1, 4), (3, 1)))
+    rows = Rows(*parts, -2)
+    weights = torch.rand(rows.table.shape, generator=generator, dtype=torch.float64)
+    assert rows.shape == rows.table.shape == (3, 50, 1)
+    torch.testing.assert_close(rows.total(weights), (weights * rows.table).sum())
+    torch.testing.assert_close(rows.total(), rows.table.sum())
+    torch.testing.assert_close(rows.scaled(0.5).table, 0.5 * rows.table)
+
+
+def test_em_on_rows_of_a_normal_finds_their_mean_and_covariance(device: torch.device) -> None:
+    x = X[:400].to(device)
+    start = {"means": x[:1], "covariances": torch.eye(3, dtype=x.dtype)[None], "weights": torch.ones(1, dtype=x.dtype)}
+    point = EM(objective="mle", start=start, seed=0, progress=False).fit(GMM(1), x).point()
+    torch.testing.assert_close(point["means"][0], x.mean(0).cpu(), rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(point["covariances"][0], x.T.cov(correction=0).cpu(), rtol=1e-8, atol=1e-9)
+
+
+def test_chains_come_back_from_where_rounding_would_show() -> None:
+    """A fit whose chains start at a width of 10⁻⁶ goes on row by row, and ends where the data are."""
+    start = {"mean": X[0], "spread": torch.full((3,), 1e-6, dtype=torch.float64)}
+    posterior = HMC(chains=2, warmup=300, draws=50, start=start, seed=0, progress=False).fit(vectors, X)
+    torch.testing.assert_close(posterior.point()["spread"], X.std(0), rtol=0.1, atol=0.0)
