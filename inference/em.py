@@ -113,9 +113,9 @@ class EM(Backend[EMState, EMInfo]):
     """Expectation-maximisation; the result is a point.
 
     Finite discrete sites and sites in a plate over the rows of the data (``Program.row_plates``; if there is none, in any
-    plate of the data) are averaged; all others, such as a mean of each column, and the weights are maximised, on the scale on
-    which the program samples them (no Jacobian). The objective never falls if the E-step is exact, as it is for finite sites,
-    chains of them included, and for jointly Gaussian ones; others are averaged over draws.
+    plate of the data) are averaged; all others, such as a mean of each column, and the weights are maximised, on the scale
+    on which the program samples them (no Jacobian). The objective never falls if the E-step is exact, as it is for finite
+    sites, chains of them included, and for jointly Gaussian ones; others are averaged over draws.
 
     ``posterior.stats["standard_error_<site>"]`` holds standard errors of the maximised sites, from the observed information
     at given weights; NaN along a ridge of the density, or where the point is no maximum inside the support.
