@@ -113,9 +113,10 @@ class EMInfo(NamedTuple):
 class EM(Backend[EMState, EMInfo]):
     """Expectation-maximisation; the result is a point.
 
-    Finite discrete sites and sites local to an observed plate are averaged; all others and the weights are maximised, on
-    the scale on which the program samples them (no Jacobian). The objective never falls if the E-step is exact, as it is
-    for finite sites, chains of them included, and for jointly Gaussian ones; others are averaged over draws.
+    Finite discrete sites and sites in a plate over the rows of the data (``Program.row_plates``; if there is none, in any
+    plate of the data) are averaged; all others, such as a mean of each column, and the weights are maximised, on the scale
+    on which the program samples them (no Jacobian). The objective never falls if the E-step is exact, as it is for finite
+    sites, chains of them included, and for jointly Gaussian ones; others are averaged over draws.
 
     ``posterior.stats["standard_error_<site>"]`` holds standard errors of the maximised sites, from the observed information
     at given weights; NaN along a ridge of the density, or where the point is no maximum inside the support.
@@ -209,6 +210,7 @@ class EM(Backend[EMState, EMInfo]):
 
     def _split(self, program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
         data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
+        local_plates = data_plates & set(program.row_plates) or data_plates
         if self.maximise is not None:
             for name in self.maximise:
                 if name not in program.latents:
@@ -223,7 +225,7 @@ class EM(Backend[EMState, EMInfo]):
             chosen = {
                 name
                 for name, site in program.latents.items()
-                if site.is_continuous and not data_plates & {plate.name for plate in site.plates}
+                if site.is_continuous and not local_plates & {plate.name for plate in site.plates}
             }
         averaged = tuple(name for name in program.latents if name not in chosen)
         return averaged, tuple(name for name in program.latents if name in chosen)

@@ -99,6 +99,10 @@ class Posterior:
     def predict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior predictive draws.
 
+        New arguments are new rows: what belongs to the fitted rows, such as a site in a plate over them or the states of a
+        series, is drawn anew, and everything else keeps its posterior draws. See ``inference.predictive`` for how these are
+        told apart.
+
         Args:
             *args: New arguments of the program; none at all means those that were fitted.
             **kwargs: New keyword arguments.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from inference.contract import Unsupported
 from inference.density import Density
 from inference.enumeration import Factor, eliminate, factors, place, plates_of
 from inference.handlers import isolated, quiet, reproducible
-from inference.program import Program, is_statement
+from inference.program import Program, Shape, is_statement, kin, kind_of
 
-__all__ = ["log_likelihood", "posterior_predictive", "prior_predictive"]
+__all__ = ["Anew", "log_likelihood", "posterior_predictive", "prior_predictive"]
 
 _CHUNK = 2**22  # table entries evaluated at once
 _CERTIFIED = 4  # draws at which the sum over local sites is held against the joint
@@ -140,6 +140,50 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
     return {name: torch.cat([p[name] for p in parts]).unflatten(0, (chains, count)) for name in parts[0]}
 
 
+class Anew(NamedTuple):
+    """What a prediction draws.
+
+    Attributes:
+        plates: Names of the plates in which latent sites are drawn.
+        latents: Names of other latent sites of the fitted program that do not keep their draws.
+        observed: Names of the sites that are predicted.
+    """
+
+    plates: set[str]
+    latents: set[str]
+    observed: set[str]
+
+    @classmethod
+    def at(cls, program: Program, arguments: tuple[tuple[Any, ...], dict[str, Any]] | None, seed: int) -> Anew:
+        """At new arguments, or at those that were fitted; see ``posterior_predictive``."""
+        fitted, known = set(program.latents), set(program.observed_sites)
+        if arguments is None:
+            return cls(set(), set(), known)
+        with isolated(seed, program.device), reproducible(program.dtype, program.device):
+            traces = [program.trace({}, arguments=arguments, evaluated=False) for _ in range(program.looks)]
+        shape = Shape.of(traces)
+        sites = [*program.latents.values(), *program.observed_sites.values()]
+        sizes = {plate.name: plate.size for site in sites for plate in site.plates if plate.name not in program._resized}
+        plates = set(program.row_plates)
+        plates |= {name for name, size in sizes.items() if name in shape.plates and size not in shape.plates[name]}
+        if not plates and not program.knows_rows:
+            plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
+        kinds = {name: kind_of(node) for trace in traces for name, node in trace.nodes.items() if is_statement(node)}
+        observed = {name for name, kind in kinds.items() if kind == "observed"} | kin(shape.latents, known)
+        observed = known | (observed - fitted - kin(observed, fitted))
+        changed = shape.latents - fitted - observed
+        if program.is_changing:  # sites come and go by themselves, and are looked at one by one
+            return cls(plates, {*program.row_loops, *kin(fitted, changed)}, observed)
+        changed |= fitted - set(kinds)
+        nodes = traces[0].nodes
+        unfit = {
+            name
+            for name, site in program.latents.items()
+            if kinds.get(name) == "observed" or (name in kinds and nodes[name]["value"].shape != site.shape)
+        }
+        return cls(plates, {*program.row_loops, *kin(fitted, changed), *unfit}, observed)
+
+
 def posterior_predictive(
     program: Program,
     draws: Mapping[str, Tensor],
@@ -149,26 +193,39 @@ def posterior_predictive(
 ) -> dict[str, Tensor]:
     """Draws of the observed sites given each posterior draw.
 
+    New arguments are new rows, not more of the fitted ones. Latent sites that belong to the fitted rows are drawn anew from
+    their priors given the others, which keep their posterior draws. To the rows belong
+
+        - sites in a plate over the rows (``Program.row_plates``), or in one that has another size now,
+        - sites of a Python loop over the rows, such as z_0, z_1, …: those of which one row more, or the new arguments, make
+          more or fewer, told by names that differ in one number (``Program.row_loops``),
+        - sites that have another shape now.
+
+    So a new series has states of its own, of any length; to go on with a fitted one, fit it with its end missing. Where a
+    program does not run with one row more, a plate belongs to the rows if it has their number, even by chance, and a loop
+    whose length does not change is taken for one over parameters. Where nothing tells the rows, such as where the first
+    argument is no tensor and no plate changes its size, all latent sites in the plates of the data are drawn anew.
+
+    The sites predicted are the observed ones at the new arguments. Where these give data to a latent site, it keeps them.
+
     Args:
         program: The program that was fitted.
         draws: Site to (chain, draw, *site).
-        args: New arguments of the program; none means those that were fitted. Latents in the plates of the data belong to
-            the fitted rows, so at new arguments they are drawn anew.
+        args: New arguments of the program; none means those that were fitted.
         kwargs: New keyword arguments.
         seed: Seed of the draws.
 
     Returns:
         Observed site to (chain, draw, *observation), on the CPU.
     """
-    is_new = bool(args or kwargs)
-    arguments = program.cast(args, kwargs or {}) if is_new else None
+    arguments = program.cast(args, kwargs or {}) if args or kwargs else None
+    anew = Anew.at(program, arguments, seed)
     if program.is_changing:
-        return traces.predictive(program, draws, arguments, seed)
-    data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
+        return traces.predictive(program, draws, arguments, anew, seed)
     kept = [
         name
         for name, site in program.latents.items()
-        if name in draws and not (is_new and data_plates & {plate.name for plate in site.plates})
+        if name in draws and name not in anew.latents and not anew.plates & {plate.name for plate in site.plates}
     ]
     chains, count = next(iter(draws.values())).shape[:2]
     rows = []
@@ -176,8 +233,8 @@ def posterior_predictive(
         for c in range(chains):
             for i in range(count):
                 values = {name: draws[name][c, i].to(program.device) for name in kept}
-                trace = program.trace(values, arguments=arguments, resampled=tuple(program.observed_sites))
-                rows.append({name: trace.nodes[name]["value"].detach().cpu() for name in program.observed_sites})
+                nodes = program.trace(values, arguments=arguments, resampled=anew.observed).nodes
+                rows.append({name: nodes[name]["value"].detach().cpu() for name in nodes if name in anew.observed})
     return {name: torch.stack([row[name] for row in rows]).unflatten(0, (chains, count)) for name in rows[0]}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from inference.density import Density
     from inference.guides import Guide
 
-__all__ = ["Plate", "Program", "Site", "is_statement", "kind_of"]
+__all__ = ["Plate", "Program", "Shape", "Site", "is_statement", "kin", "kind_of"]
 
 _LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
@@ -185,6 +186,35 @@ def kind_of(node: Mapping[str, Any]) -> str:
     if isinstance(base(node["fn"]), Unit):
         return "factor"
     return "observed" if node["is_observed"] else "latent"
+
+
+class Shape(NamedTuple):
+    """What a run of a program has: the sizes of its plates, and its latent sites; those of all runs, if there are more."""
+
+    plates: dict[str, set[int]]
+    latents: set[str]
+
+    @classmethod
+    def of(cls, traces: list[poutine.Trace]) -> Shape:
+        plates: dict[str, set[int]] = {}
+        seen = []
+        for trace in traces:
+            nodes = {name: node for name, node in trace.nodes.items() if is_statement(node)}
+            seen.append({name for name, node in nodes.items() if kind_of(node) == "latent"})
+            for frame in itertools.chain.from_iterable(node["cond_indep_stack"] for node in nodes.values()):
+                if frame.vectorized:
+                    plates.setdefault(frame.name, set()).add(frame.size)
+        return cls(plates, set.intersection(*seen))
+
+
+def _patterns(name: str) -> set[str]:
+    return {f"{name[: found.start()]}#{name[found.end() :]}" for found in re.finditer(r"\d+", name)}
+
+
+def kin(names: Collection[str], others: Collection[str]) -> set[str]:
+    """Those of ``names`` that are one of ``others`` up to one number, as z_1 is z_7: statements of one Python loop."""
+    known = set().union(*(_patterns(name) for name in others))
+    return {name for name in names if known & _patterns(name)}
 
 
 class Program:
@@ -588,11 +618,52 @@ class Program:
         gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         return {name: w for (name, w), g in zip(named.items(), gradients, strict=True) if g is not None}
 
+    @property
+    def looks(self) -> int:
+        """Runs that tell what a program has: one, or a few if it changes from run to run by itself."""
+        return _FEWER_LOOKS if self.is_changing else 1
+
+    @cached_property
+    def _grown(self) -> Shape | None:
+        """What the program has if its first row comes once more at the end; None if it does not run so.
+
+        All tensors of that many rows grow, or else only the first: square data may come with one number for each column.
+        """
+        if self.rows is None:
+            return None
+        index = torch.arange(self.rows + 1, device=self.device) % self.rows
+        for data in (self.minibatch(index), [self.data[0][index], *self.data[1:]]):
+            try:
+                with isolated(1, self.device), reproducible(self.dtype, self.device):
+                    return Shape.of([self.trace({}, data=data) for _ in range(self.looks)])
+            except Exception:  # whatever a program raises that was written for just these rows
+                continue
+        return None
+
+    @property
+    def knows_rows(self) -> bool:
+        """Whether it shows what of it belongs to single rows, by a plate of their number or by running with one more."""
+        return bool(self.row_plates) or self._grown is not None
+
     @cached_property
     def row_plates(self) -> tuple[str, ...]:
-        """Names of the plates that run over the rows of the data."""
+        """Names of the plates that run over the rows of the data.
+
+        They have as many elements as there are rows, and one more if a row is added. So the columns of square data are none,
+        nor are five components of five rows. A program that does not run with one row more is judged by the number alone.
+        """
         sites = [*self.latents.values(), *self.observed_sites.values()]
-        return tuple(sorted({plate.name for site in sites for plate in site.plates if plate.size == self.rows}))
+        sized = {plate.name for site in sites for plate in site.plates if plate.size == self.rows} - self._resized
+        if sized and self._grown is not None:
+            sized -= {name for name, sizes in self._grown.plates.items() if self.rows in sizes}
+        return tuple(sorted(sized))
+
+    @cached_property
+    def row_loops(self) -> tuple[str, ...]:
+        """Names of the latent sites of Python loops over the rows, such as z_0, z_1, …: one row more makes more of them."""
+        if self._grown is None:
+            return ()
+        return tuple(sorted(kin(self.latents, self._grown.latents - set(self.latents))))
 
     def minibatch(self, index: Tensor) -> list[Tensor]:
         """The program's tensors, those that have rows cut down to the rows ``index``."""

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -45,6 +45,9 @@ from inference.handlers import base, isolated, quiet, reproducible
 from inference.plan import Plan, Update
 from inference.posterior import Posterior
 from inference.program import Program, is_statement, kind_of
+
+if TYPE_CHECKING:
+    from inference.predictive import Anew
 
 __all__ = ["Choice", "SingleSiteKernel", "Trace", "TraceInfo", "TraceSampler", "TraceState", "log_likelihood", "predictive"]
 
@@ -393,22 +396,24 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
 
 @torch.no_grad()
 def predictive(
-    program: Program, draws: Mapping[str, Tensor], arguments: tuple[tuple[Any, ...], dict[str, Any]] | None, seed: int
+    program: Program,
+    draws: Mapping[str, Tensor],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    anew: Anew,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Draws of the observed sites given each draw, replayed one by one; see ``inference.predictive``.
 
-    At new arguments, latents that no longer fit, or that lie in the plates of the data, are drawn anew.
+    At new arguments, latents that no longer fit, or that belong to the rows, are drawn anew.
 
     Returns:
         Observed site to (chain, draw, *observation), on the CPU; NaN where a draw has no such site.
     """
-    plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
-    anew = plates if arguments is not None else set()
-    names = set(program.observed_sites)
+    names = anew.observed
     rows = []
     with isolated(seed, program.device), reproducible(program.dtype, program.device), quiet():
         for values in _draws(draws):
-            given = _Given(values, program, anew)
+            given = _Given({name: values[name] for name in values if name not in anew.latents}, program, anew.plates)
             trace = program.trace({}, handler=given, arguments=arguments, resampled=names)
             if arguments is None:
                 _require(trace, given, names, "A prediction")

@@ -360,7 +360,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         hierarchies.item_response, (hierarchies.MARKS,),
         {"ability": "PolyaGamma", "slope": "HMC", "difficulty": "PolyaGamma"},
-        Stored("item_response"), refused={"EM": "nothing to maximise"}, slow=("MetropolisHastings",),
+        Stored("item_response"), hierarchies.item_response_mode, slow=("MetropolisHastings",), rough=True,
     ),
     Instance(
         hierarchies.abundance, (hierarchies.SEEN,),

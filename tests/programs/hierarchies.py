@@ -312,3 +312,17 @@ def item_response(marks: Tensor) -> None:
         difficulty = pyro.sample("difficulty", dist.Normal(marks.new_tensor(0.0), 1.5))
     with students, items:
         pyro.sample("marks", dist.Bernoulli(logits=slope * (ability - difficulty)), obs=marks)
+
+
+def item_response_mode() -> dict[str, Any]:
+    """Of p(slope, difficulty | marks): abilities are averaged out over a grid."""
+
+    def log_density(point: Tensor) -> Tensor:
+        log_slope, difficulty = point[:4], point[4:]
+        chances = log_slope.exp() * (ABILITIES[:, None] - difficulty)  # (ability, item)
+        fit = MARKS @ chances.T - torch.nn.functional.softplus(chances).sum(1) - 0.5 * ABILITIES.square()
+        prior = -0.5 * (log_slope / 0.5).square().sum() - log_slope.sum() - 0.5 * (difficulty / 1.5).square().sum()
+        return fit.logsumexp(1).sum() + prior
+
+    point = summit(log_density, [0.0] * 8)
+    return {"slope": point[:4].exp(), "difficulty": point[4:]}
