@@ -38,7 +38,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 GIBBS_THIN = {
     "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "annotators": 4,
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
-    "logistic": 4, "cox": 15,
+    "logistic": 4, "cox": 15, "block_model": 2,
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
