@@ -32,7 +32,7 @@ from inference.density import Unconstrained
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, is_drawn, log_prob
-from inference.handlers import Arithmetic, quiet
+from inference.handlers import Arithmetic, quiet, refill
 from inference.program import Program
 from inference.start import ascended, starting_values
 
@@ -267,6 +267,26 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def values(self, state: SVIState, program: Program) -> dict[str, Tensor]:
         return self.sample(state, program)[1].values
+
+    def saved(self, state: SVIState, program: Program) -> dict[str, Any]:
+        return {
+            "guide": state.guide.leaves,
+            "optimiser": state.optimiser.state_dict(),
+            "scheduler": state.scheduler.state_dict(),
+            "numbers": {"step": state.step, "skipped": state.skipped, "path": state.path},
+        }
+
+    def restored(self, saved: dict[str, Any], program: Program) -> SVIState:
+        """The guide is code: it is made as it was made before, and given the weights."""
+        state = self.init(program)
+        if isinstance(state.guide.call, AutoLaplaceApproximation) and "scale_tril_unconstrained" in saved["guide"]:
+            refill({"loc": state.guide.leaves["loc"]}, saved["guide"], "The guide")
+            state = state._replace(guide=self._laplace(state.guide.call, program))  # draws had been read
+            program.fitted = state.guide
+        refill(state.guide.leaves, saved["guide"], "The guide")
+        state.optimiser.load_state_dict(saved["optimiser"])
+        state.scheduler.load_state_dict(saved["scheduler"])
+        return state._replace(**saved["numbers"])
 
     def weights(self, state: SVIState, program: Program) -> dict[str, Tensor]:
         owner = state.guide.owner
