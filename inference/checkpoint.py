@@ -252,10 +252,10 @@ def _checked(path: Path, needed: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: If one of them is not.
         ValueError: If the json is damaged, or was written by a later version.
     """
-    for name in (_META, *needed):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"'{path}' holds no checkpoint: it has no file '{name}'.")
+    missing = [name for name in (_META, *needed) if not (path / name).is_file()]
     document = _document(path)
+    if missing and (document is not None or missing[0] == _META):
+        raise FileNotFoundError(f"'{path}' holds no checkpoint: it has no file '{missing[0]}'.")
     damaged = ValueError(f"'{path / _META}' is damaged, or no file of pyro-genmodels. Restore it, or run again.")
     if document is None:
         raise damaged

@@ -33,7 +33,6 @@ from inference.density import Density, Unconstrained
 from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
-from inference.proposals import IndependenceKernel
 
 __all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler"]
 
@@ -547,7 +546,7 @@ class Sampler(Sampled):
         given = Given(task, {name: spread[name] for name in task.maximised})
         start = {name: spread[name] for name in self.averaged}
         state = self._sized(spread, start=start).init(given)
-        return SampledState(self._folded(spread), _learnt(state))
+        return SampledState(self._folded(spread), state)
 
     def _sized(self, spread: Values, **options: Any) -> Any:
         return dataclasses.replace(self.backend, chains=len(next(iter(spread.values()))), **options)
@@ -557,21 +556,15 @@ class Sampler(Sampled):
         given: Any = Given(task, {name: spread[name] for name in task.maximised})
         backend = self._sized(spread, warmup=adapts * self.sweeps)
         coordinates, density = backend._parts(given)
-        kernel, begun = backend.begin(coordinates.position(spread), density, given)  # θ has moved: what was cached is stale
-        learns = memory.states.adaptation is not None
-        state = memory.states._replace(kernel=kernel, adaptation=memory.states.adaptation if learns else begun)
+        kernel, _ = backend.begin(coordinates.position(spread), density, given)  # θ has moved: what was cached is stale
+        state = memory.states._replace(kernel=kernel)
         for _ in range(self.sweeps):
             if adapts:
                 state, _ = backend.step(state, given)
             else:
                 kernel, adaptation, _ = backend.move(state.kernel, state.adaptation, density, 0)
                 state = state._replace(kernel=kernel, adaptation=adaptation)
-        return self._moved({**spread, **backend.values(state, given)}, _learnt(state), task)
-
-
-def _learnt(state: Any) -> Any:
-    """The state of a sampler; a proposal that looks at θ and learns nothing is made anew in every step."""
-    return state._replace(adaptation=None) if isinstance(state.adaptation, IndependenceKernel) else state
+        return self._moved({**spread, **backend.values(state, given)}, state, task)
 
 
 class Given:

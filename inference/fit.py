@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import codec
-from inference.arrays import ragged
+from inference.buffers import Buffer, RaggedBuffer
 from inference.checkpoint import Journal
 from inference.contract import Backend
 from inference.diagnosis import worst
@@ -35,8 +35,6 @@ from inference.symmetry import exchangeable
 from inference.until import Until
 
 __all__ = ["Optimise", "Sample", "run"]
-
-LARGEST = 2**30  # bytes of draws that are kept without being asked to
 
 
 class Optimise(NamedTuple):
@@ -77,116 +75,6 @@ class Sample(NamedTuple):
     @property
     def evaluations(self) -> int:
         return (self.warmup + self.draws * self.thin) * self.cost
-
-
-class _Buffer:
-    """Draws on the CPU, preallocated at the first one; sites that would not fit are left out."""
-
-    def __init__(self, count: int, keep: Any) -> None:
-        self.count, self.keep = count, keep
-        self.tensors: dict[str, Tensor] = {}
-        self.filled = 0
-        self.findings: list[str] = []
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        if not self.tensors:
-            kept = self._kept(values)
-            self.tensors = {
-                name: torch.empty((len(value), self.count, *value.shape[1:]), dtype=value.dtype)
-                for name, value in values.items()
-                if name in kept
-            }
-        for name, buffer in self.tensors.items():
-            buffer[:, self.filled] = values[name].detach().cpu()
-        self.filled += 1
-
-    def _kept(self, values: Mapping[str, Tensor]) -> list[str]:
-        if self.keep is not None:
-            return [name for name in values if name in self.keep]
-        sizes = {name: value.numel() * value.element_size() * self.count for name, value in values.items()}
-        kept = sorted(values, key=lambda name: sizes[name])
-        while sum(sizes[name] for name in kept) > LARGEST:
-            name = kept.pop()
-            self.findings.append(_left_out(name, sizes[name]))
-        return kept
-
-    def read(self, first: int = 0) -> dict[str, Tensor]:
-        return {name: buffer[:, first : self.filled] for name, buffer in self.tensors.items()}
-
-    since = read
-
-    @property
-    def facts(self) -> Any:
-        """What json can hold beside the draws."""
-        return self.findings
-
-    def fill(self, parts: Iterable[Mapping[str, Tensor]], count: int, facts: Any) -> None:
-        """Takes the draws of an earlier run, ``count`` of them in parts."""
-        self.findings, first = facts, 0
-        for part in parts:
-            for name, values in part.items():
-                if name not in self.tensors:
-                    shape = (len(values), self.count, *values.shape[2:])
-                    self.tensors[name] = torch.empty(shape, dtype=values.dtype)
-                self.tensors[name][:, first : first + values.shape[1]] = values
-            first += max((values.shape[1] for values in part.values()), default=0)
-        self.filled = count
-
-
-class _RaggedBuffer:
-    """Draws whose sites and shapes change from one to the next: kept as they come, put together at the end.
-
-    Sites are left out as soon as they would not fit, by the largest shape that they have had so far.
-    """
-
-    def __init__(self, count: int, keep: Any) -> None:
-        self.count, self.keep = count, keep
-        self.rows: list[dict[str, Tensor]] = []
-        self.sizes: dict[str, int] = {}
-        self.filled = 0
-        self.left_out: dict[str, int] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        names = [name for name in values if name not in self.left_out and (self.keep is None or name in self.keep)]
-        self.rows.append({name: values[name].detach().cpu() for name in names})
-        self.filled += 1
-        for name in names:
-            size = values[name].numel() * values[name].element_size() * self.count
-            self.sizes[name] = max(size, self.sizes.get(name, 0))
-        while self.keep is None and sum(self.sizes.values()) > LARGEST:
-            largest = max(self.sizes, key=self.sizes.__getitem__)
-            self.left_out[largest] = self.sizes.pop(largest)
-            for row in self.rows:
-                row.pop(largest, None)
-
-    @property
-    def findings(self) -> list[str]:
-        unseen = [name for name in self.keep or () if name not in self.sizes]
-        return [_left_out(name, size) for name, size in self.left_out.items()] + [
-            f"keep= names '{name}', but no draw has such a site." for name in unseen
-        ]
-
-    def read(self) -> dict[str, Tensor]:
-        rows = ragged(self.since(0))
-        return {name: values.transpose(0, 1).contiguous() for name, values in rows.items()}
-
-    def since(self, first: int) -> list[dict[str, Tensor]]:
-        return self.rows[first : self.filled]
-
-    @property
-    def facts(self) -> Any:
-        return self.left_out
-
-    def fill(self, parts: Iterable[list[dict[str, Tensor]]], count: int, facts: Any) -> None:
-        self.left_out = dict(facts)
-        for part in parts:
-            for row in part:
-                self.add(row)
-        self.filled = count
-
-
-def _left_out(name: str, size: int) -> str:
-    return f"The draws of '{name}' would take {size / 2**30:.1f} GiB and were not kept. keep=[...] decides."
 
 
 def _check(backend: Backend[Any, Any]) -> None:
@@ -284,10 +172,10 @@ class _Run:
         self.history: list[dict[str, Tensor]] = []
         self.findings: list[str] = []  # of the run, wherever it is gone on with
         self.notes: list[str] = []  # of this call
-        buffer = _RaggedBuffer if program.is_changing else _Buffer
-        self.warmup: _Buffer | _RaggedBuffer = buffer(self.schedule.improvements, self.backend.keep)
-        self.draws: _Buffer | _RaggedBuffer = buffer(self.schedule.draws, self.backend.keep)
-        self.stats = _Buffer(self.schedule.draws, None)
+        buffer = RaggedBuffer if program.is_changing else Buffer
+        self.warmup: Buffer | RaggedBuffer = buffer(self.schedule.improvements, self.backend.keep)
+        self.draws: Buffer | RaggedBuffer = buffer(self.schedule.draws, self.backend.keep)
+        self.stats = Buffer(self.schedule.draws, None)
         self.improved, self.is_improved, self.read, self.seconds = 0, not self.schedule.improvements, 0, 0.0
         self.written: tuple[int, int, int, int] | None = None
         self.unwritten = ""
@@ -375,14 +263,13 @@ class _Run:
         compare(facts["fingerprint"], self._fingerprint)
         encoded = codec.Encoded(past.end.tree, past.end.tensors)
         held = codec.decode(encoded, self._links, self._modules, self.program.device)
-        whose = f"{self.program.name}"
-        refill(self.program.leaves, held["weights"], whose)
+        refill(self.program.leaves, held["weights"], self.program.name)
         state = self.backend.restored(held["state"], self.program)
-        refill(self.program.leaves, held["weights"], whose)  # making a guide may have run the program
+        refill(self.program.leaves, held["weights"], self.program.name)  # making a guide may have run the program
         self.program.density.recall(facts["calls"])
         parts = [*past.gathered]
         self.improved, self.is_improved, self.read = facts["improved"], facts["is_improved"], facts["read"]
-        self.findings, self.seconds = facts["findings"], facts["seconds"]
+        self.findings, self.seconds = [*facts["findings"]], facts["seconds"]
         counts = {"warmup": facts["kept"], "draws": self.read, "stats": self.read}
         for name, count in counts.items():
             getattr(self, name).fill([part[name] for part in parts], count, facts[name])

@@ -60,7 +60,7 @@ class Until:
             raise ValueError(f"until=Until(ess={self.ess}): must be positive.")
         if self.ess is not None and self.ess > chains * draws:
             raise ValueError(
-                f"until=Until(ess={self.ess}) can never be met: {chains} chains of {draws} draws are {chains * draws} in all. "
+                f"until=Until(ess={self.ess}) can never be met: {chains} chains of {draws} draws are {chains * draws}. "
                 "Raise draws, or ask for less."
             )
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
