@@ -75,6 +75,13 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         ValueError: If they differ; the message names the first difference, and says what to do.
     """
     then, now = {**then}, _as_read(now)
+    for name in {**then["versions"], **now["versions"]}:
+        before, after = then["versions"].get(name), now["versions"].get(name)
+        if before != after:
+            raise ValueError(
+                f"The run was begun with {name} {before}, but this is {after}, whose numbers may differ. Install {name} "
+                f"{before}, or start a new run."
+            )
     if then["backend"] != now["backend"]:
         raise ValueError(f"This is a run of {then['backend']}, so that {now['backend']} cannot go on with it.")
     _compare_settings(then["settings"], now["settings"])
@@ -88,13 +95,6 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"{now['program']} has another log-density than the program of the run, at the same values. Give resume the "
             "same model, or start a new run."
         )
-    for name in {**then["versions"], **now["versions"]}:
-        before, after = then["versions"].get(name), now["versions"].get(name)
-        if before != after:
-            raise ValueError(
-                f"The run was begun with {name} {before}, but this is {after}, whose numbers may differ. Install {name} "
-                f"{before}, or start a new run."
-            )
     for what, name, remedy in (
         ("threads", "thread(s) of torch", "Use torch.set_num_threads({})."),
         ("rung", "PYRO_GENMODELS_RUNG", "Set PYRO_GENMODELS_RUNG to '{}'."),

@@ -311,10 +311,10 @@ class _Run:
         return End(json.loads(json.dumps(facts)), encoded.tree, encoded.tensors)
 
     def _try_end(self, state: Any, history: dict[str, Tensor] | None = None) -> End | None:
-        """None for a state that cannot be written down: that may not lose the draws."""
+        """None for a state that cannot be written down: whatever stops it may not lose the draws."""
         try:
             return self._end(state, history)
-        except ValueError:
+        except Exception:
             return None
 
     def _write(self, state: Any) -> None:
