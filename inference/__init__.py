@@ -27,6 +27,7 @@ from inference.metropolis import Independence, Langevin, MetropolisHastings, Pri
 from inference.nuts import NUTS
 from inference.posterior import Posterior
 from inference.svi import SVI
+from inference.until import Until
 
 __all__ = [
     "ELBO",
@@ -53,6 +54,7 @@ __all__ = [
     "RandomWalk",
     "Slice",
     "Unsupported",
+    "Until",
     "calibration",
     "markov",
     "relabel",

@@ -32,6 +32,7 @@ __all__ = [
     "pareto_k",
     "rhat",
     "smoothed",
+    "worst",
     "write",
 ]
 
@@ -211,13 +212,10 @@ def convergence(quantities: Arrays) -> list[str]:
                 "program, or for a start outside the support."
             )
             continue
-        flat = values.reshape(chains, draws, -1)
-        looked = spaced(flat.shape[2], _ELEMENTS)
-        judged = flat[..., looked].astype(np.float64)
-        moving = np.ptp(judged, axis=(0, 1)) > 0
-        labels = [f"'{label(name, index, values.shape[2:])}'" for index in looked[moving]]
-        disagreement |= dict(zip(labels, rhat(judged[..., moving]).tolist(), strict=True))
-        sizes |= dict(zip(labels, ess(judged[..., moving]).tolist(), strict=True))
+        judged, looked = _judged(values)
+        labels = [f"'{label(name, index, values.shape[2:])}'" for index in looked]
+        disagreement |= dict(zip(labels, rhat(judged).tolist(), strict=True))
+        sizes |= dict(zip(labels, ess(judged).tolist(), strict=True))
     apart = {label: value for label, value in disagreement.items() if value > _RHAT}
     if apart:
         worst = max(apart, key=apart.__getitem__)
@@ -235,6 +233,26 @@ def convergence(quantities: Arrays) -> list[str]:
             "another back-end."
         )
     return findings
+
+
+def worst(quantities: Arrays) -> tuple[float, float]:
+    """The largest R-hat and the smallest effective sample size of what ``convergence`` judges; NaN if that is nothing."""
+    found = [judged for judged, _ in (_judged(values) for values in quantities.values()) if judged.shape[2]]
+    if not found:
+        return float("nan"), float("nan")
+    return (
+        float(np.max(np.concatenate([rhat(judged) for judged in found]))),
+        float(np.min(np.concatenate([ess(judged) for judged in found]))),
+    )
+
+
+def _judged(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Elements of a quantity that are not constant, 200 at most: (chain, draw, element), and their indices."""
+    flat = values.reshape(*values.shape[:2], -1)
+    looked = spaced(flat.shape[2], _ELEMENTS)
+    judged = flat[..., looked].astype(np.float64)
+    moving = np.ptp(judged, axis=(0, 1)) > 0
+    return judged[..., moving], looked[moving]
 
 
 def importance(log_weights: np.ndarray) -> list[str]:

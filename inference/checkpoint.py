@@ -1,30 +1,38 @@
 """A checkpoint: a folder of tensors and json, written whole or not at all. Nothing in it is ever pickled.
 
-folder/checkpoint.json          what it is: format, version, names of its files, whatever the writer added
+folder/checkpoint.json          what it is: format, version, names and checksums of its files, whatever the writer added
 folder/tensors.safetensors      the tensors, by name
 folder/...                      copies for other tools, such as posterior.nc; never read back
+
+That of a run grows while the run goes on (``Journal``); it has, in place of the tensors,
+
+folder/state-<step>.safetensors    what the run needs to go on from its last step
+folder/rows-<step>.safetensors     what it had gathered since the write before; written once, and never again
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["VERSION", "check", "read", "write"]
+__all__ = ["VERSION", "Journal", "check", "is_of_run", "read", "write"]
 
 VERSION = 1
 _FORMAT = "pyro-genmodels checkpoint"
 _META, _TENSORS = "checkpoint.json", "tensors.safetensors"
+_OF_RUN = re.compile(r"(state|rows)-\d{8,}\.safetensors|\.(state-\d+|rows-\d+|checkpoint)\.\w+\.new")
 
 
 def check(folder: str | os.PathLike[str]) -> None:
@@ -42,7 +50,7 @@ def check(folder: str | os.PathLike[str]) -> None:
     if not path.exists():
         return
     held = {entry.name for entry in path.iterdir()}
-    foreign = sorted(held - _own_files(path))
+    foreign = sorted(name for name in held - _own_files(path) if not _OF_RUN.fullmatch(name))  # killed at its first write
     if foreign:
         raise FileExistsError(
             f"Folder '{path}' exists and holds something else ('{foreign[0]}'), which would be lost. "
@@ -81,8 +89,8 @@ def write(
         save_file(_separate(tensors), fresh / _TENSORS)
         for name, copy in copies.items():
             copy(fresh / name)
-        text = json.dumps({**header, "meta": meta}, indent=1, ensure_ascii=False)
-        (fresh / _META).write_text(text, encoding="utf-8")
+        checksums = {_TENSORS: _checksum(fresh / _TENSORS)}
+        (fresh / _META).write_text(_sealed({**header, "checksums": checksums, "meta": meta}), encoding="utf-8")
         shutil.copymode(fresh / _META, fresh / _TENSORS)  # safetensors lets nobody but the owner read
         for file in files:
             _sync(fresh / file)
@@ -107,24 +115,186 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
         ValueError: If it is damaged, or was written by a later version.
     """
     path = Path(folder)
-    for name in (_META, _TENSORS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"'{path}' holds no checkpoint: it has no file '{name}'.")
+    if is_of_run(path):
+        raise ValueError(
+            f"'{path}' is the checkpoint of a run that may not have ended. resume(folder, model, *data) of its back-end "
+            "goes on with it, and gives its posterior."
+        )
+    document = _checked(path, [_TENSORS])
+    tensors = _loaded(path / _TENSORS, document.get("checksums", {}).get(_TENSORS))
+    if tensors.keys() != set(document["tensors"]):
+        raise ValueError(f"'{path}' mixes files of two checkpoints: the tensors are not those that '{_META}' lists.")
+    return {name: tensors[name] for name in document["tensors"]}, document["meta"]
+
+
+def is_of_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is the checkpoint of a run, which ``Journal`` writes and reads."""
+    document = _document(Path(folder))
+    return document is not None and document.get("kind") == "run"
+
+
+class Journal:
+    """The checkpoint of a run: the state is replaced at every write, what the run gathers is only added to.
+
+    New files go beside the old ones, each under another name until it is on the disk. What counts is the json, which is
+    replaced last, at once: whenever the machine stops, it lists files that are whole, with their checksums.
+
+    Args:
+        folder: Where it goes; made at the first write.
+        is_continued: Whether the folder may hold such a checkpoint, whose gathered files are kept.
+
+    Raises:
+        FileExistsError: If the folder holds anything else, or a checkpoint that is not to be continued.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], is_continued: bool = False) -> None:
+        self.path = Path(folder).resolve()
+        self.files: dict[str, str] = {}  # of what was gathered: name to checksum
+        if is_continued:
+            self.files = {name: sum_ for name, sum_ in _checked(self.path, [])["checksums"].items() if "rows" in name}
+            return
+        if is_of_run(self.path):
+            raise FileExistsError(
+                f"'{folder}' holds the checkpoint of a run, which would be lost. Go on with it by resume('{folder}', model, "
+                "*data), or choose a new folder."
+            )
+        check(self.path)
+        if _document(self.path) is not None:
+            raise FileExistsError(f"'{folder}' holds a saved posterior, which would be lost. Choose a new folder.")
+
+    def write(
+        self,
+        step: int,
+        state: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor] | None,
+        meta: Mapping[str, Any],
+        layout: Any,
+    ) -> None:
+        """Adds to the checkpoint.
+
+        Args:
+            step: Of the run; larger at every write.
+            state: Replaces the state.
+            rows: Is added to what was gathered; None adds nothing.
+            meta: Replaces the json of the state.
+            layout: Json that goes with the rows.
+
+        Raises:
+            OSError: If it cannot be written; what was there before is as it was.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            kept = dict(self.files)
+            if rows is not None:
+                kept |= self._put(f"rows-{step:08d}", rows, {"layout": json.dumps(layout)})
+            sums = self._put(f"state-{step:08d}", state) | kept
+            header = {"format": _FORMAT, "version": VERSION, "kind": "run", "files": [_META, *sums], "tensors": []}
+            text = _sealed({**header, "checksums": sums, "meta": meta}, indent=None)
+            self._replace(_META, lambda path: path.write_text(text, encoding="utf-8"))
+            _sync(self.path)
+        except (OSError, SafetensorError) as error:
+            sentence = f"Cannot write to folder '{self.path}' ({error})."
+            number = getattr(error, "errno", None)
+            raise (OSError(number, sentence) if number else OSError(sentence)) from error
+        finally:
+            self._clear()
+        self.files = kept
+
+    def _put(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, str]:
+        """Writes tensors; returns the name of the file and its checksum."""
+        file = f"{name}.safetensors"
+        return {file: self._replace(file, lambda path: save_file(_separate(tensors), path, metadata))}
+
+    def _replace(self, name: str, write: Callable[[Path], Any]) -> str:
+        """Writes a file under another name, waits until it is on the disk, and gives it its name; its checksum."""
+        fresh = self.path / f".{name.split('.')[0]}.{uuid.uuid4().hex[:8]}.new"
+        fresh.touch()
+        mode = fresh.stat().st_mode
+        write(fresh)
+        fresh.chmod(mode)  # safetensors lets nobody but the owner read
+        _sync(fresh)
+        checksum = _checksum(fresh)
+        fresh.replace(self.path / name)
+        return checksum
+
+    def _clear(self) -> None:
+        """Removes files of this kind that the json does not list: older states, and what was never finished."""
+        with contextlib.suppress(OSError):
+            own = _own_files(self.path)
+            for entry in self.path.iterdir():
+                if entry.name not in own and _OF_RUN.fullmatch(entry.name):
+                    entry.unlink()
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any], Iterator[tuple[dict[str, Tensor], Any]]]:
+        """The last state, its json, and what was gathered, write by write: tensors and their layout.
+
+        Raises:
+            FileNotFoundError: If there is no checkpoint in the folder, or a file of it is gone.
+            ValueError: If it is damaged, or was written by a later version.
+        """
+        document = _checked(self.path, [])
+        sums = document["checksums"]
+        _checked(self.path, [*sums])
+        (state,) = (name for name in sums if name.startswith("state"))
+        gathered = ((_loaded(self.path / name, sums[name]), _layout(self.path / name)) for name in self.files)
+        return _loaded(self.path / state, sums[state]), document["meta"], gathered
+
+
+def _layout(path: Path) -> Any:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["layout"])
+
+
+def _checked(path: Path, needed: Sequence[str]) -> dict[str, Any]:
+    """The json of a checkpoint all of whose files are there.
+
+    Raises:
+        FileNotFoundError: If one of them is not.
+        ValueError: If the json is damaged, or was written by a later version.
+    """
+    missing = [name for name in (_META, *needed) if not (path / name).is_file()]
     document = _document(path)
+    if missing and (document is not None or missing[0] == _META):
+        raise FileNotFoundError(f"'{path}' holds no checkpoint: it has no file '{missing[0]}'.")
+    damaged = ValueError(f"'{path / _META}' is damaged, or no file of pyro-genmodels. Restore it, or run again.")
     if document is None:
-        raise ValueError(f"'{path / _META}' is damaged, or no file of pyro-genmodels. Restore it, or run again.")
+        raise damaged
     if document["version"] != VERSION:
         raise ValueError(
             f"'{path}' was written in format {document['version']}, but this version reads format {VERSION}. "
             "Read it with the version of pyro-genmodels that wrote it, or a later one."
         )
+    checksum = document.pop("checksum", None)
+    if checksum is not None and checksum != _digest(document):
+        raise damaged
+    return document
+
+
+def _loaded(path: Path, checksum: str | None) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path / _TENSORS)
+        found = None if checksum is None else _checksum(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"'{path / _TENSORS}' is damaged ({error}). Restore it, or run again.") from error
-    if tensors.keys() != set(document["tensors"]):
-        raise ValueError(f"'{path}' mixes files of two checkpoints: the tensors are not those that '{_META}' lists.")
-    return {name: tensors[name] for name in document["tensors"]}, document["meta"]
+        raise ValueError(f"'{path}' is damaged ({error}). Restore it, or run again.") from error
+    if found != checksum:
+        raise ValueError(f"'{path}' is damaged (its checksum is another). Restore it, or run again.")
+    return tensors
+
+
+def _sealed(document: Mapping[str, Any], indent: int | None = 1) -> str:
+    """Json with its own checksum."""
+    return json.dumps({**document, "checksum": _digest(document)}, indent=indent, ensure_ascii=False)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    # read back first: json turns tuples into lists, and keys into text
+    text = json.dumps(json.loads(json.dumps(document)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _document(path: Path) -> dict[str, Any] | None:

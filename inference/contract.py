@@ -13,6 +13,7 @@ chain axis. Random numbers come from torch's global generator, which ``fit`` see
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, final, runtime_checkable
@@ -71,8 +72,14 @@ class Movable(Protocol):
 class Independent(Protocol):
     """A back-end whose readings are independent of one another, so that it can make many at once."""
 
-    def readings(self, state: Any, program: Program, most: int) -> tuple[Any, Draw]:
-        """At least one reading and at most ``most``: ``values`` (chain, draw, *site) and ``stats`` (chain, draw)."""
+    def most_readings(self, program: Program) -> int:
+        """How many readings may be made at once, at least 1; the same in every run of the program."""
+
+    def readings(self, state: Any, program: Program, count: int) -> tuple[Any, Draw]:
+        """``count`` readings: ``values`` (chain, draw, *site) and ``stats`` (chain, draw).
+
+        What is kept of the state must not show in later readings: a run that goes on inside a block makes it again.
+        """
 
 
 @runtime_checkable
@@ -108,6 +115,10 @@ class Backend(abc.ABC, Generic[S, I]):
         keep_warmup: Whether a sampler's warm-up draws are kept too.
         start: Where to start: site to constrained value, with or without a leading chain axis, or a Posterior.
         callbacks: Functions of ``(step, info)``, called after every step; one that returns True ends the phase.
+        checkpoint: Folder in which the run is written down while it goes on, so that ``resume`` can go on with it if it is
+            killed; made new, or that of the run that is resumed. None writes nothing.
+        checkpoint_every: Steps (of warm-up, of an optimiser, or draws) from one checkpoint to the next; there is also one
+            before the first step and one at the end.
     """
 
     kind: ClassVar[str] = "samples"
@@ -121,6 +132,8 @@ class Backend(abc.ABC, Generic[S, I]):
     keep_warmup: bool = False
     start: Mapping[str, Any] | Posterior | None = None
     callbacks: tuple[Callable[[int, Any], bool | None], ...] = field(default=())
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_every: int = 100
 
     @property
     @abc.abstractmethod
@@ -164,6 +177,15 @@ class Backend(abc.ABC, Generic[S, I]):
         """The weights that the run trained or held fixed."""
         return program.weight_values()
 
+    def saved(self, state: S, program: Program) -> Any:
+        """What a checkpoint holds of a state: all of it, but for code that ``restored`` can make anew."""
+        return state
+
+    def restored(self, saved: Any, program: Program) -> S:
+        """The state of which ``saved`` is what a checkpoint holds; random numbers may be drawn, they are set afterwards."""
+        state: S = saved
+        return state
+
     @final
     def fit(self, model: Callable[..., Any] | Programmed, *args: Any, **kwargs: Any) -> Posterior:
         """Infers what ``model`` hides. Everything after ``model`` goes to the program.
@@ -183,3 +205,35 @@ class Backend(abc.ABC, Generic[S, I]):
         from inference.fit import run
 
         return run(self, model, args, kwargs)
+
+    @final
+    def resume(
+        self, source: str | os.PathLike[str] | Posterior, model: Callable[..., Any] | Programmed, *args: Any, **kwargs: Any
+    ) -> Posterior:
+        """Goes on with a run as if it had never stopped: what comes out is what it would have been, bit for bit.
+
+        A run that has ended goes on if there are to be more ``draws`` than it was asked for. All other settings, the data,
+        the program, the versions of the libraries and the number of threads must be those that it began with; ``progress``,
+        ``callbacks``, ``checkpoint``, ``checkpoint_every`` and ``until`` may change. After Ctrl-C a posterior goes on from
+        where it was stopped, with random numbers of its own; a checkpoint goes on from the last one as if undisturbed.
+
+        Args:
+            source: A checkpoint folder; or a posterior, or the folder that one was saved in, whose end is gone on from.
+            model: The program that was fitted; the weights of the run are put into it.
+            *args: The same data.
+            **kwargs: The program's keyword arguments.
+
+        Returns:
+            The posterior of the whole run.
+
+        Raises:
+            FileNotFoundError: If there is no checkpoint in the folder.
+            ValueError: Before the first step, if the checkpoint is damaged, or is of another run; the message says in what
+                they differ.
+        """
+        from inference.fit import run
+        from inference.posterior import Posterior
+
+        if not isinstance(source, (str, os.PathLike, Posterior)):
+            raise TypeError(f"resume takes a checkpoint folder or a Posterior, but was given {source!r}.")
+        return run(self, model, args, kwargs, source)

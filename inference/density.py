@@ -46,6 +46,8 @@ _SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two core
 _ENOUGH = sys.maxsize
 _COMPILER: dict[str, Any] = {"cpp.vec_isa_ok": True}  # trusts the processor's flags; asking the compiler takes ten seconds
 
+_EXACT, _ROWS = "row by row", "has rows"  # keys among those of inputs and functions, which are no plain words
+
 _log = logging.getLogger("inference")
 
 _REFUSALS = (
@@ -81,6 +83,12 @@ class _Variant:
     evaluations: int = -1
     graph: fx.GraphModule | None = None
     run: Callable[..., Any] | None = None
+    strides: list[list[int]] | None = None
+
+    @property
+    def rung(self) -> str:
+        """What ``run`` is; nothing without a graph."""
+        return "" if self.run is None else "staged" if self.run is self.graph else "compiled"
 
 
 class Staged:
@@ -118,6 +126,43 @@ class Staged:
         self.rung, self.nodes = "", 0
         self.patience = _PATIENCE if rung is None else 0
         self._variants: dict[Hashable, _Variant] = {}
+        self._past: dict[str, Any] = {}
+
+    @property
+    def calls(self) -> dict[str, Any]:
+        """For each shape of the inputs, how often it was called and on which rung it is: what json can hold."""
+        now = {
+            repr(key): [v.calls, v.checks, v.evaluations, v.rung, v.strides, self.evaluations]
+            for key, v in self._variants.items()
+        }
+        exact = {} if self.exact is None else self.exact.calls
+        return self._past | now | ({_EXACT: exact} if exact else {})
+
+    def recall(self, calls: Mapping[str, Any]) -> None:
+        """Goes on as if it had been called so often: values of two rungs differ in their last digits.
+
+        Graphs are made anew when they are needed.
+        """
+        self._past = {key: known for key, known in calls.items() if key != _EXACT}
+        self._variants.clear()
+        if self.exact is not None:
+            self.exact.recall(calls.get(_EXACT, {}))
+
+    def _recalled(self, key: Hashable, leaves: list[Tensor], structure: Any) -> _Variant:
+        """What is known of inputs of this shape from an earlier run, with its graph."""
+        if repr(key) not in self._past:
+            return _Variant()
+        calls, checks, evaluations, rung, strides, asked = self._past[repr(key)]
+        self.evaluations = max(self.evaluations, asked)
+        variant = _Variant(calls)
+        if rung:
+            pairs = zip(leaves, strides, strict=True)
+            alike = [torch.empty_strided(leaf.shape, s, dtype=leaf.dtype, device=leaf.device) for leaf, s in pairs]
+            self._stage(variant, [a.copy_(leaf) for a, leaf in zip(alike, leaves, strict=True)], structure)
+        if rung == "compiled" and variant.graph is not None:
+            self._compile(variant, leaves)
+        variant.checks, variant.evaluations = checks, evaluations
+        return variant
 
     def __call__(self, *inputs: Any) -> Any:
         found = self._evaluated(*inputs)
@@ -129,8 +174,10 @@ class Staged:
     def _evaluated(self, *inputs: Any) -> Any:
         leaves, structure = tree_flatten(inputs)
         key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
-        variant = self._variants.setdefault(key, _Variant())
         with torch.no_grad():
+            if key not in self._variants:
+                self._variants[key] = self._recalled(key, leaves, structure)
+            variant = self._variants[key]
             if variant.calls == self.patience:
                 self._stage(variant, leaves, structure)
             if variant.graph is not None and variant.evaluations < self.evaluations:
@@ -183,6 +230,7 @@ class Staged:
         self.nodes = len(graph.graph.nodes)
         if self.nodes <= _LARGEST_STAGED:
             variant.graph = variant.run = graph
+            variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
     def _compile(self, variant: _Variant, leaves: list[Tensor]) -> None:
@@ -426,6 +474,20 @@ class Density:
     def __init__(self, program: Program, evaluations: int = 0, rung: str | None = None) -> None:
         self.program, self.evaluations, self.limit = program, evaluations, rung
         self.functions: dict[Hashable, Staged] = {}
+        self._past: dict[str, Any] = {}
+
+    @property
+    def calls(self) -> dict[str, Any]:
+        """How often every function was called, and on which rung it is: what json can hold."""
+        now: dict[str, Any] = {repr(key): staged.calls for key, staged in self.functions.items()}
+        return self._past | now | {_ROWS: self.program.has_rows}
+
+    def recall(self, calls: Mapping[str, Any]) -> None:
+        """Goes on as the density whose ``calls`` these are would."""
+        self._past = {key: known for key, known in calls.items() if key != _ROWS}
+        self.program.has_rows = calls.get(_ROWS, self.program.has_rows)
+        for key, staged in self.functions.items():
+            staged.recall(self._past.get(repr(key), {}))
 
     def stage(
         self, key: Hashable, function: Callable[..., Any], batched: tuple[bool, ...], evaluations: int | None = None
@@ -438,6 +500,7 @@ class Density:
             self.functions[key] = Staged(
                 function, batched, name=self.program.name, rung=self.limit, has_rows=lambda: self.program.has_rows
             )
+            self.functions[key].recall(self._past.get(repr(key), {}))
         staged = self.functions[key]
         staged.evaluations = max(staged.evaluations, self.evaluations if evaluations is None else evaluations)
         return staged

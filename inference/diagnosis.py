@@ -15,7 +15,7 @@ from inference.arrays import as_numpy, is_whole
 if TYPE_CHECKING:
     from inference.posterior import Posterior
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "worst"]
 
 _RARE = 0.01  # share of draws in which a site has another size; of less, chains know too little to agree
 _CERTIFICATE = {torch.float64: 1e-8, torch.float32: 1e-2}  # rounding of a log-joint of 10⁴ terms, with room
@@ -30,6 +30,11 @@ def diagnose(posterior: Posterior) -> list[str]:
     elif {"lp", "log_q"} <= posterior.stats.keys():
         findings += arviz.importance((posterior.stats["lp"].double() - posterior.stats["log_q"].double()).numpy())
     return findings + _standard_errors(posterior) + _certificates(posterior)
+
+
+def worst(posterior: Posterior) -> tuple[float, float]:
+    """The largest R-hat and the smallest effective sample size of what ``diagnose`` judges; NaN for too few draws."""
+    return arviz.worst(_quantities(posterior))
 
 
 def _quantities(posterior: Posterior) -> dict[str, np.ndarray]:

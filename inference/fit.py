@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from inference.arrays import ragged
+from inference import codec
+from inference.buffers import Buffer, RaggedBuffer
+from inference.checkpoint import Journal
 from inference.contract import Backend, Independent
-from inference.handlers import isolated, quiet, reproducible
-from inference.posterior import Posterior
+from inference.diagnosis import worst
+from inference.fingerprint import compare, fingerprint, versions
+from inference.handlers import isolated, quiet, random_state, refill, reproducible, set_random_state
+from inference.past import Past
+from inference.posterior import End, Posterior
 from inference.program import Program
 from inference.symmetry import exchangeable
+from inference.until import Until
 
 __all__ = ["Optimise", "Sample", "run"]
 
-LARGEST = 2**30  # bytes of draws that are kept without being asked to
+_FIRST_BLOCK = 32  # draws that are made at once where they are independent
 
 
 class Optimise(NamedTuple):
@@ -49,7 +57,10 @@ class Optimise(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """``warmup`` adaptive steps, then ``draws`` draws with ``thin`` steps each, of about ``cost`` evaluations a step."""
+    """``warmup`` adaptive steps, then ``draws`` draws with ``thin`` steps each, of about ``cost`` evaluations a step.
+
+    Fewer draws are taken where the targets of ``until`` are met before.
+    """
 
     chains: int
     warmup: int
@@ -57,6 +68,7 @@ class Sample(NamedTuple):
     thin: int = 1
     cost: int = 1
     stop: None = None
+    until: Until | None = None
 
     @property
     def improvements(self) -> int:
@@ -67,94 +79,9 @@ class Sample(NamedTuple):
         return (self.warmup + self.draws * self.thin) * self.cost
 
 
-class _Buffer:
-    """Draws on the CPU, preallocated at the first one; sites that would not fit are left out."""
-
-    def __init__(self, count: int, keep: Any) -> None:
-        self.count, self.keep = count, keep
-        self.tensors: dict[str, Tensor] = {}
-        self.filled = 0
-        self.findings: list[str] = []
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        if not self.tensors:
-            kept = self._kept(values)
-            self.tensors = {
-                name: torch.empty((len(value), self.count, *value.shape[1:]), dtype=value.dtype)
-                for name, value in values.items()
-                if name in kept
-            }
-        for name, buffer in self.tensors.items():
-            buffer[:, self.filled] = values[name].detach().cpu()
-        self.filled += 1
-
-    def extend(self, values: Mapping[str, Tensor]) -> None:
-        """Adds many draws, (chain, draw, ...)."""
-        self.add({name: value[:, 0] for name, value in values.items()})
-        last = self.filled - 1 + next(iter(values.values())).shape[1]
-        for name, buffer in self.tensors.items():
-            buffer[:, self.filled : last] = values[name][:, 1:].detach().cpu()
-        self.filled = last
-
-    def _kept(self, values: Mapping[str, Tensor]) -> list[str]:
-        if self.keep is not None:
-            return [name for name in values if name in self.keep]
-        sizes = {name: value.numel() * value.element_size() * self.count for name, value in values.items()}
-        kept = sorted(values, key=lambda name: sizes[name])
-        while sum(sizes[name] for name in kept) > LARGEST:
-            name = kept.pop()
-            self.findings.append(_left_out(name, sizes[name]))
-        return kept
-
-    def read(self) -> dict[str, Tensor]:
-        return {name: buffer[:, : self.filled] for name, buffer in self.tensors.items()}
-
-
-class _RaggedBuffer:
-    """Draws whose sites and shapes change from one to the next: kept as they come, put together at the end.
-
-    Sites are left out as soon as they would not fit, by the largest shape that they have had so far.
-    """
-
-    def __init__(self, count: int, keep: Any) -> None:
-        self.count, self.keep = count, keep
-        self.rows: list[dict[str, Tensor]] = []
-        self.sizes: dict[str, int] = {}
-        self.filled = 0
-        self.left_out: dict[str, int] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        names = [name for name in values if name not in self.left_out and (self.keep is None or name in self.keep)]
-        self.rows.append({name: values[name].detach().cpu() for name in names})
-        self.filled += 1
-        for name in names:
-            size = values[name].numel() * values[name].element_size() * self.count
-            self.sizes[name] = max(size, self.sizes.get(name, 0))
-        while self.keep is None and sum(self.sizes.values()) > LARGEST:
-            largest = max(self.sizes, key=self.sizes.__getitem__)
-            self.left_out[largest] = self.sizes.pop(largest)
-            for row in self.rows:
-                row.pop(largest, None)
-
-    @property
-    def findings(self) -> list[str]:
-        unseen = [name for name in self.keep or () if name not in self.sizes]
-        return [_left_out(name, size) for name, size in self.left_out.items()] + [
-            f"keep= names '{name}', but no draw has such a site." for name in unseen
-        ]
-
-    def read(self) -> dict[str, Tensor]:
-        rows = ragged(self.rows[: self.filled])
-        return {name: values.transpose(0, 1).contiguous() for name, values in rows.items()}
-
-
-def _left_out(name: str, size: int) -> str:
-    return f"The draws of '{name}' would take {size / 2**30:.1f} GiB and were not kept. keep=[...] decides."
-
-
 def _check(backend: Backend[Any, Any]) -> None:
     least = {"chains": 1, "draws": 1, "warmup": 0, "thin": 1, "steps": 1, "restarts": 1, "batch_size": 1}
-    least |= {"most_steps": 1, "max_depth": 1}
+    least |= {"most_steps": 1, "max_depth": 1, "checkpoint_every": 1}
     for field in dataclasses.fields(backend):
         value = getattr(backend, field.name)
         if field.name == "target" and not 0.0 < value < 1.0:
@@ -167,6 +94,31 @@ def _check(backend: Backend[Any, Any]) -> None:
             raise ValueError(
                 f"{type(backend).__name__}({field.name}={value!r}): must be an integer of at least {least[field.name]}."
             )
+    if isinstance(backend.schedule, Sample) and backend.schedule.until is not None:
+        if not isinstance(backend.schedule.until, Until):
+            raise TypeError(f"until= must be an Until, such as Until(rhat=1.01), but is {backend.schedule.until!r}.")
+        backend.schedule.until.check(backend.schedule.chains, backend.schedule.draws)
+
+
+def _block(read: int, most: int) -> tuple[int, int]:
+    """Where the block of draws begins that draw ``read`` is of, and its size: the same however many draws there will be.
+
+    Blocks are as large as all those before together, and at most ``most``.
+    """
+    first, count = 0, min(_FIRST_BLOCK, most)
+    while first + count <= read:
+        if count == most:
+            return read - (read - first) % most, most
+        first, count = first + count, min(first + count, most)
+    return first, count
+
+
+class _Begun(NamedTuple):
+    """What was there when a block of draws was begun, of which ``last`` is the end."""
+
+    last: int
+    random: Any
+    calls: dict[str, Any]
 
 
 def _shown(info: Any) -> str:
@@ -180,10 +132,20 @@ def _first_device(args: tuple[Any, ...]) -> torch.device | None:
     return next((arg.device for arg in args if isinstance(arg, Tensor)), None)
 
 
-def run(backend: Backend[Any, Any], model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Posterior:
-    """Runs a back-end on a program; see ``Backend.fit``."""
+def run(
+    backend: Backend[Any, Any],
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    source: str | os.PathLike[str] | Posterior | None = None,
+) -> Posterior:
+    """Runs a back-end on a program, or goes on with a run; see ``Backend.fit`` and ``Backend.resume``."""
     _check(backend)
+    past = None if source is None else Past.of(source)
     seed = int.from_bytes(os.urandom(4), "little") if backend.seed is None else int(backend.seed)
+    if past is not None and backend.seed is None:
+        seed = past.end.facts["seed"]
+    journal = _journal(backend, past)
     device = torch.device(backend.device) if backend.device else _first_device(args)
     started = time.perf_counter()
     with isolated(seed, device):
@@ -203,56 +165,101 @@ def run(backend: Backend[Any, Any], model: Any, args: tuple[Any, ...], kwargs: M
             raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
         with reproducible(program.dtype, program.device), quiet():
             torch.manual_seed(seed)
-            return _Run(backend, program, seed, started).posterior()
+            return _Run(backend, program, seed, started, journal).posterior(past)
+
+
+def _journal(backend: Backend[Any, Any], past: Past | None) -> Journal | None:
+    if backend.checkpoint is None:
+        return None
+    source = None if past is None or past.folder is None else Path(past.folder).resolve()
+    is_same = source == Path(backend.checkpoint).resolve()
+    return Journal(backend.checkpoint, is_continued=is_same)
 
 
 class _Run:
-    """One run: its state, its buffers and what it noticed."""
+    """One run: its state, its buffers and what it noticed.
 
-    def __init__(self, asked: Backend[Any, Any], program: Program, seed: int, started: float) -> None:
+    Attributes:
+        improved: Steps of the first phase that are taken; ``is_improved`` if it is over.
+        read: Draws that are taken.
+        written: Both, the entries of the history and the warm-up draws that the checkpoint has; None before the first one.
+    """
+
+    def __init__(
+        self, asked: Backend[Any, Any], program: Program, seed: int, started: float, journal: Journal | None
+    ) -> None:
         self.asked, self.name = asked, type(asked).__name__
         self.backend = (program.is_changing and asked.changing) or asked
-        self.program, self.seed, self.started = program, seed, started
+        self.program, self.seed, self.started, self.journal = program, seed, started, journal
         self.schedule = self.backend.schedule
         self.history: list[dict[str, Tensor]] = []
-        self.findings: list[str] = []
+        self.findings: list[str] = []  # of the run, wherever it is gone on with
+        self.notes: list[str] = []  # of this call
+        buffer = RaggedBuffer if program.is_changing else Buffer
+        self.warmup: Buffer | RaggedBuffer = buffer(self.schedule.improvements, self.backend.keep)
+        self.draws: Buffer | RaggedBuffer = buffer(self.schedule.draws, self.backend.keep)
+        self.stats = Buffer(self.schedule.draws, None)
+        self.improved, self.is_improved, self.read, self.seconds = 0, not self.schedule.improvements, 0, 0.0
+        self.written: tuple[int, int, int, int] | None = None
+        self.unwritten = ""
+        self._begun: _Begun | None = None
 
-    def posterior(self) -> Posterior:
+    @property
+    def _gathered(self) -> tuple[int, int, int, int]:
+        return self.improved, self.read, len(self.history), self.warmup.filled
+
+    @cached_property
+    def _links(self) -> dict[str, Any]:
+        """What a checkpoint refers to by name."""
+        links: dict[str, Any] = {f"weight {name}": weight for name, weight in self.program.weights.items()}
+        return links | {"program": self.program, "density": self.program.density}
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.asked, self.program, self.seed)
+
+    @cached_property
+    def _symmetry(self) -> dict[str, int | None]:
+        return exchangeable(self.program)
+
+    def posterior(self, past: Past | None = None) -> Posterior:
         schedule = self.schedule
-        state = self.backend.init(self.program)
+        state = self.backend.init(self.program) if past is None else self._revived(past)
         plan = self.backend.plan(state, self.program)
         if self.backend.progress and plan is not None and isinstance(schedule, Sample):
             tqdm.write(str(plan), file=sys.stderr)
-        buffer = _RaggedBuffer if self.program.is_changing else _Buffer
-        warmup = buffer(schedule.improvements, self.backend.keep)
-        draws = buffer(schedule.draws, self.backend.keep)
-        stats = _Buffer(schedule.draws, None)
-        phase = "warm-up" if isinstance(schedule, Sample) else "steps"
+        self._last = state
+        if self.journal is not None and self.written is None:
+            self._write(state)
+        end = None
         try:
-            state = self._improve(state, warmup, phase)
+            state = self._improve(state)
         except KeyboardInterrupt:
             if isinstance(schedule, Sample):
-                raise KeyboardInterrupt(f"{self.name} was stopped in warm-up: there are no draws yet.") from None
+                raise KeyboardInterrupt(self._stopped("in warm-up: there are no draws yet.")) from None
             state = self._last
-            self.findings.append(f"Stopped by Ctrl-C after {len(self.history)} of {schedule.steps} steps.")
+            end = self._try_end(state)  # before draws are read from what is not done yet
+            self.notes.append(f"Stopped by Ctrl-C after {len(self.history)} of {schedule.steps} steps.")
         try:
-            state = self._read(state, draws, stats)
+            state = self._read(state, is_done=end is None)
         except KeyboardInterrupt:
-            if not draws.filled or draws.filled != stats.filled:
-                draws.filled = stats.filled = min(draws.filled, stats.filled)
-            if not draws.filled:
-                raise KeyboardInterrupt(f"{self.name} was stopped: there are no draws yet.") from None
-            state = self._last
-            self.findings.append(f"Stopped by Ctrl-C after {draws.filled} of {schedule.draws} draws.")
-        self.findings += draws.findings
-        history = {
-            name: torch.stack([record[name] for record in self.history]).cpu()
-            for name in (self.history[0] if self.history else {})
-        }
-        return Posterior(
-            draws=draws.read(),
-            stats=stats.read(),
-            history=self.backend.history(history, state),
+            if not self.draws.filled or self.draws.filled != self.stats.filled:
+                self.draws.filled = self.stats.filled = min(self.draws.filled, self.stats.filled)
+            if not self.draws.filled:
+                raise KeyboardInterrupt(self._stopped("there are no draws yet.")) from None
+            state, self.read = self._last, self.draws.filled
+            self.notes.append(f"Stopped by Ctrl-C after {self.draws.filled} of {schedule.draws} draws.")
+        else:
+            if self.journal is not None and end is None and self.written != self._gathered:
+                self._write(state)
+        if self.unwritten:
+            self.notes.append(self.unwritten)
+        history = self._stacked(0)
+        reported = self.backend.history(history, state)
+        posterior = Posterior(
+            draws=self.draws.read(),
+            stats=self.stats.read(),
+            history=reported,
             plan=self.backend.plan(state, self.program),
             weights=self.backend.weights(state, self.program),
             info=self._info(),
@@ -260,67 +267,242 @@ class _Run:
             coords=self.program.coords,
             observed={name: value.cpu() for name, value in self.program.observed.items()},
             constants={name: value.cpu() for name, value in self.program.constants.items()},
-            symmetry=exchangeable(self.program),
-            warmup_draws=warmup.read(),
+            symmetry=self._symmetry,
+            warmup_draws=self.warmup.read(),
             warmup_stats={},
             program=self.program,
         )
+        end = end or self._try_end(state, None if reported is history else history)
+        posterior._ends.extend([] if end is None else [end])
+        return posterior
 
-    def _improve(self, state: Any, warmup: _Buffer | _RaggedBuffer, phase: str) -> Any:
+    def _stopped(self, where: str) -> str:
+        sentence = f"{self.name} was stopped{'' if where.startswith('in') else ':'} {where}"
+        return sentence + (f" resume('{self.asked.checkpoint}', ...) goes on with it." if self.journal is not None else "")
+
+    # ----------------------------------------------------------------------------- going on, and writing down
+    def _revived(self, past: Past) -> Any:
+        """The state of an earlier run, and all that it had gathered."""
+        facts = past.end.facts
+        compare(facts["fingerprint"], self._fingerprint)
+        encoded = codec.Encoded(past.end.tree, past.end.tensors)
+        held = codec.decode(encoded, self._links, self._modules, self.program.device)
+        refill(self.program.leaves, held["weights"], self.program.name)
+        state = self.backend.restored(held["state"], self.program)
+        refill(self.program.leaves, held["weights"], self.program.name)  # making a guide may have run the program
+        self.program.density.recall(facts["calls"])
+        parts = [*past.gathered]
+        self.improved, self.is_improved, self.read = facts["improved"], facts["is_improved"], facts["read"]
+        self.findings, self.seconds = [*facts["findings"]], facts["seconds"]
+        counts = {"warmup": facts["kept"], "draws": self.read, "stats": self.read}
+        for name, count in counts.items():
+            getattr(self, name).fill([part[name] for part in parts], count, facts[name])
+        for records in [part["history"] for part in parts] if held["history"] is None else [held["history"]]:
+            rows = zip(*(values.unbind() for values in records.values()), strict=True)
+            self.history += [dict(zip(records, row, strict=True)) for row in rows]
+        if self.journal is not None and self.journal.files:
+            self.written = self._gathered
+        set_random_state(held["random"], self.program.device)
+        return state
+
+    @property
+    def _modules(self) -> tuple[str, ...]:
+        return (type(self.backend).__module__,)
+
+    def _end(self, state: Any, history: dict[str, Tensor] | None = None) -> End:
+        """What the run needs to go on from here; inside a block of draws, also to make that again."""
+        begun = self._begun if self._begun is not None and self.read < self._begun.last else None
+        tree = {
+            "state": self.backend.saved(state, self.program),
+            "weights": self.program.leaves,
+            "history": history,
+            "random": random_state(self.program.device) if begun is None else begun.random,
+        }
+        facts = {
+            "fingerprint": self._fingerprint,
+            "seed": self.seed,
+            "improved": self.improved,
+            "is_improved": self.is_improved,
+            "read": self.read,
+            "kept": self.warmup.filled,
+            "findings": self.findings,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "warmup": self.warmup.facts,
+            "draws": self.draws.facts,
+            "stats": self.stats.facts,
+            "calls": self.program.density.calls if begun is None else begun.calls,
+        }
+        encoded = codec.encode(tree, self._links, self._modules)
+        return End(json.loads(json.dumps(facts)), encoded.tree, encoded.tensors)
+
+    def _try_end(self, state: Any, history: dict[str, Tensor] | None = None) -> End | None:
+        """None for a state that cannot be written down: whatever stops it may not lose the draws."""
+        try:
+            return self._end(state, history)
+        except Exception:
+            return None
+
+    def _write(self, state: Any) -> None:
+        """Writes a checkpoint. The first one must succeed, a later one that does not may not lose the run."""
+        assert self.journal is not None
+        improved, read, steps, kept = self.written or (0, 0, 0, 0)
+        gathered = {
+            "warmup": self.warmup.since(kept),
+            "draws": self.draws.since(read),
+            "stats": self.stats.since(read),
+            "history": self._stacked(steps),
+        }
+        try:
+            end, rows = self._end(state), codec.encode(gathered, {})
+            is_new = self._gathered != (improved, read, steps, kept)
+            self.journal.write(
+                self.improved + self.read,
+                end.tensors,
+                rows.tensors if is_new else None,
+                {"facts": end.facts, "tree": end.tree},
+                rows.tree,
+            )
+        except (OSError, ValueError) as error:
+            if self.written is None:
+                raise
+            self.unwritten = (
+                f"The checkpoint after step {self.improved + self.read} could not be written, and the run went on without: "
+                f"{error} The last one, after step {improved + read}, is whole."
+            )
+            return
+        self.written, self.unwritten = self._gathered, ""
+
+    def _stacked(self, first: int) -> dict[str, Tensor]:
+        """The history from a step on, name to (step, …)."""
+        rows = self.history[first:]
+        return {name: torch.stack([row[name].cpu() for row in rows]) for name in (rows[0] if rows else {})}
+
+    # ------------------------------------------------------------------------------------------- the two phases
+    def _improve(self, state: Any) -> Any:
         self._last = state
-        stop, is_done = self.schedule.stop, False
-        with self._bar(self.schedule.improvements, phase) as bar:
-            for i in range(self.schedule.improvements):
+        stop, total = self.schedule.stop, self.schedule.improvements
+        with self._bar(total, "warm-up" if isinstance(self.schedule, Sample) else "steps", self.improved) as bar:
+            for i in range(self.improved, total):
+                if self.is_improved:
+                    break
                 state, info = self.backend.step(state, self.program)
                 self._last = state
                 self._record(info)
                 if self.backend.keep_warmup and isinstance(self.schedule, Sample):
                     with isolated(self.seed + 1 + i, self.program.device):  # looking must not change the run
-                        warmup.add(self._with_deterministics(self.backend.values(state, self.program)))
+                        self.warmup.add(self._with_deterministics(self.backend.values(state, self.program)))
+                self.improved = i + 1
                 bar.update()
                 if i % 20 == 0 and not bar.disable:
                     bar.set_postfix_str(_shown(info), refresh=False)
                 is_done = bool(stop and stop(info))
-                if is_done or any([callback(i, info) for callback in self.backend.callbacks]):
-                    break
-        if stop and not is_done:
-            self.findings.append(
-                f"{self.name} stopped at its limit of {self.schedule.improvements} steps before it had "
-                "converged. Raise steps=."
-            )
+                is_last = is_done or any([callback(i, info) for callback in self.backend.callbacks]) or i + 1 == total
+                if is_last and stop and not is_done:
+                    self.findings.append(
+                        f"{self.name} stopped at its limit of {total} steps before it had converged. Raise steps=."
+                    )
+                self.is_improved = is_last
+                self._write_if_due(state)
         return state
 
-    def _read(self, state: Any, draws: _Buffer | _RaggedBuffer, stats: _Buffer) -> Any:
-        if isinstance(self.backend, Independent) and isinstance(draws, _Buffer):
-            return self._read_blocks(self.backend, state, draws, stats)
-        with self._bar(self.schedule.draws, "draws") as bar:
-            for i in range(self.schedule.draws):
+    def _read(self, state: Any, is_done: bool = True) -> Any:
+        if isinstance(self.backend, Independent) and isinstance(self.draws, Buffer):
+            return self._read_blocks(self.backend, state, self.draws, is_done)
+        total = self.schedule.draws
+        with self._bar(total, "draws", self.read) as bar:
+            for i in range(self.read, total):
+                if self._is_enough():
+                    break
                 state, draw = self.backend.sample(state, self.program)
                 self._last = state
-                draws.add(self._with_deterministics(draw.values))
-                stats.add(draw.stats)
+                self.draws.add(self._with_deterministics(draw.values))
+                self.stats.add(draw.stats)
                 if isinstance(self.schedule, Sample) and "lp" in draw.stats:
                     self.history.append({"lp": draw.stats["lp"].detach().cpu()})
+                self.read = i + 1
                 bar.update()
                 if i % 20 == 0 and not bar.disable and "acceptance_rate" in draw.stats:
                     bar.set_postfix_str(f"acceptance rate {float(draw.stats['acceptance_rate'].mean()):.3f}", refresh=False)
-                if isinstance(self.schedule, Sample) and any(
+                is_last = isinstance(self.schedule, Sample) and any(
                     [callback(self.schedule.warmup + i, draw) for callback in self.backend.callbacks]
-                ):
+                )
+                if is_done:
+                    self._write_if_due(state)
+                if is_last:
                     break
+            else:
+                self._judge()
         return state
 
-    def _read_blocks(self, backend: Independent, state: Any, draws: _Buffer, stats: _Buffer) -> Any:
-        with self._bar(self.schedule.draws, "draws") as bar:
-            while stats.filled < self.schedule.draws:
-                state, block = backend.readings(state, self.program, self.schedule.draws - stats.filled)
-                self._last = state
+    def _read_blocks(self, backend: Independent, state: Any, draws: Buffer, is_done: bool) -> Any:
+        """Many draws at once. A run that stopped inside a block makes it again, and goes on where it was."""
+        total, most = self.schedule.draws, backend.most_readings(self.program)
+        with self._bar(total, "draws", self.read) as bar:
+            while self.read < total:
+                first, count = _block(self.read, most)
+                self._begun = _Begun(first + count, random_state(self.program.device), self.program.density.calls)
+                state, block = backend.readings(state, self.program, count)
                 flat = self._with_deterministics({name: value.flatten(0, 1) for name, value in block.values.items()})
                 lead = next(iter(block.stats.values())).shape
-                draws.extend({name: value.unflatten(0, lead) for name, value in flat.items()})
-                stats.extend(block.stats)
-                bar.update(lead[1])
+                values = {name: value.unflatten(0, lead) for name, value in flat.items()}
+                self._last = state
+                while self.read < min(first + count, total):
+                    last = min(first + count, total, self._next_due if is_done else total)
+                    part = slice(self.read - first, last - first)
+                    draws.extend({name: value[:, part] for name, value in values.items()})
+                    self.stats.extend({name: value[:, part] for name, value in block.stats.items()})
+                    bar.update(last - self.read)
+                    self.read = last
+                    if is_done:
+                        self._write_if_due(state)
         return state
+
+    @property
+    def _next_due(self) -> int:
+        """The number of draws after which a checkpoint is to be written next."""
+        every = self.asked.checkpoint_every
+        return self.schedule.draws if self.journal is None else self.read + every - (self.improved + self.read) % every
+
+    def _write_if_due(self, state: Any) -> None:
+        """At a fixed number of steps, whatever the time."""
+        if self.journal is not None and (self.improved + self.read) % self.asked.checkpoint_every == 0:
+            self._write(state)
+
+    @property
+    def _until(self) -> Until | None:
+        return self.schedule.until if isinstance(self.schedule, Sample) else None
+
+    def _is_enough(self) -> bool:
+        """Whether the run may stop before it has taken all its draws."""
+        until = self._until
+        if until is None or not self.read:
+            return False
+        if until.has_targets and self.read % until.every == 0 and until.are_met(*self._worst()):
+            return True
+        seconds = time.perf_counter() - self.started
+        if until.seconds is None or seconds < until.seconds:
+            return False
+        self.notes.append(
+            f"Stopped after {self.read} of {self.schedule.draws} draws, when {seconds:.0f} seconds had passed, as until= "
+            "asked: another run may stop elsewhere."
+        )
+        return True
+
+    def _judge(self) -> None:
+        """Says what is missing after the last draw."""
+        until = self._until
+        if until is None or not until.has_targets:
+            return
+        rhat, ess = self._worst()
+        if not until.are_met(rhat, ess):
+            self.notes.append(
+                f"until= was not met in {self.read} draws a chain: the largest R-hat is {rhat:.4g}, the smallest effective "
+                f"sample size {ess:.0f}. resume(posterior, ...) with more draws goes on."
+            )
+
+    def _worst(self) -> tuple[float, float]:
+        structure = {"structure": "changing" if self.program.is_changing else "fixed"}
+        return worst(Posterior(draws=self.draws.read(), stats=self.stats.read(), symmetry=self._symmetry, info=structure))
 
     def _record(self, info: Any) -> None:
         fields = {name: value.detach() for name, value in info._asdict().items() if isinstance(value, Tensor)}
@@ -334,11 +516,13 @@ class _Run:
         data = self.program.chain_data(len(next(iter(values.values()))))
         return {**values, **self.program.density.deterministics({**values, **data})}
 
-    def _bar(self, total: int, what: str) -> tqdm[Any]:
-        return tqdm(total=total, desc=f"{self.name} {what}", disable=not self.backend.progress or total < 2, leave=False)
+    def _bar(self, total: int, what: str, done: int) -> tqdm[Any]:
+        is_hidden = not self.backend.progress or total < 2
+        return tqdm(total=total, initial=done, desc=f"{self.name} {what}", disable=is_hidden, leave=False)
 
     def _info(self) -> dict[str, Any]:
         schedule = self.schedule
+        findings = [*self.findings, *self.notes, *self.draws.findings]
         return {
             "backend": self.name,
             "kind": self.backend.kind,
@@ -346,14 +530,14 @@ class _Run:
             "model": self.program.name,
             "structure": "changing" if self.program.is_changing else "fixed",
             "seed": self.seed,
-            "sampling_time": time.perf_counter() - self.started,
+            "sampling_time": self.seconds + time.perf_counter() - self.started,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-            "versions": _versions(),
+            "versions": versions(),
             "warmup": schedule.improvements,
             "draws": schedule.draws,
             "thin": schedule.thin if isinstance(schedule, Sample) else 1,
-            "interrupted": any(finding.startswith("Stopped by Ctrl-C") for finding in self.findings),
-            "findings": self.findings,
+            "interrupted": any(finding.startswith("Stopped by Ctrl-C") for finding in findings),
+            "findings": findings,
         }
 
 
@@ -362,13 +546,3 @@ def _config(backend: Backend[Any, Any]) -> dict[str, Any]:
     plain = (str, int, float, bool, type(None))
     values = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)}
     return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items() if name != "start"}
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("pyro-genmodels", "torch", "pyro-ppl", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions

@@ -23,6 +23,7 @@ from inference.fit import Sample
 from inference.plan import Plan, Update, assign, demoted
 from inference.program import Program
 from inference.start import ascended, starting_values
+from inference.until import Until
 
 __all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
 
@@ -76,6 +77,7 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         draws: Draws kept of each chain.
         warmup: Sweeps before the first draw.
         thin: Sweeps per draw.
+        until: When to stop before all draws are taken, such as ``Until(rhat=1.01, ess=400)``.
         blocks: Site, or tuple of sites that move together, to the block that moves them; None leaves all to the plan.
 
     Example:
@@ -92,11 +94,12 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
     draws: int = 1000
     warmup: int = 1000
     thin: int = 1
+    until: Until | None = None
     blocks: Mapping[str | tuple[str, ...], Block] | None = None
 
     @property
     def schedule(self) -> Sample:
-        return Sample(self.chains, self.warmup, self.draws, self.thin)
+        return Sample(self.chains, self.warmup, self.draws, self.thin, until=self.until)
 
     def init(self, program: Program) -> GibbsState:
         blocks, notes = assign(program, self.blocks)

@@ -94,6 +94,12 @@ class Guide:
         owned = {} if self.owner is None else {n.removeprefix("module."): w for n, w in self.owner.named_parameters()}
         return owned | self.table
 
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """Weights and buffers as torch holds them, detached."""
+        buffers = {} if self.owner is None else {n.removeprefix("module."): b for n, b in self.owner.named_buffers()}
+        return {name: leaf.detach() for name, leaf in (self.weights() | buffers).items()}
+
     def has_path(self, trace: poutine.Trace, program: Program) -> bool:
         """Whether log q, at fixed values of what is drawn, has all its weights in the distributions of the draws.
 

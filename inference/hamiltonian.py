@@ -34,6 +34,7 @@ class HMC(MarginalSampler):
         draws: Draws kept of each chain.
         warmup: Adaptive steps before the first draw.
         thin: Steps per draw.
+        until: When to stop before all draws are taken, such as ``Until(rhat=1.01, ess=400)``.
         target: Acceptance rate that warm-up aims at, in (0, 1).
         most_steps: Cap on the leapfrog steps of one trajectory.
         mass: "diagonal", or "dense" for the full covariance, which straightens correlations (at most 512 dimensions).

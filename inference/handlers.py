@@ -34,7 +34,10 @@ __all__ = [
     "base",
     "isolated",
     "quiet",
+    "random_state",
+    "refill",
     "reproducible",
+    "set_random_state",
     "start_flat",
 ]
 
@@ -376,6 +379,42 @@ def isolated(seed: int, device: torch.device | None = None) -> Iterator[None]:
         finally:
             np.random.set_state(states[0])
             random.setstate(states[1])
+
+
+@torch.no_grad()
+def refill(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor], owner: str) -> None:
+    """Writes values into weights and buffers in place.
+
+    Raises:
+        ValueError: If one of them has no value, or one of another shape.
+    """
+    for name, leaf in leaves.items():
+        if name not in values or values[name].shape != leaf.shape:
+            raise ValueError(f"{owner} has a weight '{name}' of shape {tuple(leaf.shape)}, which the run did not have.")
+        leaf.copy_(values[name])
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the generators of torch, numpy and ``random``, as tensors and numbers; see ``set_random_state``."""
+    kind, keys, *place = np.random.get_state()
+    version, numbers, spare = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *place),
+        "random": (version, torch.tensor(numbers), spare),
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Sets all generators to what ``random_state`` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
+    kind, keys, *place = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *place))
+    version, numbers, spare = state["random"]
+    random.setstate((version, tuple(numbers.tolist()), spare))
 
 
 @contextlib.contextmanager

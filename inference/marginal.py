@@ -16,6 +16,7 @@ from inference.fit import Sample
 from inference.plan import Plan, Update
 from inference.program import Program
 from inference.start import ascended, starting_values
+from inference.until import Until
 
 __all__ = ["MarginalInfo", "MarginalSampler", "MarginalState"]
 
@@ -49,16 +50,19 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         draws: Draws kept of each chain.
         warmup: Adaptive steps before the first draw.
         thin: Steps per draw.
+        until: When to stop before all draws are taken, such as ``Until(rhat=1.01, ess=400)``.
     """
 
     chains: int = 4
     draws: int = 1000
     warmup: int = 1000
     thin: int = 1
+    until: Until | None = None
 
     @property
     def schedule(self) -> Sample:
-        return Sample(self.chains, self.warmup, self.draws, self.thin, cost=8 if self.needs_gradient else 1)
+        cost = 8 if self.needs_gradient else 1
+        return Sample(self.chains, self.warmup, self.draws, self.thin, cost, until=self.until)
 
     @property
     @abc.abstractmethod

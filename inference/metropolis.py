@@ -21,7 +21,7 @@ from inference.adaptation import StepAdaptation
 from inference.contract import Unsupported
 from inference.density import Unconstrained
 from inference.guides import Guide, GuideReference
-from inference.marginal import MarginalSampler
+from inference.marginal import MarginalSampler, MarginalState
 from inference.mcmc import RandomWalkAdaptation, first_log_step, lead
 from inference.posterior import Posterior
 from inference.program import Program
@@ -232,6 +232,7 @@ class MetropolisHastings(MarginalSampler):
         draws: Draws kept of each chain.
         warmup: Adaptive steps before the first draw.
         thin: Steps per draw; a random walk needs about ten per dimension for one independent draw.
+        until: When to stop before all draws are taken, such as ``Until(rhat=1.01, ess=400)``.
     """
 
     proposal: Proposal = field(default_factory=RandomWalk)
@@ -253,6 +254,18 @@ class MetropolisHastings(MarginalSampler):
     @property
     def climbs(self) -> bool:
         return self.proposal.climbs
+
+    def saved(self, state: MarginalState, program: Program) -> MarginalState:
+        learnt = state.adaptation
+        is_code = isinstance(learnt, IndependenceKernel) and not isinstance(learnt.reference, StudentReference)
+        return state._replace(adaptation=None) if is_code else state
+
+    def restored(self, saved: MarginalState, program: Program) -> MarginalState:
+        """A guide or a prior is code, and the proposal has it."""
+        if saved.adaptation is not None:
+            return saved
+        assert isinstance(self.proposal, _Independent)
+        return saved._replace(adaptation=IndependenceKernel(self.proposal.reference(program)))
 
     def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program) -> tuple[Any, Any]:
         return self.proposal.begin(position, density, program, is_given=self.start is not None)

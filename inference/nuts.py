@@ -34,6 +34,7 @@ class NUTS(MarginalSampler):
         draws: Draws kept of each chain.
         warmup: Adaptive steps before the first draw.
         thin: Steps per draw.
+        until: When to stop before all draws are taken, such as ``Until(rhat=1.01, ess=400)``.
         target: Acceptance rate that warm-up aims at, in (0, 1).
         max_depth: Doublings of a trajectory at most: 2^max_depth − 1 leapfrog steps.
         mass: "diagonal", or "dense" for the full covariance, which straightens correlations (at most 512 dimensions).

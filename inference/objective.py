@@ -39,7 +39,8 @@ Loss = Callable[[list[Tensor] | None, bool], tuple[Tensor, Tensor]]
 class _Variant:
     """The graph for one batch shape, and how often it was asked for."""
 
-    def __init__(self, alive: list[Tensor]) -> None:
+    def __init__(self, shapes: Hashable, alive: list[Tensor]) -> None:
+        self.shapes = shapes  # of a batch
         self.alive = alive  # an id in a key is good only while its tensor lives
         self.calls = self.recorded = 0
         self.graph: fx.GraphModule | None = None
@@ -82,6 +83,30 @@ class Objective:
         self.can_stage = highest_rung() >= _STAGED and not self._has_hooks()
         self.rung = "looped"
         self._variants: dict[Hashable, _Variant] = {}
+        self._past: dict[str, list[Any]] = {}
+        self._latest: dict[str, _Variant] = {}
+
+    @property
+    def calls(self) -> dict[str, list[Any]]:
+        """For each batch shape, how often it was asked for, when its graph was recorded and whether that is trusted."""
+        now = {shapes: [v.calls, v.recorded, v.graph is not None] for shapes, v in self._latest.items()}
+        return self._past | now
+
+    def recall(self, calls: Mapping[str, list[Any]]) -> None:
+        """Goes on as if it had been called so often: a graph's values differ from the program's in their last digits.
+
+        Graphs are made anew when they are needed. Python objects are taken to be as the latest call had them.
+        """
+        self._past = dict(calls)
+        self._variants.clear()
+        self._latest.clear()
+
+    def _recalled(self, variant: _Variant, data: list[Tensor] | None) -> None:
+        """Makes of a variant what it was in an earlier run."""
+        calls, recorded, is_staged = self._past.pop(repr(variant.shapes))
+        if is_staged:
+            self._stage(variant, data)
+        variant.calls, variant.recorded = calls, recorded
 
     def __call__(self, data: list[Tensor] | None = None) -> Tensor:
         """Puts the gradients into the weights' ``grad``; returns the loss of a batch, or of all data."""
@@ -100,8 +125,13 @@ class Objective:
         seen = _seen(self.owners, self._modules()) if self.is_watched else _Seen(None, [])
         key = (shapes, seen.key)
         if key not in self._variants and len(self._variants) < _VARIANTS:
-            self._variants[key] = _Variant(seen.tensors)
-        return self._variants.get(key)
+            self._variants[key] = _Variant(shapes, seen.tensors)
+            if repr(shapes) in self._past:
+                self._recalled(self._variants[key], data)
+        variant = self._variants.get(key)
+        if variant is not None:
+            self._latest[repr(shapes)] = variant
+        return variant
 
     def _unstaged(self, data: list[Tensor] | None) -> Tensor:
         self.rung = "looped"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,19 @@ from inference.plan import Plan, Update
 if TYPE_CHECKING:
     from inference.program import Program
 
-__all__ = ["Posterior"]
+__all__ = ["End", "Posterior"]
 
 _TENSORS = ("draws", "stats", "history", "weights", "observed", "constants", "warmup_draws", "warmup_stats")
 _ATTRIBUTES = ("created_at", "sampling_time", "seed", "model", "backend", "config", "versions")
 _POINTWISE_BYTES = 2**30
+
+
+class End(NamedTuple):
+    """What a run needs to go on: what json can hold of it, and its state as ``inference.codec`` writes it."""
+
+    facts: dict[str, Any]
+    tree: Any
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -73,6 +81,7 @@ class Posterior:
     program: Program | None = None
     # Not an argument, so that dataclasses.replace starts an empty one.
     _pointwise: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _ends: list[End] = field(default_factory=list, init=False)  # that of the run, one at most
 
     def __repr__(self) -> str:
         chains, draws = self.shape
@@ -203,7 +212,8 @@ class Posterior:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Saves into a folder: tensors as safetensors, the rest as json, and a copy for other tools, ``posterior.nc``.
 
-        The folder is complete or is not there; an earlier save is replaced. The program is not saved.
+        The folder is complete or is not there; an earlier save is replaced. The program is not saved. ``resume`` of the
+        back-end goes on from where the run ended.
 
         Args:
             folder: Where to; it may not hold anything but an earlier save.
@@ -215,12 +225,14 @@ class Posterior:
         checkpoint.check(folder)
         self._try_log_likelihood()
         groups = {name: getattr(self, name) for name in _TENSORS} | {"log_likelihood": self._pointwise}
+        groups["end"] = self._ends[0].tensors if self._ends else {}
         meta = {
             "info": self.info,
             "plan": None if self.plan is None else [update._asdict() for update in self.plan.updates],
             "dims": self.dims,
             "coords": {name: _labels_to_json(np.asarray(labels)) for name, labels in self.coords.items()},
             "symmetry": self.symmetry,
+            "end": [self._ends[0].facts, self._ends[0].tree] if self._ends else None,
         }
         exported = self.to_arviz(log_likelihood=bool(self._pointwise), warmup=True)
         checkpoint.write(
@@ -245,11 +257,11 @@ class Posterior:
             ValueError: If the files are damaged, or the model or its data are not those that were fitted.
         """
         tensors, meta = checkpoint.read(folder)
-        groups: dict[str, dict[str, Tensor]] = {name: {} for name in (*_TENSORS, "log_likelihood")}
+        groups: dict[str, dict[str, Tensor]] = {name: {} for name in (*_TENSORS, "log_likelihood", "end")}
         for label, tensor in tensors.items():
             group, name = label.split("/", 1)
             groups[group][name] = tensor
-        pointwise = groups.pop("log_likelihood")
+        pointwise, end = groups.pop("log_likelihood"), groups.pop("end")
         fields: dict[str, Any] = dict(groups)
         posterior = cls(
             **fields,
@@ -261,6 +273,9 @@ class Posterior:
             program=None if model is None else _rebuild(model, args, kwargs, groups, meta["info"]),
         )
         posterior._pointwise.update(pointwise)
+        if meta.get("end"):
+            facts, tree = meta["end"]
+            posterior._ends.append(End(facts, tree, end))
         return posterior
 
     @property

@@ -593,12 +593,17 @@ class Program:
         nodes = self.trace(values, evaluated=False).nodes
         return {name for name, node in nodes.items() if is_statement(node) and kind_of(node) == "latent"}
 
-    def _labelled(self) -> list[tuple[str, Tensor]]:
-        """The tensors among the arguments, by the names of the program's parameters."""
+    @property
+    def named_arguments(self) -> list[tuple[str, Any]]:
+        """The arguments, by the names of the program's parameters."""
         args, kwargs = self.arguments()
         names = [p.name for p in inspect.signature(self.call).parameters.values()]
-        labelled = [*zip(names + [f"argument {i}" for i in range(len(names), len(args))], args, strict=False)]
-        return [(label, value) for label, value in [*labelled, *kwargs.items()] if isinstance(value, Tensor)]
+        named = zip(names + [f"argument {i}" for i in range(len(names), len(args))], args, strict=False)
+        return [*named, *kwargs.items()]
+
+    def _labelled(self) -> list[tuple[str, Tensor]]:
+        """The tensors among the arguments, by the names of the program's parameters."""
+        return [(label, value) for label, value in self.named_arguments if isinstance(value, Tensor)]
 
     def _used_weights(self, owner: Any) -> dict[str, Tensor]:
         """The trainable tensors that the log-density depends on."""
@@ -714,6 +719,14 @@ class Program:
                     self._table[name].copy_(self._table.transforms[name].inv(value))
                 elif name in self.weights or name in owned:
                     (self.weights | owned)[name].copy_(value)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What training may change, as torch holds it: the weights and buffers of a module with weights; detached."""
+        found = dict(self.weights)
+        if self.weights and isinstance(self.owner, nn.Module):
+            found |= dict(self.owner.named_parameters()) | dict(self.owner.named_buffers())
+        return {name: leaf.detach() for name, leaf in found.items()}
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:

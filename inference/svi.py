@@ -33,7 +33,7 @@ from inference.density import Density, Unconstrained
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, batched, is_drawn, log_prob, mapped
-from inference.handlers import Arithmetic, isolated, quiet
+from inference.handlers import Arithmetic, isolated, quiet, refill
 from inference.objective import Objective
 from inference.program import Program
 from inference.start import ascended, starting_values
@@ -200,7 +200,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             values = coordinates.values(position)
             return log_normalizer(program, values, program.finite) + coordinates.log_jacobian(position)
 
-        with quiet(), Arithmetic():
+        with isolated(0, program.device), quiet(), Arithmetic():  # a run that goes on makes it anew
             information = -jacrev(grad(log_density))(loc)
             factor, failed = torch.linalg.cholesky_ex(0.5 * (information + information.mT))
             if int(failed):
@@ -300,14 +300,16 @@ class SVI(Backend[SVIState, SVIInfo]):
         state, draw = self.readings(state, program, 1)
         return state, Draw({n: v[:, 0] for n, v in draw.values.items()}, {n: v[:, 0] for n, v in draw.stats.items()})
 
+    def most_readings(self, program: Program) -> int:
+        sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
+        choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
+        return max(1, _LARGEST_BLOCK // (1 + sum(sizes) * choices))
+
     @torch.no_grad()
-    def readings(self, state: SVIState, program: Program, most: int) -> tuple[SVIState, Draw]:
+    def readings(self, state: SVIState, program: Program, count: int) -> tuple[SVIState, Draw]:
         if isinstance(state.guide.call, AutoLaplaceApproximation):
             state = state._replace(guide=self._laplace(state.guide.call, program))
             program.fitted = state.guide
-        sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
-        choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
-        count = max(1, min(most, _LARGEST_BLOCK // (1 + sum(sizes) * choices)))
         guide = state.guide
 
         def drawn() -> tuple[dict[str, Tensor], Tensor]:
@@ -326,6 +328,28 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def values(self, state: SVIState, program: Program) -> dict[str, Tensor]:
         return self.sample(state, program)[1].values
+
+    def saved(self, state: SVIState, program: Program) -> dict[str, Any]:
+        return {
+            "guide": state.guide.leaves,
+            "optimiser": state.optimiser.state_dict(),
+            "scheduler": state.scheduler.state_dict(),
+            "objective": state.objective.calls,
+            "numbers": {"step": state.step, "skipped": state.skipped, "order": state.order},
+        }
+
+    def restored(self, saved: dict[str, Any], program: Program) -> SVIState:
+        """The guide is code: it is made as it was made before, and given the weights."""
+        state = self.init(program)
+        if isinstance(state.guide.call, AutoLaplaceApproximation) and "scale_tril_unconstrained" in saved["guide"]:
+            refill({"loc": state.guide.leaves["loc"]}, saved["guide"], "The guide")
+            state = state._replace(guide=self._laplace(state.guide.call, program))  # draws had been read
+            program.fitted = state.guide
+        refill(state.guide.leaves, saved["guide"], "The guide")
+        state.optimiser.load_state_dict(saved["optimiser"])
+        state.scheduler.load_state_dict(saved["scheduler"])
+        state.objective.recall(saved["objective"])
+        return state._replace(**saved["numbers"])
 
     def weights(self, state: SVIState, program: Program) -> dict[str, Tensor]:
         owner = state.guide.owner

@@ -45,6 +45,7 @@ from inference.handlers import base, isolated, quiet, reproducible
 from inference.plan import Plan, Update
 from inference.posterior import Posterior
 from inference.program import Program, is_statement, kind_of
+from inference.until import Until
 
 if TYPE_CHECKING:
     from inference.predictive import Anew
@@ -132,6 +133,18 @@ class _Kept(Messenger):
         if _keeps(self.choices[name], msg["fn"]):
             msg["value"], msg["done"] = self.choices[name].value, True
             self.names.append(name)
+
+
+class _Replayed(Messenger):
+    """Gives latent sites the values that they had in an old run."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def _read(trace: poutine.Trace) -> Trace:
@@ -226,16 +239,18 @@ class TraceSampler(Backend[TraceState, TraceInfo]):
         draws: Draws kept of each chain.
         warmup: Steps before the first draw; they adapt nothing.
         thin: Steps per draw; about as many as a trace has sites make a sweep.
+        until: When to stop before all draws are taken, such as ``Until(rhat=1.01, ess=400)``.
     """
 
     chains: int = 4
     draws: int = 1000
     warmup: int = 1000
     thin: int = 1
+    until: Until | None = None
 
     @property
     def schedule(self) -> Sample:
-        return Sample(self.chains, self.warmup, self.draws, self.thin)
+        return Sample(self.chains, self.warmup, self.draws, self.thin, until=self.until)
 
     def init(self, program: Program) -> TraceState:
         """Chains start in draws of the prior, chosen by their likelihoods among a few."""
@@ -281,6 +296,27 @@ class TraceSampler(Backend[TraceState, TraceInfo]):
         rate = torch.stack(rates).mean(0)
         state = state._replace(acceptance=state.acceptance + rate.mean(), reads=state.reads + 1)
         return state, Draw(self.values(state, program), {"lp": info.lp, "acceptance_rate": rate})
+
+    def saved(self, state: TraceState, program: Program) -> TraceState:
+        bare = [
+            trace._replace(choices={name: choice._replace(distribution=None) for name, choice in trace.choices.items()})
+            for trace in state.traces
+        ]
+        return state._replace(traces=tuple(bare))
+
+    @torch.no_grad()
+    def restored(self, saved: TraceState, program: Program) -> TraceState:
+        """Distributions are code: the program is run once at the values of each trace."""
+        traces = []
+        for trace in saved.traces:
+            found = _read(program.trace({}, handler=_Replayed(trace.values))).choices
+            if [*found] != [*trace.choices]:
+                raise ValueError(
+                    f"{program.name} has other sites than before at the values of the run. Give it its own model."
+                )
+            choices = {name: c._replace(distribution=found[name].distribution) for name, c in trace.choices.items()}
+            traces.append(trace._replace(choices=choices))
+        return saved._replace(traces=tuple(traces))
 
     def values(self, state: TraceState, program: Program) -> dict[str, Tensor]:
         return ragged([trace.values for trace in state.traces])

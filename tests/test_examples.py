@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pyro_genmodels import cli
 from pyro_genmodels.comparison import METHODS
@@ -40,10 +41,13 @@ def test_examples_fit_one_screen(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 80
 
 
-def test_the_code_in_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_in_readme_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "readme"}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)
     x, y = namespace["x"], namespace["y"]
@@ -51,7 +55,9 @@ def test_the_code_in_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     fitted = re.findall(r"tensor\((-?[\d.]+)", capsys.readouterr().out)
     assert [float(value) for value in fitted] == pytest.approx([float(slope)] * 2, abs=0.03)
-    assert namespace["posterior"].diagnose() == []
+    posterior, longer = namespace["posterior"], namespace["longer"]
+    assert posterior.diagnose() == [] and longer.shape == (4, 1500)
+    assert torch.equal(longer.draws["slope"][:, : posterior.shape[1]], posterior.draws["slope"])
 
 
 def test_readme_names_what_there_is() -> None:

@@ -536,7 +536,7 @@ def test_kept_sites_are_kept_and_unknown_ones_are_told() -> None:
 
 
 def test_sites_that_would_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference.fit.LARGEST", 2 * 20 * 8 * 3)
+    monkeypatch.setattr("inference.buffers.LARGEST", 2 * 20 * 8 * 3)
     posterior = prior(chains=2, warmup=2, draws=20).fit(sums, tensor(6.0))
     assert "m" not in posterior.draws and "k" in posterior.draws
     assert any("The draws of 'm' would take" in finding for finding in posterior.diagnose())

@@ -209,7 +209,7 @@ def seconds_of_draws(program: Any, data: tuple[Tensor, ...], draws: int) -> floa
         state, done = backend.init(looked_at), 0
         start = time.perf_counter()
         while done < draws:
-            state, block = backend.readings(state, looked_at, draws - done)
+            state, block = backend.readings(state, looked_at, min(backend.most_readings(looked_at), draws - done))
             done += block.stats["lp"].shape[1]
         return time.perf_counter() - start
 
