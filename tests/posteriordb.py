@@ -189,19 +189,6 @@ def drive(u: Tensor, v: Tensor, alpha: Tensor) -> None:
     pyro.factor("x", chain(theta, emission))
 
 
-def drive_states(u: Tensor, v: Tensor, alpha: Tensor) -> None:
-    """As ``drive``, with its states."""
-    theta = transitions(alpha)
-    prior = dist.Normal(u.new_tensor([0.0, 3.0]), 1.0)
-    phi, rate = ordered("phi", prior), ordered("lambda", prior)
-    state = None
-    for t in pyro.markov(range(len(u))):
-        probs = u.new_full((2,), 0.5) if state is None else theta[state]
-        state = pyro.sample(f"state_{t}", dist.Categorical(probs))
-        pyro.sample(f"u_{t}", dist.Exponential(phi[state]), obs=u[t])
-        pyro.sample(f"v_{t}", dist.Exponential(rate[state]), obs=v[t])
-
-
 # ---------------------------------------------------------------------------------------- references
 Values = Mapping[str, Any]
 
@@ -349,7 +336,7 @@ REFERENCES = (
     Reference("gp_pois_regr-gp_pois_regr", gp_regression, _named("x", "k"), _whitened),
     Reference("low_dim_gauss_mix-low_dim_gauss_mix", mixture, _named("y"), canonical=_sorted),
     Reference("hmm_example-hmm_example", hmm, _named("y"), explicit=hmm_states),
-    Reference("bball_drive_event_0-hmm_drive_0", drive, _named("u", "v", "alpha"), explicit=drive_states),
+    Reference("bball_drive_event_0-hmm_drive_0", drive, _named("u", "v", "alpha")),
 )  # fmt: skip
 BY_NAME = {reference.name: reference for reference in REFERENCES}
 
@@ -368,6 +355,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("mesquite", "HMC"): {"warmup": 1000},
     ("kilpisjarvi", "HMC"): {"warmup": 1000, "mass": "dense"},
     ("kilpisjarvi", "MetropolisHastings"): {"warmup": 20_000, "thin": 160},
+    ("hmm_drive_0", "HMC"): {"warmup": 1000},
     ("gp_pois_regr", "MetropolisHastings"): {"warmup": 10_000, "thin": 300},
 }
 
