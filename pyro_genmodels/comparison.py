@@ -74,7 +74,7 @@ METHODS: dict[str, Backend[Any, Any]] = {
     "gibbs": Gibbs(warmup=100, draws=600),
     "mh": MetropolisHastings(chains=16, draws=500, thin=20),
     "hmc": HMC(chains=16, warmup=300, draws=600),
-    "nuts": NUTS(warmup=300, draws=500),
+    "nuts": NUTS(warmup=300, draws=400),
 }
 
 MODELS: dict[str, Entry] = {
