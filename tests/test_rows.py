@@ -159,5 +159,5 @@ def test_em_on_rows_of_a_normal_finds_their_mean_and_covariance(device: torch.de
 def test_chains_come_back_from_where_rounding_would_show() -> None:
     """A fit whose chains start at a width of 10⁻⁶ goes on row by row, and ends where the data are."""
     start = {"mean": X[0], "spread": torch.full((3,), 1e-6, dtype=torch.float64)}
-    posterior = HMC(chains=2, warmup=300, draws=50, start=start, seed=0, progress=False).fit(vectors, X)
+    posterior = HMC(chains=2, warmup=150, draws=50, most_steps=64, start=start, seed=0, progress=False).fit(vectors, X)
     torch.testing.assert_close(posterior.point()["spread"], X.std(0), rtol=0.1, atol=0.0)
