@@ -477,6 +477,16 @@ def without_a_plate(y: Tensor) -> None:
 COUPLED = (summed, summed_over_everything, accumulated, flipped, picked, switched, rolled, without_a_plate)
 
 
+def on_a_grid(program: Any, y: Tensor, axis: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """All assignments of the finite sites, and the log-joint of each at every value of "m", (assignment, value)."""
+    looked = Program(program, (y,))
+    found = list(assignments(looked))
+    stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
+    each = {name: value.repeat_interleave(len(axis), 0) for name, value in stacked.items()}
+    joints = Density(looked, rung="vmapped").joint({**each, "m": axis.repeat(len(found))})
+    return stacked, joints.reshape(len(found), -1)
+
+
 @pytest.mark.parametrize("backend", [Gibbs, HMC, MetropolisHastings], ids=lambda b: b.__name__)
 @pytest.mark.parametrize("program", COUPLED, ids=lambda p: p.__name__)
 def test_coupled_elements_of_a_plate_are_refused_or_exact(program: Any, backend: Any, device: torch.device) -> None:
@@ -487,12 +497,7 @@ def test_coupled_elements_of_a_plate_are_refused_or_exact(program: Any, backend:
     except Unsupported as reason:
         assert "couple" in str(reason) or "depends on" in str(reason)
         return
-    looked = Program(program, (y,))
-    axis = torch.linspace(-6.0, 6.0, 241, dtype=torch.float64, device=device)
-    found = list(assignments(looked))
-    stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
-    each = {name: value.repeat_interleave(len(axis), 0) for name, value in stacked.items()}
-    joints = Density(looked, rung="vmapped").joint({**each, "m": axis.repeat(len(found))}).reshape(len(found), -1)
+    stacked, joints = on_a_grid(program, y, torch.linspace(-6.0, 6.0, 241, dtype=torch.float64, device=device))
     probability = joints.logsumexp(1).softmax(0)
     for name, values in stacked.items():
         exact = torch.tensordot(probability, values.double(), 1).cpu()
@@ -511,13 +516,8 @@ def test_coupled_elements_of_a_plate_do_not_mislead_an_optimiser(program: Any, b
     except Unsupported as reason:
         assert "couple" in str(reason) or "depends on" in str(reason)
         return
-    looked = Program(program, (y,))
     axis = torch.linspace(-6.0, 6.0, 2401, dtype=torch.float64, device=device)
-    found = list(assignments(looked))
-    stacked = {name: torch.stack([values[name] for values in found]) for name in looked.finite}
-    each = {name: value.repeat_interleave(len(axis), 0) for name, value in stacked.items()}
-    joints = Density(looked, rung="vmapped").joint({**each, "m": axis.repeat(len(found))}).reshape(len(found), -1)
-    total = joints.logsumexp(0)
+    total = on_a_grid(program, y, axis)[1].logsumexp(0)
     if isinstance(backend, EM):
         assert abs(float(posterior.point()["m"]) - float(axis[total.argmax()])) < 0.006
         return
