@@ -29,7 +29,7 @@ __all__ = ["Rows", "gaussian", "rewritten"]
 
 _FEWEST = 200  # rows; fewer are evaluated one by one, which costs no more
 _WIDEST = 2**27  # numbers in a table of statistics
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # largest error of the log-probability of one row
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # bound on the error of the log-probability of one row
 
 _is_rewritten: ContextVar[bool] = ContextVar("is_rewritten", default=False)
 
