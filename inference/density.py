@@ -7,8 +7,8 @@
 
 A run climbs as far as its configuration pays for: the rung follows from the number of evaluations that the configuration
 asks for and the size of the graph alone. ``PYRO_GENMODELS_RUNG`` set to one of the names forbids the rungs above it. A
-rung is tried once a function has been called a dozen times with inputs of the same shapes, and trusted after its values
-have equalled those of the rung below at three different inputs.
+rung is tried once a function has been called a dozen times (a long one, four times) with inputs of the same shapes, and
+trusted after its values have equalled those of the rung below at three different inputs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
+from inference.graphs import fold, merge
 from inference.program import Program
-from inference.recording import is_random, record
+from inference.recording import Draft, draft
+from inference.rerolling import reroll
 from inference.rows import rewritten
 
-__all__ = ["RUNGS", "Density", "Staged", "Unconstrained", "fold", "highest_rung", "merge"]
+__all__ = ["RUNGS", "Density", "Staged", "Unconstrained", "highest_rung"]
 
 RUNGS = ("looped", "vmapped", "staged", "compiled")
 _CHECKS = 2
-_PATIENCE = 12  # calls before a graph is recorded, which costs as much as about so many
+_PATIENCE = (12, 4)  # calls before a graph is recorded, which costs as much as about so many; of short and long programs
 _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows faster than the gain)
 _LARGEST_STAGED = 100_000
+_LONG = 500  # nodes of a graph that may have loops
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
 _SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two cores without a cache
 _ENOUGH = sys.maxsize
@@ -100,6 +103,7 @@ class Staged:
         name: Of the program, for errors.
         evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
+        is_long: Whether a call without a graph is dear.
         has_rows: Tells whether ``function`` has matrix products of normal rows, which are NaN where their rounding would
             show (``inference.rows``); it is evaluated row by row then.
 
@@ -116,15 +120,18 @@ class Staged:
         name: str = "The program",
         evaluations: int = 0,
         rung: str | None = None,
+        is_long: bool = False,
         has_rows: Callable[[], bool] | None = None,
     ) -> None:
         self.name, self.evaluations, self.has_rows = name, evaluations, has_rows
         self.function = function if has_rows is None else rewritten()(function)
-        self.exact = None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung)
+        self.exact = (
+            None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung, is_long=is_long)
+        )
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
         self.limit = highest_rung(rung)
         self.rung, self.nodes = "", 0
-        self.patience = _PATIENCE if rung is None else 0
+        self.patience = _PATIENCE[is_long] if rung is None else 0
         self._variants: dict[Hashable, _Variant] = {}
         self._past: dict[str, Any] = {}
 
@@ -223,15 +230,27 @@ class Staged:
             return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
 
         try:
-            graph = fold(merge(record(flat, leaves)))
+            graph = self._drafted(flat, leaves)
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
         self.nodes = len(graph.graph.nodes)
         if self.nodes <= _LARGEST_STAGED:
-            variant.graph = variant.run = graph
+            variant.graph = variant.run = graph.written()
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
+
+    def _drafted(self, flat: Callable[..., Any], leaves: list[Tensor]) -> Draft:
+        """The graph of ``flat``, with its loops rolled up if it is long."""
+        graph = fold(merge(draft(flat, leaves)))
+        if len(graph.graph.nodes) < _LONG:
+            return graph
+        try:
+            rolled = fold(merge(reroll(graph, leaves)))
+        except Exception as error:
+            _log.info("The loops of %s stay as they are (%s).", self.name, error)
+            return fold(merge(draft(flat, leaves)))
+        return min(rolled, graph, key=lambda found: len(found.graph.nodes))
 
     def _compile(self, variant: _Variant, leaves: list[Tensor]) -> None:
         variant.evaluations = self.evaluations
@@ -291,136 +310,6 @@ def _equal(left: Any, right: Any) -> bool:
         else torch.equal(a, b)
         for a, b in pairs
     )
-
-
-def fold(graph: fx.GraphModule) -> fx.GraphModule:
-    """Evaluates once, in place, what does not depend on the inputs of a graph: data, constants and priors.
-
-    What an in-place operation may write to is left alone: a constant that is written to would remember.
-    """
-    changing = _changing(graph)
-    known: dict[fx.Node, Any] = {}
-    for node in list(graph.graph.nodes):
-        filled = _filled(node) if node not in changing else None
-        if filled is not None:
-            known[node] = filled
-        elif node.op == "get_attr":
-            known[node] = getattr(graph, node.target)
-        elif node.op == "call_function" and node not in changing and all(i in known for i in node.all_input_nodes):
-            arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
-            known[node] = node.target(*arguments[0], **arguments[1])
-    for count, (node, value) in enumerate(known.items()):
-        needed = node.op == "call_function" and any(user not in known for user in node.users)
-        if needed and isinstance(value, Tensor):
-            name = f"_folded_{count}"
-            graph.register_buffer(name, value.contiguous(), persistent=False)
-            with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.get_attr(name))
-    for node in reversed(list(known)):  # also checks for errors, which dead-code elimination keeps
-        if not node.users:
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_mutable(node))
-    graph.recompile()
-    return graph
-
-
-def merge(graph: fx.GraphModule) -> fx.GraphModule:
-    """Does in place once what a graph does twice: equal operations on equal arguments, whose memory nothing writes to.
-
-    The names that autograd gives to one tensor (``detach``, ``alias``, the transpose of a transpose) become one.
-    """
-    changing = _changing(graph)
-    seen: dict[Hashable, fx.Node] = {}
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
-            continue
-        same = _renamed(node)
-        if same is None and node not in changing:
-            leaves, structure = tree_flatten((node.args, dict(node.kwargs)))
-            # 1, 1.0 and True are equal, and so are 0.0 and -0.0
-            literal = tuple(leaf if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves)
-            key = (node.target, str(structure), literal)
-            same = seen.setdefault(key, node)
-        if same is not None and same is not node:
-            node.replace_all_uses_with(same)
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
-
-
-def _renamed(node: fx.Node) -> fx.Node | None:
-    """The node of which this one is another name, if it is one."""
-    aten = torch.ops.aten
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    if node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh.default):
-        return source
-    is_returned = node.target is aten.t.default and source.target is aten.t.default
-    return source.args[0] if is_returned else None  # type: ignore[return-value]
-
-
-def _changing(graph: fx.GraphModule) -> set[fx.Node]:
-    """What is drawn at random, all names of memory that is written to, and what reads such memory."""
-    written: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        if _is_mutable(node):
-            written.add(node)
-            frontier = _written(node)
-            while frontier:  # up to where the memory was made
-                ancestor = frontier.pop()
-                if ancestor not in written:
-                    written.add(ancestor)
-                    frontier.extend(ancestor.all_input_nodes if _is_view(ancestor) else ())
-    for node in graph.graph.nodes:  # and down to its other names
-        if _is_view(node) and any(source in written for source in node.all_input_nodes):
-            written.add(node)
-    readers = {node for node in graph.graph.nodes if any(source in written for source in node.all_input_nodes)}
-    return written | readers | {node for node in graph.graph.nodes if is_random(node)}
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and (schema.is_mutable or node.target in _WRITES_UNSAID)
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an in-place operation writes to."""
-    if node.target in _WRITES_UNSAID:
-        return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
-    pairs = zip(declared, node.args, strict=False)
-    written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
-    return [value for value in written if isinstance(value, fx.Node)]
-
-
-_WRITES_UNSAID = {  # their schemas do not tell that they update the running mean and variance, arguments 3 and 4
-    getattr(torch.ops.aten, name).default for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
-}
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a result may share its memory with an argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(value.alias_info is not None for value in schema.returns)
-
-
-def _filled(node: fx.Node) -> Tensor | None:
-    """The value of a node that takes only the shape of its input, such as ``zeros_like``."""
-    aten, meta = torch.ops.aten, node.meta.get("val")
-    if meta is None or node.op != "call_function":
-        return None
-    if node.target in (aten.zeros_like.default, aten.new_zeros.default):
-        value: Any = 0
-    elif node.target in (aten.ones_like.default, aten.new_ones.default):
-        value = 1
-    elif node.target in (aten.full_like.default, aten.new_full.default):
-        value = node.args[-1]
-    else:
-        return None
-    if not isinstance(value, (int, float, bool)):
-        return None
-    return torch.full(meta.shape, value, dtype=meta.dtype, device=meta.device)
 
 
 class Unconstrained:
@@ -498,7 +387,12 @@ class Density:
         """
         if key not in self.functions:
             self.functions[key] = Staged(
-                function, batched, name=self.program.name, rung=self.limit, has_rows=lambda: self.program.has_rows
+                function,
+                batched,
+                name=self.program.name,
+                rung=self.limit,
+                is_long=self.program.is_long,
+                has_rows=lambda: self.program.has_rows,
             )
             self.functions[key].recall(self._past.get(repr(key), {}))
         staged = self.functions[key]

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from inference.density import RUNGS, fold, highest_rung, merge
-from inference.recording import quicken, record
+from inference.density import RUNGS, highest_rung
+from inference.graphs import fold, merge
+from inference.recording import draft, quicken
 
 __all__ = ["Objective"]
 
@@ -179,7 +180,7 @@ class Objective:
         attributes = [(vars(module), dict(vars(module))) for module in self._modules()]
         attributes += [(module._buffers, dict(module._buffers)) for module in self._modules()]
         try:
-            graph = quicken(fold(merge(record(flat, data or [], held))))
+            graph = quicken(fold(merge(draft(flat, data or [], held))).written())
             if seen.key != _seen(self.owners, self._modules()).key or before.has_drawn_in_python():
                 raise RuntimeError("a run changes Python objects, or draws by other means than torch")
         except Exception as error:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["Meta", "is_random", "quicken", "record"]
+__all__ = ["Draft", "Meta", "draft", "is_random", "quicken", "record"]
 
 
 class Meta(NamedTuple):
@@ -91,8 +91,30 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
+class Draft(nn.Module):
+    """A graph with its constants, whose Python code is not written yet: that of a long graph takes seconds."""
+
+    def __init__(self, constants: Mapping[str, Tensor], graph: fx.Graph) -> None:
+        super().__init__()
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self.graph = graph
+
+    def written(self) -> fx.GraphModule:
+        """The graph with its code."""
+        return fx.GraphModule(self, self.graph)
+
+
 def record(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequence[Tensor] = ()) -> fx.GraphModule:
     """The graph of ``function(*inputs)``; called with tensors of the same shapes, it returns the same tree.
+
+    For arguments and errors see ``draft``.
+    """
+    return draft(function, inputs, held).written()
+
+
+def draft(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequence[Tensor] = ()) -> Draft:
+    """What ``record`` returns, before its code is written.
 
     Args:
         function: Takes and returns tensors. Random operations are recorded as such.
@@ -111,7 +133,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequenc
     recorder.graph.output(
         tree_unflatten([recorder.node(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
     )
-    return fx.GraphModule(recorder.constants, recorder.graph)
+    return Draft(recorder.constants, recorder.graph)
 
 
 # Operations that torch.* and methods of tensors take with the arguments of their aten forms, in half the time to dispatch.

@@ -21,7 +21,8 @@ from scipy import stats
 from torch import Size, Tensor
 from torch.autograd.functional import jacobian
 
-from inference.density import RUNGS, Density, Staged, Unconstrained, fold, merge
+from inference.density import RUNGS, Density, Staged, Unconstrained
+from inference.graphs import fold, merge
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
 from inference.recording import quicken, record
