@@ -40,7 +40,7 @@ from inference.maximisation import FEW, Adam, climb, stroll
 from inference.messages import Family, candidates
 from inference.plan import Plan, Update, assign
 from inference.program import Program
-from inference.start import ascended, given_values, starting_values
+from inference.start import ASCENT, ascended, given_values, starting_values
 
 __all__ = ["EM", "EMInfo", "EMState"]
 
@@ -188,7 +188,7 @@ class EM(Backend[EMState, EMInfo]):
         else:
             values = starting_values(program, pilots, None) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
-            values = ascended(program, values)
+            values = ascended(program, values, longest=ASCENT)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
                 density.certify(program.finite, values, "Use Gibbs().")
@@ -201,8 +201,11 @@ class EM(Backend[EMState, EMInfo]):
             for _ in range(0 if program.weights else _PILOT_STEPS):
                 pilot, _ = self.step(pilot, program)
             chosen = _finite(pilot.objective).argsort(descending=True)[: self.restarts]
+        if program.is_long:  # another number of restarts would have to be recorded anew, for longer than the copies take
+            copies = torch.arange(pilots, device=program.device) % self.restarts
+            chosen, given = chosen[copies], {name: value[copies] for name, value in given.items()}
         values = {name: value[chosen] for name, value in pilot.values.items()} | given
-        state = _fresh(values, self.restarts, pilot.roles)
+        state = _fresh(values, len(chosen), pilot.roles)
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
         # where a start is given, the pilots were elsewhere
         points |= {n: f.initial(values[n]) for n, f in pilot.roles.families.items() if n in given}

@@ -316,6 +316,8 @@ def _widened(argument: Any, dtype: torch.dtype) -> Any:
 
 def _refuse_wide(shapes: list[torch.Size], widest: int) -> None:
     """Raises before a table is made that would not fit into memory."""
+    if math.prod(shape.numel() for shape in shapes) <= widest:  # quick, and most often all there is to see
+        return
     try:
         width = math.prod(torch.broadcast_shapes(*shapes))
     except RuntimeError:  # no broadcasting, as in a matrix product

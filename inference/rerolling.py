@@ -18,7 +18,7 @@ import contextlib
 import heapq
 import itertools
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,16 +58,6 @@ class _Group(NamedTuple):
     kind: str  # "operation", "element" or "slice" of a tensor, or "part" of a split tensor
 
 
-def _kind(node: fx.Node) -> str:
-    if node.target is _aten.select.int:
-        return "element"
-    if node.target is _aten.slice.Tensor:
-        return "slice"
-    if node.target is operator.getitem and getattr(arguments(node)[0], "target", None) in _SPLITS:
-        return "part"
-    return "operation"
-
-
 class _Likeness:
     """Which nodes of a graph are alike, and an order in which they can be evaluated."""
 
@@ -84,6 +74,22 @@ class _Likeness:
                 self.sources[node] += last
                 last = [node]
         self.recurrent: set[fx.Node] = set()
+        self._picks = Counter(self._source(node) for node in self.nodes)
+
+    @staticmethod
+    def _source(node: fx.Node) -> Hashable:
+        """What a node is a piece of, and along which dimension; None if it is no piece."""
+        if node.target in (_aten.select.int, _aten.slice.Tensor):
+            return node.target, *arguments(node)[:2]
+        if node.target is operator.getitem and getattr(arguments(node)[0], "target", None) in _SPLITS:
+            return node.target, arguments(node)[0]
+        return None
+
+    def _kind(self, node: fx.Node) -> str:
+        source = self._source(node)
+        if source is None or self._picks[source] < _FEWEST:  # the same piece of several tensors is an operation
+            return "operation"
+        return "element" if node.target is _aten.select.int else "slice" if node.target is _aten.slice.Tensor else "part"
 
     def _key(self, node: fx.Node, classes: dict[fx.Node, int]) -> Hashable:
         if node in self.unsteady:
@@ -95,7 +101,7 @@ class _Likeness:
         if node.op == "get_attr":
             value = constant(self.graph, node)
             return ("constant", meta(self.graph, node)) if value.numel() <= LARGEST_CONSTANT else (node,)
-        kind = _kind(node)
+        kind = self._kind(node)
         if kind == "element":
             return kind, arguments(node)[0], arguments(node)[1]
         if kind == "part":
@@ -168,7 +174,7 @@ class _Likeness:
             near = self._classes()
         members = self._members(near)
         while True:
-            groups = [_Group(tuple(alike), _kind(alike[0])) for alike in members.values()]
+            groups = [_Group(tuple(alike), self._kind(alike[0])) for alike in members.values()]
             units, left = self._ordered(groups)
             if not left:
                 return groups, units

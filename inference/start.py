@@ -15,13 +15,13 @@ from inference.posterior import Posterior
 from inference.program import Program
 from inference.simulation import simulate
 
-__all__ = ["ascended", "given_values", "starting_values"]
+__all__ = ["ASCENT", "ascended", "given_values", "starting_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
 _LEAST, _MOST = 4, 64  # and for each chain
 _NUMBERS = 2**24  # of all data, times the draws that are looked at together
 _POOL = 1024  # different ones in all, where replicated data make for very many chains
-_ASCENT, _LONGEST_ASCENT = 40, 400  # steps of about 0.05 prior standard deviations each
+ASCENT, _LONGEST_ASCENT = 40, 400  # steps of about 0.05 prior standard deviations each
 
 
 def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]:
@@ -148,17 +148,22 @@ def _log_density(program: Program, values: Mapping[str, Tensor], free: Collectio
     return torch.cat([density.joint(part) for part in parts])
 
 
-def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ascended(program: Program, values: Mapping[str, Tensor], longest: int = _LONGEST_ASCENT) -> dict[str, Tensor]:
     """Values moved up the marginal log-density, so that no chain starts in a tail that it cannot leave.
 
     Adam, every chain on its own, in coordinates scaled by the prior's standard deviations. All chains take forty steps (two
     standard deviations at most: towards the mass, not down a funnel); those that are then lower than the best of them go on
     until they are as high as it was.
+
+    Args:
+        program: The program.
+        values: Values of all latent sites, (chain, *site).
+        longest: Steps of the last chains, at most.
     """
     if not program.continuous:
         return dict(values)
     coordinates = Unconstrained(program, program.continuous)
-    staged = program.density.unconstrained(coordinates, program.finite, evaluations=_LONGEST_ASCENT)
+    staged = program.density.unconstrained(coordinates, program.finite, evaluations=longest)
     scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)
     others = {name: v for name, v in values.items() if name not in (*program.continuous, *program.finite)}
     others |= program.chain_data(len(next(iter(values.values()))))
@@ -166,7 +171,7 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
     first, second = torch.zeros_like(position), torch.zeros_like(position)
     gradient, before = staged(position, others)
     log_density, enough = before, torch.full_like(before, torch.inf)
-    for i in range(1, _LONGEST_ASCENT + 1):
+    for i in range(1, longest + 1):
         climbs = (log_density < enough) | log_density.isnan()
         if not bool(climbs.any()):
             break
@@ -175,7 +180,7 @@ def ascended(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor
         step = (first / (1 - 0.9**i)) / ((second / (1 - 0.95**i)).sqrt() + 1e-12)
         position = torch.where(climbs.unsqueeze(-1), position + 0.05 * scale * step, position)
         gradient, log_density = staged(position, others)
-        if i == _ASCENT:
+        if i == ASCENT:
             reached = log_density.nan_to_num(nan=-torch.inf, neginf=-torch.inf).unflatten(0, (program.groups, -1))
             enough = reached.amax(1, keepdim=True).expand_as(reached).flatten()
     position = torch.where((log_density > before).unsqueeze(-1), position, start)

@@ -176,6 +176,14 @@ def test_inputs_of_one_shape_are_stacked(device: torch.device) -> None:
     assert rolled(function, *rows) < STEPS + 15
 
 
+def test_one_element_of_many_inputs_is_picked_at_once(device: torch.device) -> None:
+    def function(*rows: Tensor) -> Tensor:
+        return torch.stack([(row[0].exp() * row[1]).sum() for row in rows]).sum()
+
+    rows = [torch.rand(2, 4, dtype=torch.float64, device=device) for _ in range(STEPS)]
+    assert rolled(function, *rows) < STEPS + 15
+
+
 def test_a_sum_goes_before_what_is_linear(device: torch.device) -> None:
     """What every step looks up in one table is one sum of gradients, put into the table once."""
 
