@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten
 
 from inference.recording import Draft, Meta, is_random
 
@@ -78,10 +77,7 @@ def merge(graph: Graph) -> Graph:
             continue
         same = _renamed(node)
         if same is None and node not in unsteady:
-            leaves, structure = tree_flatten((node.args, dict(node.kwargs)))
-            # 1, 1.0 and True are equal, and so are 0.0 and -0.0
-            literal = tuple(leaf if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves)
-            key = (node.target, str(structure), literal)
+            key = node.target, signature((node.args, dict(node.kwargs)), lambda source: source)
             same = seen.setdefault(key, node)
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
@@ -128,6 +124,20 @@ def meta(graph: Draft, node: fx.Node) -> Meta | None:
         value = constant(graph, node)
         return Meta(value.shape, value.dtype, value.device)
     return node.meta.get("val")
+
+
+def signature(value: Any, label: Callable[[fx.Node], Hashable]) -> Hashable:
+    """Arguments of a node as something to compare, with labels for nodes.
+
+    What is written otherwise is different: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    """
+    if isinstance(value, fx.Node):
+        return "node", label(value)
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *(signature(part, label) for part in value)
+    if isinstance(value, dict):
+        return "dict", *((name, signature(part, label)) for name, part in value.items())
+    return repr(value)
 
 
 def constant(graph: Draft | fx.GraphModule, node: fx.Node) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["Draft", "Meta", "draft", "is_random", "quicken", "record"]
 
@@ -62,6 +62,14 @@ class _Recorder(TorchDispatchMode):
             self._enter(tensor, found)
         return found
 
+    def _symbolic(self, value: Any) -> Any:
+        """Arguments with nodes for tensors; of plain containers, as operations take them."""
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)([self._symbolic(part) for part in value])
+        return {name: self._symbolic(part) for name, part in value.items()} if isinstance(value, dict) else value
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -70,8 +78,7 @@ class _Recorder(TorchDispatchMode):
             if self.node(args[0]) in self._dependent:
                 raise RuntimeError("a value becomes a Python number: item()")
             return result
-        symbolic = tree_map(lambda leaf: self.node(leaf) if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs or {})))
-        node = self.graph.call_function(func, *symbolic)
+        node = self.graph.call_function(func, self._symbolic(args), self._symbolic(kwargs or {}))
         if is_random(node) or any(source in self._dependent for source in node.all_input_nodes):
             self._dependent.add(node)
         if isinstance(result, Tensor):

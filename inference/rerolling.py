@@ -27,7 +27,18 @@ from torch import Tensor, fx
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from inference.graphs import LARGEST_CONSTANT, arguments, changing, constant, functional, merge, meta, operation, unite
+from inference.graphs import (
+    LARGEST_CONSTANT,
+    arguments,
+    changing,
+    constant,
+    functional,
+    merge,
+    meta,
+    operation,
+    signature,
+    unite,
+)
 from inference.recording import Draft, draft
 from inference.sums import gather, placed, sum_of
 
@@ -108,9 +119,7 @@ class _Likeness:
             return kind, arguments(node)[0], node.meta["val"].shape
         if kind == "slice":
             return kind, arguments(node)[0], arguments(node)[1:2], arguments(node)[4:], node.meta["val"].shape
-        leaves, structure = tree_flatten((arguments(node), dict(node.kwargs)))
-        literal = tuple(("node", classes[leaf]) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves)
-        return kind, node.target, str(structure), literal
+        return kind, node.target, signature((arguments(node), dict(node.kwargs)), classes.__getitem__)
 
     def _classes(self) -> dict[fx.Node, int]:
         """Node to the number of its class: nodes are alike if they are made alike, back to where they begin."""

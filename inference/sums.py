@@ -11,9 +11,8 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten
 
-from inference.graphs import arguments, changing, constant, meta, operation
+from inference.graphs import arguments, changing, constant, meta, operation, signature
 from inference.recording import Draft, Meta
 
 __all__ = ["gather", "placed", "sum_of"]
@@ -169,6 +168,4 @@ def _linear(graph: Draft, node: fx.Node) -> int | None:
 def _signature(node: fx.Node, place: int, metas: dict[fx.Node, Meta | None]) -> Hashable:
     """What terms share that differ in their linear argument only."""
     others = [arg for i, arg in enumerate(arguments(node)) if i != place]
-    leaves, structure = tree_flatten((others, dict(node.kwargs)))
-    literal = tuple(leaf if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves)
-    return node.target, place, str(structure), literal, metas[arguments(node)[place]]
+    return node.target, place, signature((others, dict(node.kwargs)), lambda source: source), metas[arguments(node)[place]]
