@@ -225,10 +225,11 @@ class EM(Backend[EMState, EMInfo]):
                     )
             chosen = set(self.maximise)
         else:
+            looped = set(program.row_loops)
             chosen = {
                 name
                 for name, site in program.latents.items()
-                if site.is_continuous and not local_plates & {plate.name for plate in site.plates}
+                if site.is_continuous and not local_plates & {plate.name for plate in site.plates} and name not in looped
             }
         averaged = tuple(name for name in program.latents if name not in chosen)
         return averaged, tuple(name for name in program.latents if name in chosen)

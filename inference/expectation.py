@@ -28,6 +28,7 @@ from torch.func import grad, grad_and_value, vmap
 
 from inference.blocks import Block, Current
 from inference.blocks.block import Move, is_certified
+from inference.chains import LAGS, Chain, ChainConditional
 from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.density import Density, Unconstrained
 from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of, total
@@ -37,6 +38,7 @@ from inference.program import Program, Site
 __all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler"]
 
 Values = dict[str, Tensor]
+_LEAST_CHAIN = 16  # sites end to end that are tried as a chain
 
 
 class Batch(NamedTuple):
@@ -300,6 +302,8 @@ class Stack:
         if len(self.names) == 1:
             yield from (f for f in candidates(support, self.shape) if f.name in ("Normal", "Gaussian"))
             return
+        if len(self.names) >= _LEAST_CHAIN and len(set(self.sizes)) == 1 and not self.shape[:-1].numel() > 1:
+            yield from (Chain(self.shape, lags * self.sizes[0]) for lags in LAGS)
         last = len(self.shape) - 1
         for axes in dict.fromkeys([(last,), tuple(range(len(self.shape)))]):
             family = Gaussian(self.shape, axes)
@@ -400,6 +404,8 @@ class GaussianLatents(Expectation):
     @staticmethod
     def _sigma(conditional: Conditional) -> Tensor:
         """The points, (restart, particle, *stack)."""
+        if isinstance(conditional, ChainConditional):
+            return conditional.sigma()
         if isinstance(conditional, GaussianConditional):
             width = conditional.mean.shape[-1]
             factor, _ = conditional._factor()

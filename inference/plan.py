@@ -31,6 +31,8 @@ __all__ = ["Plan", "Update", "assign", "demoted"]
 _TRIALS = 8  # settings of all sites at which an update is tried before it is trusted
 _DRAWN = 8  # draws from the prior for each of them
 _WIDEST_JOINT = 200  # elements of sites that are joined without being asked to: each costs a gradient, and their cube a draw
+_MOST_LISTED = 12  # names of sites in a row of a plan
+_LEAST_CHAIN = 16  # sites of a loop that are tried as a chain
 _LEAST_ELLIPTICAL = 8  # elements of a correlated normal prior that are worth an elliptical slice
 _MOST_COLOURS = 100  # coordinates that slices take in turn
 
@@ -81,7 +83,7 @@ class Plan(Mapping[str, Update]):
         for update in self.updates:
             acceptance = "" if update.acceptance != update.acceptance else f"{update.acceptance:.3f}"
             certificate = "" if update.certificate is None else f"{update.certificate:.1e}"
-            rows.append((", ".join(update.sites), update.update, acceptance, certificate, update.note))
+            rows.append((_listed(update.sites), update.update, acceptance, certificate, update.note))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
@@ -89,6 +91,13 @@ class Plan(Mapping[str, Update]):
         )
 
     __repr__ = __str__
+
+
+def _listed(sites: Sequence[str]) -> str:
+    """Names of sites, the first and the last ones where they are many."""
+    if len(sites) <= _MOST_LISTED:
+        return ", ".join(sites)
+    return f"{sites[0]}, {sites[1]}, …, {sites[-1]} ({len(sites)} sites)"
 
 
 def assign(
@@ -258,6 +267,7 @@ class _Ladder:
         from inference.blocks import Conjugate, Gaussian
 
         if is_joint:
+            self._chains()
             self._join(Gaussian(), self._real(list(self.left)))
         found = {}
         for name in list(self.left):
@@ -269,6 +279,16 @@ class _Ladder:
                 self._join(Gaussian(), group)
         for name, block in found.items():
             if name in self.left:
+                self.add(block)
+
+    def _chains(self) -> None:
+        """Exact draws of the states of loops that are Gaussian chains."""
+        from inference.blocks import GaussianChain
+        from inference.program import loops
+
+        for group in loops(self._real(list(self.left)), _LEAST_CHAIN):
+            block = self.bound(GaussianChain(), group)
+            if block is not None:
                 self.add(block)
 
     def _join(self, block: Block, names: Sequence[str]) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from inference.density import Density
     from inference.guides import Guide
 
-__all__ = ["Plate", "Program", "Shape", "Site", "is_statement", "kin", "kind_of"]
+__all__ = ["Plate", "Program", "Shape", "Site", "is_statement", "kin", "kind_of", "loops"]
 
 _LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
@@ -215,6 +215,21 @@ def kin(names: Collection[str], others: Collection[str]) -> set[str]:
     """Those of ``names`` that are one of ``others`` up to one number, as z_1 is z_7: statements of one Python loop."""
     known = set().union(*(_patterns(name) for name in others))
     return {name for name in names if known & _patterns(name)}
+
+
+def loops(names: Collection[str], fewest: int) -> list[list[str]]:
+    """Groups of at least ``fewest`` names that are the same up to one number, such as x_0, x_1, …, in their order."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        for pattern in sorted(_patterns(name)):
+            members.setdefault(pattern, []).append(name)
+    groups, taken = [], set[str]()
+    for group in sorted(members.values(), key=len, reverse=True):
+        left = [name for name in group if name not in taken]
+        if len(left) >= fewest:
+            groups.append(left)
+            taken.update(left)
+    return groups
 
 
 class Program:

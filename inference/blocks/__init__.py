@@ -1,6 +1,7 @@
 """Blocks: the ways in which ``Gibbs`` moves a group of sites; one file each."""
 
 from inference.blocks.block import Block, Current, Move
+from inference.blocks.chain import GaussianChain
 from inference.blocks.conjugate import Conjugate
 from inference.blocks.constant import Constant
 from inference.blocks.elliptical import EllipticalSlice
@@ -21,6 +22,7 @@ __all__ = [
     "EllipticalSlice",
     "Enumerate",
     "Gaussian",
+    "GaussianChain",
     "Hamiltonian",
     "Move",
     "PolyaGamma",

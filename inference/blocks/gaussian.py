@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move, is_certified, metropolised
 from inference.blocks.conjugate import Joined, merged
-from inference.conditionals import GaussianConditional, Points
+from inference.conditionals import Conditional, GaussianConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
 from inference.messages import WIDEST_GAUSSIAN, kind_of
@@ -22,14 +22,14 @@ __all__ = ["Gaussian", "check_real", "refined"]
 _SHARED = 1e-4  # share of an element's precision that the elements before it leave to it; below, digits are lost
 
 
-def check_real(block: str, sites: Sequence[str], density: Density) -> None:
-    """Raises unless all sites live on the whole line, and are few enough for one joint normal."""
+def check_real(block: str, sites: Sequence[str], density: Density, is_wide: bool = False) -> None:
+    """Raises unless all sites live on the whole line, and are few enough for one joint normal, however wide it may be."""
     for name in sites:
         site = density.program.latents[name]
         if not site.is_continuous or kind_of(site.support) != "real":
             raise Unsupported(f"{block}() needs sites on the whole real line, but '{name}' is {site.family}.")
     size = sum(density.program.latents[name].shape.numel() for name in sites)
-    if size > WIDEST_GAUSSIAN:
+    if size > WIDEST_GAUSSIAN and not is_wide:
         raise Unsupported(
             f"{block}() would draw {size:,} elements of {', '.join(sites)} from one joint normal, but at most "
             f"{WIDEST_GAUSSIAN:,} are feasible. Update the sites one at a time."
@@ -65,11 +65,20 @@ class Gaussian(Block):
                 raise Unsupported(f"The joint conditional of {', '.join(sites)} is not Gaussian.")
         return bound
 
-    def conditional(self, points: Points, density: Density, values: dict[str, Tensor]) -> GaussianConditional:
+    def conditional(self, points: Points, density: Density, values: dict[str, Tensor]) -> Conditional:
         """The joint conditional of the sites as one vector, from gradients near ``points``."""
+        return self._dense(points, density, values)
+
+    def _dense(self, points: Points, density: Density, values: dict[str, Tensor]) -> GaussianConditional:
         joined = Joined(density.program, self.sites)
+        family = Family(torch.Size([sum(joined.sizes)]), (0,))
+        gradients = self._gradients(joined, density, values)
+        at = family.at(points)
+        return refined(family.solve(at, gradients(at)), gradients)
+
+    def _gradients(self, joined: Joined, density: Density, values: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """Gradients of the log-joint in the sites as one vector, at points."""
         size = sum(joined.sizes)
-        family = Family(torch.Size([size]), (0,))
         staged = density.stage(
             ("joint gradients", self.sites), joined.gradients(lambda values: density.program.log_joint(values)), (True, True)
         )
@@ -79,12 +88,11 @@ class Gaussian(Block):
             found = staged(at.movedim(0, 1).reshape(at.shape[1], -1, *joined.shape), values)
             return found.reshape(*found.shape[:2], size).movedim(1, 0)
 
-        at = family.at(points)
-        return refined(family.solve(at, gradients(at)), gradients)
+        return gradients
 
     def is_coupled(self, density: Density, trials: Current) -> Tensor:
         """Which sites share an entry of the joint precision, (site, site)."""
-        precision = self.conditional(self.init(density, trials), density, trials.values).precision
+        precision = self._dense(self.init(density, trials), density, trials.values).precision
         return Joined(density.program, self.sites).is_coupled(precision)
 
     def init(self, density: Density, current: Current) -> Points:
