@@ -202,7 +202,7 @@ class EM(Backend[EMState, EMInfo]):
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):
                 pilot, _ = self.step(pilot, program)
-            chosen = _finite(pilot.objective).argsort(descending=True)[: self.restarts]
+            chosen = _ranked(pilot.objective)[: self.restarts]
         values = {name: value[chosen] for name, value in pilot.values.items()} | given
         state = _fresh(values, self.restarts, pilot.roles)
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
@@ -456,7 +456,7 @@ class EM(Backend[EMState, EMInfo]):
 
     def sample(self, state: EMState, program: Program) -> tuple[EMState, Draw]:
         end = self._finished(state)
-        best = _finite(end.objective).argmax()
+        best = _ranked(end.objective)[0]
         values = {name: end.values[name][best][None] for name in program.latents}
         stats = {"lp": end.objective[best][None]}
         task = end.roles.task
@@ -472,7 +472,7 @@ class EM(Backend[EMState, EMInfo]):
         return {name: values[name] for name in program.latents}
 
     def history(self, records: dict[str, Tensor], state: EMState) -> dict[str, Tensor]:
-        best = int(_finite(state.objective).argmax())
+        best = int(_ranked(state.objective)[0])
         return {name: value[:, best] for name, value in records.items() if name != "is_done"}
 
     def plan(self, state: EMState, program: Program) -> Plan:
@@ -526,9 +526,15 @@ def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-def _finite(objective: Tensor) -> Tensor:
-    """What is not finite ranks last."""
-    return objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+def _ranked(objective: Tensor) -> Tensor:
+    """Restarts from the best to the worst, what is not finite last.
+
+    The first of those that differ by rounding alone comes first: which of the modes that are equal but for the names of
+    their labels wins may not hang on the order of a sum over rows.
+    """
+    finite = objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    unit = (1e-9 if finite.dtype == torch.float64 else 1e-4) * (1.0 + objective.abs().nan_to_num(posinf=0.0).amax())
+    return (finite / unit).round().argsort(descending=True, stable=True)
 
 
 def _merged(good: Tensor, new: Points, old: Points) -> Points:

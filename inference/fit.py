@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -177,7 +178,7 @@ def run(
             if unknown and not program.is_changing:  # whose sites are known when it has run
                 raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
         if group.size > 1:
-            group.check_equal(_given(backend, program))
+            group.check_equal(_given(backend, program, [*args, *kwargs.values()]))
         program.processes = group
         group.equalise([*program.leaves.values()])
         with reproducible(program.dtype, program.device), quiet():
@@ -185,10 +186,11 @@ def run(
             return _Run(backend, program, seed, started, journal).posterior(past)
 
 
-def _given(backend: Backend[Any, Any], program: Program) -> dict[str, Any]:
+def _given(backend: Backend[Any, Any], program: Program, arguments: list[Any]) -> dict[str, Any]:
     """What all processes must be given alike, by what it is called in a sentence; json."""
     facts = fingerprint(backend, program, 0)
-    shapes = {n: f"{a.dtype} of shape {tuple(a.shape)}" for n, a in program.named_arguments if isinstance(a, Tensor)}
+    named = zip((name for name, _ in program.named_arguments), arguments, strict=True)
+    shapes = {n: f"{a.dtype} of shape {tuple(a.shape)}" for n, a in named if isinstance(a, (Tensor, np.ndarray))}
     settings = {**facts["settings"], "seed": backend.seed, "until": repr(getattr(backend, "until", None))}
     settings |= {"checkpoint": backend.checkpoint is not None, "checkpoint_every": backend.checkpoint_every}
     settings["number of callbacks"] = len(backend.callbacks)
