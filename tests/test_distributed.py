@@ -39,8 +39,9 @@ from pyro_genmodels import GMM
 ROOT = Path(__file__).parent.parent
 QUIET: dict[str, Any] = {"seed": 0, "progress": False}
 CHAINS: dict[str, Any] = {**QUIET, "chains": 4, "warmup": 12, "draws": 10}
-LONG: dict[str, Any] = {**QUIET, "chains": 2, "warmup": 40, "draws": 160, "checkpoint_every": 30}
+LONG: dict[str, Any] = {**QUIET, "chains": 2, "warmup": 20, "draws": 100, "checkpoint_every": 30, "most_steps": 4}
 STEPS: dict[str, Any] = {**QUIET, "steps": 60, "draws": 5, "checkpoint_every": 20}
+FEW: dict[str, Any] = {**QUIET, "steps": 8, "standard_errors": False}
 SIZE = 2
 
 _random = torch.Generator().manual_seed(3)
@@ -208,10 +209,10 @@ def rank() -> int:
 def em_is_that_of_one_process(folder: Path) -> None:
     for backend, model, data in [
         (EM(**QUIET, tolerance=1e-8, restarts=2), mixture, (X,)),
-        (EM(**QUIET, objective="mle", hard=True), GMM(2), (X,)),
-        (EM(**QUIET), line, (X, Y)),  # by L-BFGS
-        (EM(**QUIET, tolerance=1e-8), factor, (X,)),
-        (EM(**QUIET, steps=12, batch_size=10), factor, (X,)),
+        (EM(**FEW, objective="mle", hard=True), GMM(2), (X,)),
+        (EM(**FEW), line, (X, Y)),  # by L-BFGS
+        (EM(**FEW), factor, (X,)),
+        (EM(**FEW, batch_size=10), factor, (X,)),
     ]:
         together = backend.fit(model, *data)
         with alone():
@@ -296,8 +297,8 @@ def noise_of_single_rows_is_drawn_where_the_rows_are(folder: Path) -> None:
 def chains_are_complete_and_in_order(folder: Path) -> None:
     at = {"slope": torch.arange(8.0).reshape(4, 2), "spread": torch.tensor(1.0)}
     for backend, model, data in [
-        (HMC(**CHAINS, keep_warmup=True, start=at), line, (X, Y)),
-        (NUTS(**CHAINS), line, (X, Y)),
+        (HMC(**CHAINS, most_steps=4, keep_warmup=True, start=at), line, (X, Y)),
+        (NUTS(**CHAINS, max_depth=2), line, (X, Y)),
         (MetropolisHastings(**CHAINS), mixture, (X,)),
         (Gibbs(**CHAINS), mixture, (X,)),
         (MetropolisHastings(**CHAINS, proposal=Prior()), bursts, (torch.tensor(4.0),)),
@@ -530,7 +531,7 @@ def main(what: str, folder: Path) -> None:
     else:
         ((backend, data),) = [run[1:] for run in lost_runs(folder) if run[0] == what]
         if rank() == 1:
-            die_in(type(backend), *{"SVI": ("step", 50), "HMC": ("sample", 55)}[what])
+            die_in(type(backend), *{"SVI": ("step", 50), "HMC": ("sample", 75)}[what])
         backend.fit(line, *data)
 
 
