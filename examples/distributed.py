@@ -33,19 +33,13 @@ def line(x: Tensor, y: Tensor) -> None:
 
 
 def main(smoke: bool = False, folder: str = "runs/distributed") -> None:
-    """Fits, prints a table and saves ``slopes.png``.
-
-    Args:
-        smoke: Whether to take a few steps only, to see that all runs.
-        folder: Where the picture goes.
-    """
-    is_started, count = "RANK" in os.environ, int(os.environ.get("WORLD_SIZE", 1))
-    if is_started:  # by torchrun; with GPUs also torch.cuda.set_device(int(os.environ["LOCAL_RANK"])), and data there
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """Fits, prints a table and saves ``slopes.png`` in a folder; takes a few steps only if ``smoke``."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:  # started by torchrun; with "nccl", each process has its data on a GPU of its own
+        torch.distributed.init_process_group("gloo")
     x, y = datasets.load("faithful")["x"].T
     y = y / 10
-    size = 20 if smoke else 500
-    chains = 4 * count
+    size, chains = 20 if smoke else 500, 4 * count
     mixture = EM(seed=0, progress=False).fit(GMM(2), torch.stack([x, y], 1))  # every process gets all the data
     fits = {
         "EM": EM(seed=0).fit(line, x, y),
@@ -57,7 +51,7 @@ def main(smoke: bool = False, folder: str = "runs/distributed") -> None:
     if int(os.environ.get("RANK", 0)) == 0:  # every process has the whole result
         show(fits, x, y, count, Path(folder))
         print("Two kinds of eruptions, by EM: shares", [f"{w:.4f}" for w in mixture.point()["weights"]])
-    if is_started:
+    if count > 1:
         torch.distributed.destroy_process_group()
 
 
