@@ -48,7 +48,7 @@ from inference.handlers import Rescale, isolated
 if TYPE_CHECKING:
     from inference.program import Program
 
-__all__ = ["ALONE", "Part", "Processes", "alone", "check_shards", "processes"]
+__all__ = ["ALONE", "Part", "Processes", "alone", "check_shards", "cut", "processes"]
 
 _TRIALS = 4  # draws from the prior at which the parts must add up to the whole
 _FACTS = "\0facts"  # name of the tensor that carries json
@@ -321,7 +321,7 @@ def check_shards(
         for _ in range(_TRIALS):
             values = program.sample_prior()
             wholes.append(_log_joint(program, values, None, 1.0))
-            parts.append(_log_joint(program, _cut(program, values, index), program.shard, float(group.size)))
+            parts.append(_log_joint(program, cut(program, values, index), program.shard, float(group.size)))
     whole, mean = torch.stack(wholes), group.mean(torch.stack(parts))
     tolerance = 1e-8 if whole.dtype == torch.float64 else 1e-3
     wrong = whole.isfinite() & ~((mean - whole).abs() <= tolerance * (1.0 + whole.abs()))
@@ -339,7 +339,7 @@ def _log_joint(program: Program, values: Mapping[str, Tensor], data: list[Tensor
     return torch.stack([torch.as_tensor(term, dtype=program.dtype, device=program.device) for term in terms]).sum()
 
 
-def _cut(program: Program, values: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+def cut(program: Program, values: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
     """Values of sites, those of single rows cut down to some of them."""
     cut = dict(values)
     for name in values:

@@ -186,11 +186,11 @@ class EM(Backend[EMState, EMInfo]):
         given = given_values(program, self.start, self.restarts)
         is_given = set(given) >= set(maximised)
         if is_given and given:  # whether an M-step is closed is tried nearby
-            values = _around(program, given, starting_values(program, pilots, None, most=1))
+            values = _around(program, given, starting_values(program, pilots, None, most=1, is_split=True))
         else:
-            values = starting_values(program, pilots, None) if program.latents else {}
+            values = starting_values(program, pilots, None, is_split=True) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
-            values = ascended(program, values)
+            values = ascended(program, values, is_split=True)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
                 density.certify(program.finite, values, "Use Gibbs().")

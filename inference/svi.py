@@ -244,9 +244,9 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _best_start(self, program: Program) -> dict[str, Tensor]:
         """The given start, or the best of a few."""
-        values = starting_values(program, _STARTS, self.start)
+        values = starting_values(program, _STARTS, self.start, is_split=True)
         if self.start is None:
-            values = ascended(program, values)
+            values = ascended(program, values, is_split=True)
         continuous = {name: values[name] for name in program.continuous}
         log_density = program.density.marginal(program.finite)(continuous)
         best = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).argmax()
