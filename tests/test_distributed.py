@@ -513,7 +513,7 @@ def test_one_process_has_nobody_to_ask() -> None:
 # ---------------------------------------------------------------------------------------------- what the processes do
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     if what == "checks":
         found = {}
         for name, check in CHECKS.items():
