@@ -16,10 +16,16 @@ LARGEST = 2**30  # bytes of draws that are kept without being asked to
 
 
 class Buffer:
-    """Draws on the CPU, preallocated at the first one; sites that would not fit are left out."""
+    """Draws on the CPU, preallocated at the first one; sites that would not fit are left out.
 
-    def __init__(self, count: int, keep: Any) -> None:
-        self.count, self.keep = count, keep
+    Args:
+        count: Draws of a chain.
+        keep: Names of the sites to keep whatever their size, or None.
+        parts: Number of buffers like this one that are to be put together.
+    """
+
+    def __init__(self, count: int, keep: Any, parts: int = 1) -> None:
+        self.count, self.keep, self.parts = count, keep, parts
         self.tensors: dict[str, Tensor] = {}
         self.filled, self.is_made = 0, False
         self.findings: list[str] = []
@@ -47,7 +53,7 @@ class Buffer:
     def _kept(self, values: Mapping[str, Tensor]) -> list[str]:
         if self.keep is not None:
             return [name for name in values if name in self.keep]
-        sizes = {name: value.numel() * value.element_size() * self.count for name, value in values.items()}
+        sizes = {name: value.numel() * value.element_size() * self.count * self.parts for name, value in values.items()}
         kept = sorted(values, key=lambda name: sizes[name])
         while sum(sizes[name] for name in kept) > LARGEST:
             name = kept.pop()
@@ -83,8 +89,8 @@ class RaggedBuffer:
     Sites are left out as soon as they would not fit, by the largest shape that they have had so far.
     """
 
-    def __init__(self, count: int, keep: Any) -> None:
-        self.count, self.keep = count, keep
+    def __init__(self, count: int, keep: Any, parts: int = 1) -> None:
+        self.count, self.keep, self.parts = count, keep, parts
         self.rows: list[dict[str, Tensor]] = []
         self.sizes: dict[str, int] = {}
         self.filled = 0
@@ -95,7 +101,7 @@ class RaggedBuffer:
         self.rows.append({name: values[name].detach().cpu() for name in names})
         self.filled += 1
         for name in names:
-            size = values[name].numel() * values[name].element_size() * self.count
+            size = values[name].numel() * values[name].element_size() * self.count * self.parts
             self.sizes[name] = max(size, self.sizes.get(name, 0))
         while self.keep is None and sum(self.sizes.values()) > LARGEST:
             largest = max(self.sizes, key=self.sizes.__getitem__)

@@ -190,6 +190,10 @@ class Backend(abc.ABC, Generic[S, I]):
     def fit(self, model: Callable[..., Any] | Programmed, *args: Any, **kwargs: Any) -> Posterior:
         """Infers what ``model`` hides. Everything after ``model`` goes to the program.
 
+        If ``torch.distributed`` has a process group, its processes run it together: all of them call this with the same
+        model, settings and all the data, and all get the same, whole Posterior. Samplers split chains, EM and SVI rows; see
+        ``inference.distributed``, whose ``alone`` leaves the group out of it.
+
         Args:
             model: A Pyro program, or a model object with the method ``model``.
             *args: The program's arguments. Floating tensors are cast to the dtype of the run.
@@ -200,7 +204,9 @@ class Backend(abc.ABC, Generic[S, I]):
 
         Raises:
             Unsupported: Before the first step, if this back-end cannot run the program.
-            ValueError: Before the first step, if the data do not suit the program.
+            ValueError: Before the first step, if the data do not suit the program, or the processes differ in what they are
+                given.
+            ConnectionError: If another process has ended.
         """
         from inference.fit import run
 

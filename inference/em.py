@@ -30,6 +30,7 @@ from inference.blocks.block import Move, is_certified
 from inference.conditionals import Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density
+from inference.distributed import check_shards
 from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
@@ -173,6 +174,7 @@ class EM(Backend[EMState, EMInfo]):
         if self.e_step is not None and not isinstance(self.e_step, (Gibbs, MarginalSampler)):
             raise TypeError(f"e_step= must be a sampler such as HMC(chains=64), but is {self.e_step!r}.")
         averaged, maximised = self._split(program)
+        check_shards(program, averaged, maximised, self.batch_size)
         if not maximised and not program.weights:
             raise Unsupported("EM has nothing to maximise: every latent site is averaged. Use maximise=.")
         if program.weights and self.restarts > 1:
@@ -184,11 +186,11 @@ class EM(Backend[EMState, EMInfo]):
         given = given_values(program, self.start, self.restarts)
         is_given = set(given) >= set(maximised)
         if is_given and given:  # whether an M-step is closed is tried nearby
-            values = _around(program, given, starting_values(program, pilots, None, most=1))
+            values = _around(program, given, starting_values(program, pilots, None, most=1, is_split=True))
         else:
-            values = starting_values(program, pilots, None) if program.latents else {}
+            values = starting_values(program, pilots, None, is_split=True) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
-            values = ascended(program, values, longest=ASCENT)
+            values = ascended(program, values, longest=ASCENT, is_split=True)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
                 density.certify(program.finite, values, "Use Gibbs().")
@@ -200,7 +202,7 @@ class EM(Backend[EMState, EMInfo]):
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):
                 pilot, _ = self.step(pilot, program)
-            chosen = _finite(pilot.objective).argsort(descending=True)[: self.restarts]
+            chosen = _ranked(pilot.objective)[: self.restarts]
         if program.is_long:  # another number of restarts would have to be recorded anew, for longer than the copies take
             copies = torch.arange(pilots, device=program.device) % self.restarts
             chosen, given = chosen[copies], {name: value[copies] for name, value in given.items()}
@@ -234,6 +236,10 @@ class EM(Backend[EMState, EMInfo]):
         averaged = tuple(name for name in program.latents if name not in chosen)
         return averaged, tuple(name for name in program.latents if name in chosen)
 
+    def _is_cut(self, program: Program) -> bool:
+        """Whether a step of this process does not see all rows."""
+        return self._is_batched(program) or program.processes.size > 1
+
     def _is_batched(self, program: Program) -> bool:
         return self.batch_size is not None and program.rows is not None and self.batch_size < program.rows
 
@@ -264,9 +270,11 @@ class EM(Backend[EMState, EMInfo]):
             found = GaussianLatents(others).bind(values, task)
             if found is not None:
                 return found
-        if self._is_batched(program):
+        if self._is_cut(program):
             raise Unsupported(
-                f"batch_size needs an exact E-step, but {', '.join(others)} can only be averaged over draws. Take all rows."
+                f"{'batch_size needs' if self._is_batched(program) else 'Several processes need'} an exact E-step, but "
+                f"{', '.join(others)} can only be averaged over draws. Take all rows in one process "
+                "(inference.distributed.alone)."
             )
         if isinstance(self.e_step, MarginalSampler):
             backend = dataclasses.replace(self.e_step, draws=1, thin=1, progress=False)
@@ -319,34 +327,36 @@ class EM(Backend[EMState, EMInfo]):
     # -------------------------------------------------------------------------------------- step
     def _batch(self, state: EMState, program: Program) -> tuple[Batch, Tensor]:
         """The rows of this step, and the order of those to come: every row once in an epoch."""
+        processes = program.processes
         if not self._is_batched(program):
-            return ALL, state.rows
+            return ALL if program.shard is None else Batch(program.shard, float(processes.size), processes), state.rows
         assert self.batch_size is not None and program.rows is not None
         rows = state.rows
         if len(rows) < self.batch_size:
             rows = torch.randperm(program.rows, device=program.device)
-        index, rest = rows[: self.batch_size], rows[self.batch_size :]
-        return Batch(program.minibatch(index), program.rows / self.batch_size), rest
+        index, rest = processes.share(rows[: self.batch_size]), rows[self.batch_size :]
+        return Batch(program.minibatch(index), processes.size * program.rows / self.batch_size, processes), rest
 
     def step(self, state: EMState, program: Program) -> tuple[EMState, EMInfo]:
         roles, task, count = state.roles, state.roles.task, int(state.step)
         batch, rows = self._batch(state, program)
-        is_random = bool(batch.data) or roles.expectation.is_random
+        is_batched = self._is_batched(program)
+        is_random = is_batched or roles.expectation.is_random
         half = self.steps // 2
         adapts = half if count < half else 0
         before = task.theta(state.values) | _copied(program.weights)
         moved = roles.expectation.step(state.memory, state.values, task, batch, adapts)
         state = state._replace(memory=moved.memory, values={**state.values, **moved.values}, rows=rows)
         log_z, weights = task.expect(state.values, moved.particles, batch)
-        objective = (log_z - batch.scale * moved.log_q).mean(1)
+        objective = batch.processes.mean((log_z - batch.scale * moved.log_q).mean(1))
         if is_random:
             # draws: all of them count anew until the last half; batches: each one counts less than the last from the start
-            age = count + 1 if batch.data else max(count - half + 1, 1)
+            age = count + 1 if is_batched else max(count - half + 1, 1)
             state = self._random_step(state, moved.particles, weights, batch, age**-_GAIN)
             state = self._averaged(state, count - half + 1)
             distance, is_done = torch.full_like(objective, math.nan), count + 1 >= self.steps
         else:
-            state = self._exact_step(state, moved.particles, weights)
+            state = self._exact_step(state, moved.particles, weights, batch)
             change = _relative_change(before, state.values | program.weights, like=objective)
             ratio = (change / state.change).clamp(0.0, 0.999).nan_to_num(nan=0.0)
             distance = torch.where(change == 0, change, change * ratio / (1 - ratio) + 0.1 * change)
@@ -357,15 +367,15 @@ class EM(Backend[EMState, EMInfo]):
         state = state._replace(objective=objective, step=state.step + 1)
         return state, EMInfo(objective, distance, torch.tensor(is_done))
 
-    def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: list[Tensor]) -> EMState:
+    def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: list[Tensor], batch: Batch) -> EMState:
         """Raises Q, or leaves it."""
         roles, task = state.roles, state.roles.task
-        reached = task.expected(state.values, particles, weights, ALL)
+        reached = task.expected(state.values, particles, weights, batch)
         for name, family in roles.families.items():
             at = family.at(state.points[name])
-            conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, ALL))
+            conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
             mode = conditional.mode()
-            state, reached = _take(state, {name: mode}, particles, weights, reached)
+            state, reached = _take(state, {name: mode}, particles, weights, reached, batch)
             usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
             merged = _merged(usable, conditional.points(), state.points[name])
             state = state._replace(points={**state.points, name: merged})
@@ -373,14 +383,14 @@ class EM(Backend[EMState, EMInfo]):
         if not roles.climbed and not trained:
             return state
         if not self._is_large(task, roles):
-            proposed = climb(task, roles.climbed, state.values, particles, weights, ALL)
-            return _take(state, proposed, particles, weights, reached)[0]
+            proposed = climb(task, roles.climbed, state.values, particles, weights, batch)
+            return _take(state, proposed, particles, weights, reached, batch)[0]
         adam = state.adam or Adam.start(task, roles.climbed, state.values, self.learning_rate)
         kept = _copied(task.program.weights)
         rate = adam.optimiser.param_groups[0]["lr"]
-        proposed = stroll(adam, task, roles.climbed, state.values, particles, weights, ALL, _STROLL, rate)
-        fell = bool((task.expected({**state.values, **proposed}, particles, weights, ALL) < reached).any())
-        state = _take(state._replace(adam=adam), proposed, particles, weights, reached)[0]
+        proposed = stroll(adam, task, roles.climbed, state.values, particles, weights, batch, _STROLL, rate)
+        fell = bool((task.expected({**state.values, **proposed}, particles, weights, batch) < reached).any())
+        state = _take(state._replace(adam=adam), proposed, particles, weights, reached, batch)[0]
         if fell:  # too long a step
             adam.optimiser.param_groups[0]["lr"] = 0.5 * rate
             with torch.no_grad():
@@ -450,7 +460,7 @@ class EM(Backend[EMState, EMInfo]):
 
     def sample(self, state: EMState, program: Program) -> tuple[EMState, Draw]:
         end = self._finished(state)
-        best = _finite(end.objective).argmax()
+        best = _ranked(end.objective)[0]
         values = {name: end.values[name][best][None] for name in program.latents}
         stats = {"lp": end.objective[best][None]}
         task = end.roles.task
@@ -466,7 +476,7 @@ class EM(Backend[EMState, EMInfo]):
         return {name: values[name] for name in program.latents}
 
     def history(self, records: dict[str, Tensor], state: EMState) -> dict[str, Tensor]:
-        best = int(_finite(state.objective).argmax())
+        best = int(_ranked(state.objective)[0])
         return {name: value[:, best] for name, value in records.items() if name != "is_done"}
 
     def plan(self, state: EMState, program: Program) -> Plan:
@@ -496,12 +506,17 @@ def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles) -> EMState:
 
 
 def _take(
-    state: EMState, proposed: dict[str, Tensor], particles: dict[str, Tensor], weights: list[Tensor], reached: Tensor
+    state: EMState,
+    proposed: dict[str, Tensor],
+    particles: dict[str, Tensor],
+    weights: list[Tensor],
+    reached: Tensor,
+    batch: Batch,
 ) -> tuple[EMState, Tensor]:
     """Takes proposed values in the restarts where Q does not fall by more than rounding."""
     if not proposed:
         return state, reached
-    expected = state.roles.task.expected({**state.values, **proposed}, particles, weights, ALL)
+    expected = state.roles.task.expected({**state.values, **proposed}, particles, weights, batch)
     rounding = 1e-13 if expected.dtype == torch.float64 else 1e-5
     good = expected >= reached - rounding * (1.0 + reached.abs())
     kept = {
@@ -515,9 +530,15 @@ def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-def _finite(objective: Tensor) -> Tensor:
-    """What is not finite ranks last."""
-    return objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+def _ranked(objective: Tensor) -> Tensor:
+    """Restarts from the best to the worst, what is not finite last.
+
+    The first of those that differ by rounding alone comes first: which of the modes that are equal but for the names of
+    their labels wins may not hang on the order of a sum over rows.
+    """
+    finite = objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    unit = (1e-9 if finite.dtype == torch.float64 else 1e-4) * (1.0 + objective.abs().nan_to_num(posinf=0.0).amax())
+    return (finite / unit).round().argsort(descending=True, stable=True)
 
 
 def _merged(good: Tensor, new: Points, old: Points) -> Points:

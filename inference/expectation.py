@@ -31,6 +31,7 @@ from inference.blocks.block import Move, is_certified
 from inference.chains import LAGS, Chain, ChainConditional
 from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.density import Density, Unconstrained
+from inference.distributed import ALONE, Processes
 from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
@@ -42,10 +43,14 @@ _LEAST_CHAIN = 16  # sites end to end that are tried as a chain
 
 
 class Batch(NamedTuple):
-    """The rows that a step sees: the program's tensors cut down to them (none: all rows), and rows in all by rows seen."""
+    """The rows that a step sees: the program's tensors cut down to them (none: all rows), and rows in all by rows seen.
+
+    Several ``processes`` see different rows; the mean of what each of them finds is what all rows would give.
+    """
 
     data: list[Tensor]
     scale: float
+    processes: Processes = ALONE
 
 
 ALL = Batch([], 1.0)
@@ -138,7 +143,7 @@ class Completed:
             return expected(inputs[0], particles, weights, data)
 
         staged = self.density.stage(("Q", self._key(batch)), at, (True, True, True, False))
-        return staged(self.batched(values), particles, weights, batch.data)
+        return batch.processes.mean(staged(self.batched(values), particles, weights, batch.data))
 
     def gradients(
         self, name: str, at: Tensor, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch
@@ -152,7 +157,8 @@ class Completed:
         key = ("Q message", name, self._key(batch))
         staged = self.density.stage(key, at_points, (True, True, True, True, False))
         points = at.movedim(0, 1).contiguous()
-        return staged(points, self.theta(values), particles, weights, batch.data).movedim(1, 0)
+        found = staged(points, self.theta(values), particles, weights, batch.data)
+        return batch.processes.mean(found).movedim(1, 0)
 
     def _key(self, batch: Batch) -> tuple[Any, ...]:
         return self.maximised, self.is_likelihood, self.is_hard, batch.scale
@@ -353,7 +359,7 @@ class GaussianLatents(Expectation):
 
     def _stack(self, task: Completed, batch: Batch = ALL) -> Stack:
         sites, program = [task.program.latents[name] for name in self.sites], task.program
-        return Stack(sites, round((program.rows or 0) / batch.scale) if batch.data else None, program.row_plates)
+        return Stack(sites, len(batch.data[0]) if batch.data else None, program.row_plates)
 
     def _family(self, shape: torch.Size) -> Family:
         assert self.family is not None

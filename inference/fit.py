@@ -2,6 +2,8 @@
 
 Optimise    improve until done, then read out draws          (SVI, EM)
 Sample      improve during warm-up, then read out, thinned   (Gibbs, Metropolis-Hastings, HMC)
+
+Several processes run it together; see ``inference.distributed``.
 """
 
 from __future__ import annotations
@@ -9,26 +11,31 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from inference import codec
+from inference.arrays import ragged
 from inference.buffers import Buffer, RaggedBuffer
 from inference.checkpoint import Journal
-from inference.contract import Backend, Independent
+from inference.contract import Backend, Independent, Unsupported
 from inference.diagnosis import worst
+from inference.distributed import Part, Processes, processes
 from inference.fingerprint import compare, fingerprint, versions
 from inference.handlers import isolated, quiet, random_state, refill, reproducible, set_random_state
-from inference.past import Past
+from inference.past import Past, joined
+from inference.plan import Plan, Update
 from inference.posterior import End, Posterior
 from inference.program import Program
 from inference.symmetry import exchangeable
@@ -37,6 +44,7 @@ from inference.until import Until
 __all__ = ["Optimise", "Sample", "run"]
 
 _FIRST_BLOCK = 32  # draws that are made at once where they are independent
+_MEETING = 100  # steps after which processes that need nothing of each other notice that one has ended
 
 
 class Optimise(NamedTuple):
@@ -140,37 +148,82 @@ def run(
     source: str | os.PathLike[str] | Posterior | None = None,
 ) -> Posterior:
     """Runs a back-end on a program, or goes on with a run; see ``Backend.fit`` and ``Backend.resume``."""
-    _check(backend)
-    past = None if source is None else Past.of(source)
+    group = processes()
+    with group.together():
+        _check(backend)
+        if isinstance(backend.schedule, Sample):
+            group.check_chains(backend.schedule.chains, type(backend).__name__)
+        past = None if source is None else Past.of(source, group)
+        journal = _journal(backend, past, group)
     seed = int.from_bytes(os.urandom(4), "little") if backend.seed is None else int(backend.seed)
     if past is not None and backend.seed is None:
-        seed = past.end.facts["seed"]
-    journal = _journal(backend, past)
+        seed = past.facts["seed"]
+    seed = group.first(seed)
     device = torch.device(backend.device) if backend.device else _first_device(args)
     started = time.perf_counter()
     with isolated(seed, device):
-        program = Program(
-            model,
-            args,
-            kwargs,
-            dtype=backend.dtype,
-            device=backend.device,
-            follow=backend.follows_data,
-            evaluations=backend.schedule.evaluations,
-            is_fixed=backend.changing is None,
-        )
-        sites = (*program.latents, *program.deterministic)
-        unknown = [name for name in backend.keep or () if name not in sites]
-        if unknown and not program.is_changing:  # whose sites are known when it has run
-            raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
+        with group.together():
+            program = Program(
+                model,
+                args,
+                kwargs,
+                dtype=backend.dtype,
+                device=backend.device,
+                follow=backend.follows_data,
+                evaluations=backend.schedule.evaluations,
+                is_fixed=backend.changing is None,
+            )
+            sites = (*program.latents, *program.deterministic)
+            unknown = [name for name in backend.keep or () if name not in sites]
+            if unknown and not program.is_changing:  # whose sites are known when it has run
+                raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
+        if group.size > 1:
+            group.check_equal(_given(backend, program, [*args, *kwargs.values()]))
+        program.processes = group
+        group.equalise([*program.leaves.values()])
         with reproducible(program.dtype, program.device), quiet():
             torch.manual_seed(seed)
             return _Run(backend, program, seed, started, journal).posterior(past)
 
 
-def _journal(backend: Backend[Any, Any], past: Past | None) -> Journal | None:
+def _given(backend: Backend[Any, Any], program: Program, arguments: list[Any]) -> dict[str, Any]:
+    """What all processes must be given alike, by what it is called in a sentence; json."""
+    facts = fingerprint(backend, program, 0)
+    named = zip((name for name, _ in program.named_arguments), arguments, strict=True)
+    shapes = {n: f"{a.dtype} of shape {tuple(a.shape)}" for n, a in named if isinstance(a, (Tensor, np.ndarray))}
+    settings = {**facts["settings"], "seed": backend.seed, "until": repr(getattr(backend, "until", None))}
+    settings |= {"checkpoint": backend.checkpoint is not None, "checkpoint_every": backend.checkpoint_every}
+    settings["number of callbacks"] = len(backend.callbacks)
+    density = facts["density"] if facts["density"] is None else f"{float(facts['density']):.6g}"
+    return {
+        "the back-end": facts["backend"],
+        "the program": facts["program"],
+        **{f"the argument '{name}'": text for name, text in shapes.items()},
+        **{f"{name}=": value for name, value in settings.items()},
+        **{f"the site '{name}'": value for name, value in facts["sites"].items()},
+        **{f"the weight '{name}'": value for name, value in facts["weights"].items()},
+        "what it computes": facts["statements"],
+        **{f"the checksum of the argument '{name}'": value for name, value in facts["data"].items()},
+        **{f"the checksum of the data of '{name}'": value for name, value in facts["observed"].items()},
+        "its log-density at a draw from the prior": density,
+        **{f"the {name}": facts[name] for name in ("device", "dtype", "rung")},
+        **{f"the version of {name}": value for name, value in facts["versions"].items()},
+    }
+
+
+class _Nowhere:
+    """The checkpoint of a process that writes none."""
+
+    files: ClassVar[dict[str, str]] = {}
+
+    def write(self, *_: Any) -> None: ...
+
+
+def _journal(backend: Backend[Any, Any], past: Past | None, group: Processes) -> Journal | _Nowhere | None:
     if backend.checkpoint is None:
         return None
+    if not group.is_first:
+        return _Nowhere()
     source = None if past is None or past.folder is None else Path(past.folder).resolve()
     is_same = source == Path(backend.checkpoint).resolve()
     return Journal(backend.checkpoint, is_continued=is_same)
@@ -186,23 +239,46 @@ class _Run:
     """
 
     def __init__(
-        self, asked: Backend[Any, Any], program: Program, seed: int, started: float, journal: Journal | None
+        self, asked: Backend[Any, Any], program: Program, seed: int, started: float, journal: Journal | _Nowhere | None
     ) -> None:
-        self.asked, self.name = asked, type(asked).__name__
+        self.asked, self.name, self.processes = asked, type(asked).__name__, program.processes
         self.backend = (program.is_changing and asked.changing) or asked
         self.program, self.seed, self.started, self.journal = program, seed, started, journal
+        self.is_split = isinstance(self.backend.schedule, Sample) and self.processes.size > 1
+        if self.is_split:
+            self.backend = self._split(self.backend)
         self.schedule = self.backend.schedule
         self.history: list[dict[str, Tensor]] = []
         self.findings: list[str] = []  # of the run, wherever it is gone on with
         self.notes: list[str] = []  # of this call
         buffer = RaggedBuffer if program.is_changing else Buffer
-        self.warmup: Buffer | RaggedBuffer = buffer(self.schedule.improvements, self.backend.keep)
-        self.draws: Buffer | RaggedBuffer = buffer(self.schedule.draws, self.backend.keep)
+        parts = self.processes.size if self.is_split else 1
+        self.warmup: Buffer | RaggedBuffer = buffer(self.schedule.improvements, self.backend.keep, parts)
+        self.draws: Buffer | RaggedBuffer = buffer(self.schedule.draws, self.backend.keep, parts)
         self.stats = Buffer(self.schedule.draws, None)
         self.improved, self.is_improved, self.read, self.seconds = 0, not self.schedule.improvements, 0, 0.0
         self.written: tuple[int, int, int, int] | None = None
         self.unwritten = ""
         self._begun: _Begun | None = None
+
+    def _split(self, backend: Backend[Any, Any]) -> Backend[Any, Any]:
+        """The back-end with this process's part of the chains, and of what is said of their start."""
+        if "chains" not in {field.name for field in dataclasses.fields(backend)}:
+            raise Unsupported(
+                f"Several processes split chains, but {self.name} has no setting of that name. Run it in one process "
+                "(inference.distributed.alone)."
+            )
+        chains = backend.schedule.chains
+        own, start = self.processes.portion(chains), backend.start
+        if isinstance(start, Posterior):
+            rows = torch.arange(chains)[own]
+            start = dataclasses.replace(start, draws={n: value[rows % len(value)] for n, value in start.draws.items()})
+        elif isinstance(start, Mapping):
+            sites = self.program.latents
+            given = {name: torch.as_tensor(value) for name, value in start.items()}
+            has_axis = {n for n, v in given.items() if n in sites and v.shape == (chains, *sites[n].shape)}
+            start = {name: value[own] if name in has_axis else value for name, value in given.items()}
+        return dataclasses.replace(backend, start=start, **{"chains": own.stop - own.start})
 
     @property
     def _gathered(self) -> tuple[int, int, int, int]:
@@ -224,9 +300,12 @@ class _Run:
 
     def posterior(self, past: Past | None = None) -> Posterior:
         schedule = self.schedule
+        if self.is_split:
+            self.processes.part_ways()
         state = self.backend.init(self.program) if past is None else self._revived(past)
         plan = self.backend.plan(state, self.program)
-        if self.backend.progress and plan is not None and isinstance(schedule, Sample):
+        is_shown = self.backend.progress and self.processes.is_first
+        if is_shown and plan is not None and isinstance(schedule, Sample):
             tqdm.write(str(plan), file=sys.stderr)
         self._last = state
         if self.journal is not None and self.written is None:
@@ -235,6 +314,8 @@ class _Run:
         try:
             state = self._improve(state)
         except KeyboardInterrupt:
+            if self.processes.size > 1:
+                raise KeyboardInterrupt(self._stopped("in one of several processes.")) from None
             if isinstance(schedule, Sample):
                 raise KeyboardInterrupt(self._stopped("in warm-up: there are no draws yet.")) from None
             state = self._last
@@ -243,6 +324,8 @@ class _Run:
         try:
             state = self._read(state, is_done=end is None)
         except KeyboardInterrupt:
+            if self.processes.size > 1:
+                raise KeyboardInterrupt(self._stopped("in one of several processes.")) from None
             if not self.draws.filled or self.draws.filled != self.stats.filled:
                 self.draws.filled = self.stats.filled = min(self.draws.filled, self.stats.filled)
             if not self.draws.filled:
@@ -256,25 +339,59 @@ class _Run:
             self.notes.append(self.unwritten)
         history = self._stacked(0)
         reported = self.backend.history(history, state)
+        found = {"draws": self.draws.read(), "stats": self.stats.read(), "warmup": self.warmup.read(), "history": reported}
+        whole, plan, info = self._whole(found, self.backend.plan(state, self.program))
         posterior = Posterior(
-            draws=self.draws.read(),
-            stats=self.stats.read(),
-            history=reported,
-            plan=self.backend.plan(state, self.program),
+            draws=whole["draws"],
+            stats=whole["stats"],
+            history=whole["history"],
+            plan=plan,
             weights=self.backend.weights(state, self.program),
-            info=self._info(),
+            info=info,
             dims=self.program.dims,
             coords=self.program.coords,
             observed={name: value.cpu() for name, value in self.program.observed.items()},
             constants={name: value.cpu() for name, value in self.program.constants.items()},
             symmetry=self._symmetry,
-            warmup_draws=self.warmup.read(),
+            warmup_draws=whole["warmup"],
             warmup_stats={},
             program=self.program,
         )
         end = end or self._try_end(state, None if reported is history else history)
         posterior._ends.extend([] if end is None else [end])
         return posterior
+
+    # ----------------------------------------------------------------------------------------- several processes
+    def _whole(
+        self, found: dict[str, dict[str, Tensor]], plan: Plan | None
+    ) -> tuple[dict[str, dict[str, Tensor]], Plan | None, dict[str, Any]]:
+        """What all processes have found, their plan and the facts of the run."""
+        info = self._info()
+        if self.processes.size == 1:
+            return found, plan, info
+        left_out = [*self.draws.left_out, *self.warmup.left_out] if isinstance(self.draws, RaggedBuffer) else []  # type: ignore[union-attr]
+        updates = None if plan is None else [update._asdict() for update in plan.updates]
+        parts = self._parts(found, [info, updates, left_out])
+        lost = {name for part in parts for name in part.facts[2]}
+        whole = {}
+        for kind in found:
+            held = [_under(kind, part.tensors) for part in parts]
+            whole[kind] = {n: v for n, v in _side_by_side(held, 1 if kind == "history" else 0).items() if n not in lost}
+        info = dict(parts[0].facts[0])
+        info["findings"] = [*dict.fromkeys(finding for part in parts for finding in part.facts[0]["findings"])]
+        plan, differing = _common([part.facts[1] for part in parts])
+        if differing:
+            info["findings"].append(
+                f"The plan is that of process 0; in process {differing[0]} other blocks took the place of some that failed."
+            )
+        return whole, plan, info
+
+    def _parts(self, found: dict[str, dict[str, Tensor]], facts: Any) -> list[Part]:
+        """What each process has, or what process 0 has where all have the same."""
+        is_sent = self.is_split or self.processes.is_first
+        tensors = {f"{kind}/{name}": t for kind, held in found.items() for name, t in held.items()} if is_sent else {}
+        parts = self.processes.gather(tensors, facts)
+        return parts if self.is_split else parts[:1]
 
     def _stopped(self, where: str) -> str:
         sentence = f"{self.name} was stopped{'' if where.startswith('in') else ':'} {where}"
@@ -283,10 +400,12 @@ class _Run:
     # ----------------------------------------------------------------------------- going on, and writing down
     def _revived(self, past: Past) -> Any:
         """The state of an earlier run, and all that it had gathered."""
-        facts = past.end.facts
+        facts = past.facts
         compare(facts["fingerprint"], self._fingerprint)
-        encoded = codec.Encoded(past.end.tree, past.end.tensors)
-        held = codec.decode(encoded, self._links, self._modules, self.program.device)
+        held: dict[str, Any] = {}
+        for end in past.ends:
+            encoded = codec.Encoded(end.tree, end.tensors)
+            held |= codec.decode(encoded, self._links, self._modules, self.program.device)
         refill(self.program.leaves, held["weights"], self.program.name)
         state = self.backend.restored(held["state"], self.program)
         refill(self.program.leaves, held["weights"], self.program.name)  # making a guide may have run the program
@@ -300,7 +419,7 @@ class _Run:
         for records in [part["history"] for part in parts] if held["history"] is None else [held["history"]]:
             rows = zip(*(values.unbind() for values in records.values()), strict=True)
             self.history += [dict(zip(records, row, strict=True)) for row in rows]
-        if self.journal is not None and self.journal.files:
+        if self.journal is not None and self.processes.first(bool(self.journal.files)):
             self.written = self._gathered
         set_random_state(held["random"], self.program.device)
         return state
@@ -331,14 +450,22 @@ class _Run:
             "draws": self.draws.facts,
             "stats": self.stats.facts,
             "calls": self.program.density.calls if begun is None else begun.calls,
+            "is_split": self.is_split,
         }
-        encoded = codec.encode(tree, self._links, self._modules)
-        return End(json.loads(json.dumps(facts)), encoded.tree, encoded.tensors)
+        with self.processes.together():
+            if not self.is_split and not self.processes.is_first:
+                tree = {"random": tree["random"]}
+            encoded = codec.encode(tree, self._links, self._modules)
+            facts = json.loads(json.dumps(facts))
+        parts = self.processes.gather(encoded.tensors, [facts, encoded.tree])
+        return joined([End(part.facts[0], part.facts[1], part.tensors) for part in parts])
 
     def _try_end(self, state: Any, history: dict[str, Tensor] | None = None) -> End | None:
         """None for a state that cannot be written down: whatever stops it may not lose the draws."""
         try:
             return self._end(state, history)
+        except ConnectionError:
+            raise
         except Exception:
             return None
 
@@ -353,15 +480,18 @@ class _Run:
             "history": self._stacked(steps),
         }
         try:
-            end, rows = self._end(state), codec.encode(gathered, {})
+            end, rows = self._end(state), self._rows(gathered)
             is_new = self._gathered != (improved, read, steps, kept)
-            self.journal.write(
-                self.improved + self.read,
-                end.tensors,
-                rows.tensors if is_new else None,
-                {"facts": end.facts, "tree": end.tree},
-                rows.tree,
-            )
+            with self.processes.together():
+                self.journal.write(
+                    self.improved + self.read,
+                    end.tensors,
+                    rows.tensors if is_new else None,
+                    {"facts": end.facts, "tree": end.tree},
+                    rows.tree,
+                )
+        except ConnectionError:
+            raise
         except (OSError, ValueError) as error:
             if self.written is None:
                 raise
@@ -371,6 +501,16 @@ class _Run:
             )
             return
         self.written, self.unwritten = self._gathered, ""
+
+    def _rows(self, gathered: dict[str, Any]) -> codec.Encoded:
+        """What all processes have gathered."""
+        with self.processes.together():
+            rows = codec.encode(gathered if self.is_split or self.processes.is_first else None, {})
+        if self.processes.size == 1:
+            return rows
+        parts = self.processes.gather(rows.tensors, rows.tree)[: None if self.is_split else 1]
+        end = joined([End({}, part.facts, part.tensors) for part in parts])
+        return codec.Encoded(end.tree, end.tensors)
 
     def _stacked(self, first: int) -> dict[str, Tensor]:
         """The history from a step on, name to (step, …)."""
@@ -395,8 +535,8 @@ class _Run:
                 bar.update()
                 if i % 20 == 0 and not bar.disable:
                     bar.set_postfix_str(_shown(info), refresh=False)
-                is_done = bool(stop and stop(info))
-                is_last = is_done or any([callback(i, info) for callback in self.backend.callbacks]) or i + 1 == total
+                is_done = stop is not None and self.processes.any(bool(stop(info)))
+                is_last = is_done or self._is_called_off(i, info) or i + 1 == total
                 if is_last and stop and not is_done:
                     self.findings.append(
                         f"{self.name} stopped at its limit of {total} steps before it had converged. Raise steps=."
@@ -423,9 +563,7 @@ class _Run:
                 bar.update()
                 if i % 20 == 0 and not bar.disable and "acceptance_rate" in draw.stats:
                     bar.set_postfix_str(f"acceptance rate {float(draw.stats['acceptance_rate'].mean()):.3f}", refresh=False)
-                is_last = isinstance(self.schedule, Sample) and any(
-                    [callback(self.schedule.warmup + i, draw) for callback in self.backend.callbacks]
-                )
+                is_last = isinstance(self.schedule, Sample) and self._is_called_off(self.schedule.warmup + i, draw)
                 if is_done:
                     self._write_if_due(state)
                 if is_last:
@@ -465,8 +603,15 @@ class _Run:
 
     def _write_if_due(self, state: Any) -> None:
         """At a fixed number of steps, whatever the time."""
+        if (self.improved + self.read) % _MEETING == 0:
+            self.processes.meet()
         if self.journal is not None and (self.improved + self.read) % self.asked.checkpoint_every == 0:
             self._write(state)
+
+    def _is_called_off(self, step: int, info: Any) -> bool:
+        """Whether a callback, of any process, ends the phase."""
+        callbacks = self.backend.callbacks
+        return bool(callbacks) and self.processes.any(any([callback(step, info) for callback in callbacks]))
 
     @property
     def _until(self) -> Until | None:
@@ -480,7 +625,7 @@ class _Run:
         if until.has_targets and self.read % until.every == 0 and until.are_met(*self._worst()):
             return True
         seconds = time.perf_counter() - self.started
-        if until.seconds is None or seconds < until.seconds:
+        if until.seconds is None or not self.processes.any(seconds >= until.seconds):
             return False
         self.notes.append(
             f"Stopped after {self.read} of {self.schedule.draws} draws, when {seconds:.0f} seconds had passed, as until= "
@@ -502,7 +647,11 @@ class _Run:
 
     def _worst(self) -> tuple[float, float]:
         structure = {"structure": "changing" if self.program.is_changing else "fixed"}
-        return worst(Posterior(draws=self.draws.read(), stats=self.stats.read(), symmetry=self._symmetry, info=structure))
+        found = {"draws": self.draws.read(), "stats": self.stats.read()}
+        if self.processes.size > 1:
+            parts = self._parts(found, None)
+            found = {kind: _side_by_side([_under(kind, part.tensors) for part in parts], 0) for kind in found}
+        return worst(Posterior(draws=found["draws"], stats=found["stats"], symmetry=self._symmetry, info=structure))
 
     def _record(self, info: Any) -> None:
         fields = {name: value.detach() for name, value in info._asdict().items() if isinstance(value, Tensor)}
@@ -517,7 +666,7 @@ class _Run:
         return {**values, **self.program.density.deterministics({**values, **data})}
 
     def _bar(self, total: int, what: str, done: int) -> tqdm[Any]:
-        is_hidden = not self.backend.progress or total < 2
+        is_hidden = not self.backend.progress or not self.processes.is_first or total < 2
         return tqdm(total=total, initial=done, desc=f"{self.name} {what}", disable=is_hidden, leave=False)
 
     def _info(self) -> dict[str, Any]:
@@ -529,6 +678,7 @@ class _Run:
             "config": _config(self.asked),
             "model": self.program.name,
             "structure": "changing" if self.program.is_changing else "fixed",
+            "processes": self.processes.size,
             "seed": self.seed,
             "sampling_time": self.seconds + time.perf_counter() - self.started,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -539,6 +689,48 @@ class _Run:
             "interrupted": any(finding.startswith("Stopped by Ctrl-C") for finding in findings),
             "findings": findings,
         }
+
+
+def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{kind}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _side_by_side(parts: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    """Chains of several processes beside each other; sites that are not everywhere, or not in one shape, are padded."""
+    if len(parts) == 1:
+        return parts[0]
+    found = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part.get(name) for part in parts]
+        held = [value for value in values if value is not None]
+        if len(held) == len(values) and len({value.shape[dim + 1 :] for value in held}) == 1:
+            found[name] = torch.cat(held, dim)
+            continue
+        chains, draws = held[0].shape[:2]
+        rows = [{} if v is None else {name: v[i, j]} for v in values for i in range(chains) for j in range(draws)]
+        found[name] = ragged(rows)[name].unflatten(0, (-1, draws))
+    return found
+
+
+def _severity(certificate: float) -> float:
+    return certificate if certificate == certificate else math.inf
+
+
+def _common(plans: list[Any]) -> tuple[Plan | None, list[int]]:
+    """The plan of process 0, with what its blocks achieved in all processes, and the processes that had other blocks."""
+    if plans[0] is None:
+        return None, []
+    every = [[Update(**{**row, "sites": tuple(row["sites"])}) for row in rows] for rows in plans]
+    blocks = [[(update.sites, update.update, update.claim) for update in updates] for updates in every]
+    differing = [rank for rank, those in enumerate(blocks) if those != blocks[0]]
+    alike = [updates for rank, updates in enumerate(every) if rank not in differing]
+    merged = []
+    for same in zip(*alike, strict=True):
+        certificates = [update.certificate for update in same if update.certificate is not None]
+        rate = sum(update.acceptance for update in same) / len(same)
+        merged.append(same[0]._replace(acceptance=rate, certificate=max(certificates, key=_severity, default=None)))
+    return Plan(tuple(merged)), differing
 
 
 def _config(backend: Backend[Any, Any]) -> dict[str, Any]:

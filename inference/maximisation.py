@@ -83,8 +83,9 @@ class _Slope:
             with torch.enable_grad():
                 loss = -self.at(position[0], row, particles, [weight[0] for weight in self.weights], self.batch.data)
                 loss.backward()
-            return loss.detach()
-        gradient, value = self.staged(position.detach(), self.fixed, self.particles, self.weights, self.batch.data)
+            return self.batch.processes.average(loss.detach(), [position, *trained], list)
+        found = self.staged(position.detach(), self.fixed, self.particles, self.weights, self.batch.data)
+        gradient, value = (self.batch.processes.mean(part) for part in found)
         position.grad = -gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return -value.sum().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 

@@ -156,7 +156,8 @@ class Objective:
     def _modules(self) -> list[nn.Module]:
         return [module for owner in self.owners if isinstance(owner, nn.Module) for module in owner.modules()]
 
-    def _buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """Those of the owners, which a step may write to."""
         return list({id(buffer): buffer for module in self._modules() for buffer in module.buffers(recurse=False)}.values())
 
     def _has_hooks(self) -> bool:
@@ -174,7 +175,7 @@ class Objective:
             laid_out = [g if g is None else _laid_out(g, w) for g, w in zip(gradients, self.weights, strict=True)]
             return loss.detach(), laid_out
 
-        buffers = self._buffers()
+        buffers = self.buffers()
         held = [*self.weights, *buffers]
         before, seen = _Before(buffers, self.weights[0].device), _seen(self.owners, self._modules())
         attributes = [(vars(module), dict(vars(module))) for module in self._modules()]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import inference.transforms  # noqa: F401  (registers bijections)
 from inference.contract import Guided, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
+from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.stacking import Stack, log_probs
 
@@ -257,6 +258,7 @@ class Program:
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
         has_rows: Whether a log-probability of many normal rows was a matrix product; see ``inference.rows``.
         groups: How many groups of consecutive chains there are that do not learn from one another; see ``replicate``.
+        processes: Those that run it together; see ``inference.distributed``.
         is_changing: Whether sites, shapes or supports change from run to run, or may do so because Python reads a latent
             value; False where that is refused. ``latents`` and its like then hold what a
             few runs have shown, each site in its largest shape, and there is no ``density``: see ``inference.traces``.
@@ -300,6 +302,7 @@ class Program:
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
+        self.processes: Processes = ALONE
         self._table = Table()
         self._writes = False  # whether the program writes into tensors of its own
         self.has_rows = False
@@ -688,6 +691,13 @@ class Program:
     def minibatch(self, index: Tensor) -> list[Tensor]:
         """The program's tensors, those that have rows cut down to the rows ``index``."""
         return [leaf[index] if leaf.dim() and leaf.shape[0] == self.rows else leaf for leaf in self.data]
+
+    @cached_property
+    def shard(self) -> list[Tensor] | None:
+        """The program's tensors, cut down to the rows of this process; None where it has all of them."""
+        if self.processes.size == 1 or self.rows is None:
+            return None
+        return self.minibatch(self.processes.share(torch.arange(self.rows, device=self.device)))
 
     @cached_property
     def density(self) -> Density:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import grad_and_value
 
 from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
+from inference.distributed import cut
+from inference.enumeration import log_normalizer
 from inference.posterior import Posterior
 from inference.program import Program
 from inference.simulation import simulate
@@ -94,7 +97,42 @@ def _pool(program: Program, count: int) -> dict[str, Tensor]:
     return {name: draws[name] for name in program.latents}
 
 
-def starting_values(program: Program, chains: int, start: Any = None, most: int = _MOST) -> dict[str, Tensor]:
+class _Split(Density):
+    """The densities of a program whose rows are split over processes, all of which ask for the same values together."""
+
+    def __init__(self, program: Program, rung: str | None = None) -> None:
+        super().__init__(program, rung=rung)
+        self.index = program.processes.share(torch.arange(program.rows or 0, device=program.device))
+        self.scales = dict.fromkeys(program.row_plates, float(program.processes.size))
+
+    def _log_joint(self, values: Mapping[str, Tensor], sites: tuple[str, ...]) -> Tensor:
+        """That whose mean over processes is the log-joint, ``sites`` summed out."""
+        own = cut(self.program, values, self.index)
+        return log_normalizer(self.program, own, sites, self.program.shard, self.scales)
+
+    def marginal(self, enumerated: Collection[str]) -> Callable[..., Any]:  # type: ignore[override]
+        sites = tuple(enumerated)
+        staged = self.stage(("marginal", sites), lambda values: self._log_joint(values, sites), (True,))
+        return lambda values: self.program.processes.mean(staged(values))
+
+    def unconstrained(self, coordinates: Unconstrained, enumerated: Collection[str] = (), *_: Any) -> Callable[..., Any]:  # type: ignore[override]
+        """(position (chain, size), other values) -> gradient and log-density of the position."""
+        sites = tuple(enumerated)
+
+        def slope(position: Tensor, others: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            def log_density(at: Tensor) -> Tensor:
+                values = {**others, **coordinates.values(at)}
+                return self._log_joint(values, sites) + coordinates.log_jacobian(at)
+
+            return grad_and_value(log_density)(position)
+
+        staged = self.stage(("unconstrained", coordinates.sites, sites), slope, (True, True), _LONGEST_ASCENT)
+        return lambda *inputs: tuple(self.program.processes.mean(part) for part in staged(*inputs))
+
+
+def starting_values(
+    program: Program, chains: int, start: Any = None, most: int = _MOST, is_split: bool = False
+) -> dict[str, Tensor]:
     """Values of all latent sites, (chain, *site): for each chain the best of a few candidates, given sites as given.
 
     Args:
@@ -102,6 +140,7 @@ def starting_values(program: Program, chains: int, start: Any = None, most: int 
         chains: Number of chains.
         start: As ``given_values`` takes it.
         most: Candidates for each chain, at most.
+        is_split: Whether the processes of the program make these values together, each for its own rows.
 
     Raises:
         ValueError: If the log-density is not finite at any candidate.
@@ -118,7 +157,7 @@ def starting_values(program: Program, chains: int, start: Any = None, most: int 
         values = _candidates(program, chains * share)
     values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
     free = [name for name in program.finite if name not in given]
-    log_density = _log_density(program, {**values, **data}, free)
+    log_density = _log_density(program, {**values, **data}, free, is_split)
     log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).reshape(chains, share)
     best = log_density.argmax(1)
     lost = log_density.amax(1) == -torch.inf
@@ -133,9 +172,10 @@ def starting_values(program: Program, chains: int, start: Any = None, most: int 
     return {name: value[rows].clone() for name, value in values.items()}
 
 
-def _log_density(program: Program, values: Mapping[str, Tensor], free: Collection[str]) -> Tensor:
+def _log_density(program: Program, values: Mapping[str, Tensor], free: Collection[str], is_split: bool) -> Tensor:
     """Log-densities at (chain, *site), the finite sites ``free`` summed out where they can be; few at once of large data."""
-    density = Density(program, rung="vmapped")
+    is_split = is_split and program.shard is not None
+    density = _Split(program, rung="vmapped") if is_split else Density(program, rung="vmapped")
     parts = [values]
     at_once = max(1, _NUMBERS // max((leaf.numel() for leaf in program.data), default=1))
     if at_once < len(next(iter(values.values()))):
@@ -148,7 +188,9 @@ def _log_density(program: Program, values: Mapping[str, Tensor], free: Collectio
     return torch.cat([density.joint(part) for part in parts])
 
 
-def ascended(program: Program, values: Mapping[str, Tensor], longest: int = _LONGEST_ASCENT) -> dict[str, Tensor]:
+def ascended(
+    program: Program, values: Mapping[str, Tensor], longest: int = _LONGEST_ASCENT, is_split: bool = False
+) -> dict[str, Tensor]:
     """Values moved up the marginal log-density, so that no chain starts in a tail that it cannot leave.
 
     Adam, every chain on its own, in coordinates scaled by the prior's standard deviations. All chains take forty steps (two
@@ -159,11 +201,15 @@ def ascended(program: Program, values: Mapping[str, Tensor], longest: int = _LON
         program: The program.
         values: Values of all latent sites, (chain, *site).
         longest: Steps of the last chains, at most.
+        is_split: Whether the processes of the program do this together, each for its own rows.
     """
     if not program.continuous:
         return dict(values)
     coordinates = Unconstrained(program, program.continuous)
-    staged = program.density.unconstrained(coordinates, program.finite, evaluations=longest)
+    if is_split and program.shard is not None:
+        staged = _Split(program).unconstrained(coordinates, program.finite)
+    else:
+        staged = program.density.unconstrained(coordinates, program.finite, evaluations=longest)
     scale = coordinates.position(_candidates(program, 32)).std(0).clamp(min=1e-6)
     others = {name: v for name, v in values.items() if name not in (*program.continuous, *program.finite)}
     others |= program.chain_data(len(next(iter(values.values()))))

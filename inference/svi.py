@@ -30,6 +30,7 @@ from torch.func import grad, jacrev, vmap
 from inference.bounds import ELBO
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density, Unconstrained
+from inference.distributed import check_shards
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, batched, is_drawn, log_prob, mapped
@@ -134,14 +135,18 @@ class SVI(Backend[SVIState, SVIInfo]):
                 f"batch_size needs rows, but no plate of {program.name} has the size of its first tensor argument "
                 f"({program.rows})."
             )
+        check_shards(program, batch_size=self.batch_size)
         guide = self._guide(program)
         trace = guide.trace(program)
+        program.processes.equalise([*guide.leaves.values(), *program.leaves.values()])
         guide.check(trace, program)
         enumerated = [name for name in program.finite if name not in trace.nodes]
         if enumerated:
             with isolated(0, program.device):  # looking changes nothing
                 density = Density(program, rung="vmapped")
                 density.certify(enumerated, starting_values(program, _CERTIFIED, most=1), "Use Gibbs().")
+        if self._has_rows(guide, program, trace):
+            program.processes.part_ways()
         program.fitted = guide
         trained = {id(w): w for w in (*guide.weights().values(), *program.weights.values()) if w.requires_grad}
         if not trained:
@@ -157,6 +162,26 @@ class SVI(Backend[SVIState, SVIInfo]):
             is_watched=bool(self.callbacks),
         )
         return SVIState(guide, optimiser, scheduler, zero, zero, objective, torch.empty(0))
+
+    def _has_rows(self, guide: Guide, program: Program, trace: poutine.Trace) -> bool:
+        """Whether the guide draws sites of single rows; of the rows that a process sees, it can only draw those.
+
+        Raises:
+            Unsupported: If it draws all of them always.
+        """
+        plates = set(program.row_plates)
+        local = [n for n, site in program.latents.items() if n in trace.nodes and plates & {p.name for p in site.plates}]
+        if not local or program.shard is None:
+            return bool(local)
+        cut = guide.trace(program, data=program.shard)
+        for name in local:
+            if cut.nodes[name]["value"].shape == trace.nodes[name]["value"].shape:
+                raise Unsupported(
+                    f"The guide has '{name}' for all {program.rows} rows, whichever it is given, so that several processes "
+                    "cannot split them. Give a guide that computes it from the rows, or fit in one process "
+                    "(inference.distributed.alone)."
+                )
+        return True
 
     def _rate(self, step: int) -> float:
         progress = max(0.0, 2.0 * step / self.steps - 1.0)
@@ -219,9 +244,9 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _best_start(self, program: Program) -> dict[str, Tensor]:
         """The given start, or the best of a few."""
-        values = starting_values(program, _STARTS, self.start)
+        values = starting_values(program, _STARTS, self.start, is_split=True)
         if self.start is None:
-            values = ascended(program, values)
+            values = ascended(program, values, is_split=True)
         continuous = {name: values[name] for name in program.continuous}
         log_density = program.density.marginal(program.finite)(continuous)
         best = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).argmax()
@@ -229,7 +254,8 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def step(self, state: SVIState, program: Program) -> tuple[SVIState, SVIInfo]:
         order, data = self._batch(state, program)
-        loss = state.objective(data)
+        objective = state.objective
+        loss = program.processes.average(objective(data), objective.weights, objective.buffers)
         is_finite = loss.isfinite()
         if not state.scheduler.last_epoch and not is_finite:
             raise ValueError(f"The bound of {program.name} is {-float(loss)} at the start. Give start=, or check the data.")
@@ -244,11 +270,18 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _batch(self, state: SVIState, program: Program) -> tuple[Tensor, list[Tensor] | None]:
         """The order of the rows, and the data of the next step: passes over all rows, what is left at their end put back."""
+        processes = program.processes
         if self.batch_size is None or program.rows is None or self.batch_size >= program.rows:
-            return state.order, None
+            return state.order, program.shard
         first = state.scheduler.last_epoch % (program.rows // self.batch_size) * self.batch_size
         order = state.order if first else torch.randperm(program.rows, device=program.device)
-        return order, program.minibatch(order[first : first + self.batch_size])
+        processes.equalise([] if first else [order])
+        return order, program.minibatch(processes.share(order[first : first + self.batch_size]))
+
+    def _scale(self, program: Program) -> float:
+        """Rows in all by rows in a batch, of which every process sees its share."""
+        rows = program.rows or 1
+        return program.processes.size * rows / min(self.batch_size or rows, rows)
 
     def _loss(
         self, guide: Guide, program: Program, path: bool, data: list[Tensor] | None, is_recorded: bool
@@ -262,7 +295,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             data: The tensors of a batch; None takes all.
             is_recorded: Whether this run is recorded as a graph, which should be that of the program alone.
         """
-        scale = 1.0 if data is None or program.rows is None else program.rows / len(data[0])
+        scale = 1.0 if data is None else self._scale(program)
         traces = [guide.trace(program, data=data, scale=scale) for _ in range(self.bound.particles)]
         values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
         log_p = self._log_p(program, values, data, scale, is_recorded)
