@@ -133,7 +133,9 @@ class ByHand:
         counts[:, 0] += share[0]
         raised = self.prior - 1.0 + counts
         precision = 1.0 / 9.0 + share.sum(0)
-        return raised / raised.sum(-1, keepdim=True), (self.centre / 9.0 + torch.einsum("tcj,t->cj", share, self.y)) / precision
+        return raised / raised.sum(-1, keepdim=True), (
+            self.centre / 9.0 + torch.einsum("tcj,t->cj", share, self.y)
+        ) / precision
 
 
 def alternating(rounds: int, *calls: Callable[[], Any]) -> list[float]:
