@@ -13,12 +13,14 @@ have equalled those of the rung below at three different inputs.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,8 +45,14 @@ _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows 
 _LARGEST_STAGED = 100_000
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
 _SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two cores without a cache
+_MOST_CODES, _LARGEST_CONSTANTS = 32, 2**24  # graphs whose machine code is kept, bytes of the constants of one
 _ENOUGH = sys.maxsize
-_COMPILER: dict[str, Any] = {"cpp.vec_isa_ok": True}  # trusts the processor's flags; asking the compiler takes ten seconds
+_COMPILER: dict[str, Any] = {
+    "cpp.vec_isa_ok": True,  # trusts the processor's flags; asking the compiler takes ten seconds
+    "size_asserts": False,  # inputs are checked here, once for all rungs
+    "alignment_asserts": False,
+    "use_joint_graph_passes": False,  # they look for attention and paddings, and loading their patterns takes a second
+}
 
 _EXACT, _ROWS = "row by row", "has rows"  # keys among those of inputs and functions, which are no plain words
 
@@ -172,14 +180,15 @@ class Staged:
         return self.exact(*inputs)
 
     def _evaluated(self, *inputs: Any) -> Any:
-        leaves, structure = tree_flatten(inputs)
-        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
+        inputs = tuple({name: x[name] for name in sorted(x)} if isinstance(x, dict) else x for x in inputs)
+        leaves = _leaves(inputs)
+        key = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
         with torch.no_grad():
-            if key not in self._variants:
-                self._variants[key] = self._recalled(key, leaves, structure)
-            variant = self._variants[key]
+            variant = self._variants.get(key)
+            if variant is None:
+                variant = self._variants[key] = self._recalled(key, leaves, tree_flatten(inputs)[1])
             if variant.calls == self.patience:
-                self._stage(variant, leaves, structure)
+                self._stage(variant, leaves, tree_flatten(inputs)[1])
             if variant.graph is not None and variant.evaluations < self.evaluations:
                 self._compile(variant, leaves)
             variant.calls += 1
@@ -237,14 +246,11 @@ class Staged:
         variant.evaluations = self.evaluations
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
             return
-        from torch._inductor import config as inductor  # imported where it is used: it takes seconds
-
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
-                assert variant.graph is not None
-                options = {**_COMPILER, "deterministic": True} if hasattr(inductor, "deterministic") else _COMPILER
-                compiled = torch.compile(variant.graph, dynamic=False, fullgraph=True, options=options)
+                assert variant.graph is not None and variant.strides is not None
+                compiled = _compiled(variant.graph, leaves, variant.strides)
                 compiled(*leaves)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
@@ -265,6 +271,76 @@ class Staged:
         saved = self.evaluations * self.nodes * _SECONDS_PER_NODE
         has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
         return self.nodes <= _LARGEST_COMPILED and saved > constant + per_node * self.nodes and has_compiler
+
+
+def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of some trees, in the order of ``tree_flatten``, which takes ten times as long for what is usual."""
+    leaves: list[Tensor] = []
+    for tree in inputs:
+        if isinstance(tree, Tensor):
+            leaves.append(tree)
+        elif isinstance(tree, dict) and all(isinstance(value, Tensor) for value in tree.values()):
+            leaves.extend(tree.values())
+        else:
+            leaves.extend(tree_flatten(tree)[0])
+    return leaves
+
+
+def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[int]]) -> Callable[..., Any]:
+    """Machine code of a graph, called as it is.
+
+    By the compiler itself: ``torch.compile`` would look at the graph's Python code first, and at every call check what
+    cannot change here. Memory has to be laid out as in ``strides``, though: what comes otherwise is copied. The same graph
+    with the same constants, of another fit, is not compiled again.
+    """
+    from torch._inductor import compile as compile_graph  # imported where it is used: it takes seconds
+    from torch._inductor import config as inductor
+
+    layout = [tuple(stride) for stride in strides]
+    key = _identity(graph, leaves, layout)
+    code = _codes.get(key)
+    if code is None:
+        options = {**_COMPILER, "deterministic": True}
+        known = {name: value for name, value in options.items() if "." in name or hasattr(inductor, name)}
+        code = compile_graph(fx.GraphModule(graph, copy.deepcopy(graph.graph)), _laid_out(leaves, layout), known)
+        if key:
+            while len(_codes) >= _MOST_CODES:
+                del _codes[next(iter(_codes))]
+            _codes[key] = code
+
+    def run(*leaves: Tensor) -> Any:
+        for leaf, stride in zip(leaves, layout, strict=True):
+            if leaf.stride() != stride:
+                return code(*_laid_out(leaves, layout))
+        return code(*leaves)
+
+    return run
+
+
+_codes: dict[str, Callable[..., Any]] = {}  # what it holds changes no values, only the time until they are there
+
+
+def _identity(graph: fx.GraphModule, leaves: list[Tensor], layout: list[tuple[int, ...]]) -> str:
+    """All that the machine code of a graph depends on, as a digest; "" if its constants are too large to keep."""
+    constants = dict(graph.named_buffers())
+    if sum(value.nbytes for value in constants.values()) > _LARGEST_CONSTANTS:
+        return ""
+    digest = hashlib.sha256(f"{graph.code} {layout} {torch.get_num_threads()}".encode())
+    for name, value in [*constants.items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]:
+        digest.update(f"{name} {value.shape} {value.stride()} {value.dtype} {value.device}".encode())
+    for value in constants.values():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _laid_out(leaves: Sequence[Tensor], strides: list[tuple[int, ...]]) -> list[Tensor]:
+    """The same tensors with these strides, copied where they have others."""
+    return [
+        leaf
+        if leaf.stride() == stride
+        else torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+        for leaf, stride in zip(leaves, strides, strict=True)
+    ]
 
 
 def _has_nan(tree: Any) -> bool:
