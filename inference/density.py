@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
 from inference.program import Program
-from inference.recording import is_random, record
+from inference.recording import is_random, quicken, record
 from inference.rows import rewritten
 
 __all__ = ["RUNGS", "Density", "Staged", "Unconstrained", "fold", "highest_rung", "merge"]
@@ -44,6 +44,7 @@ _PATIENCE = 12  # calls before a graph is recorded, which costs as much as about
 _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows faster than the gain)
 _LARGEST_STAGED = 100_000
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
+_SECONDS_PER_ELEMENT = 5e-10  # of one element of its result, that goes to memory and comes back
 _SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two cores without a cache
 _MOST_CODES, _LARGEST_CONSTANTS = 32, 2**24  # graphs whose machine code is kept, bytes of the constants of one
 _ENOUGH = sys.maxsize
@@ -53,6 +54,8 @@ _COMPILER: dict[str, Any] = {
     "alignment_asserts": False,
     "use_joint_graph_passes": False,  # they look for attention and paddings, and loading their patterns takes a second
 }
+
+_NO_COMPILER = "would run faster compiled, but there is no C++ compiler: install g++, or name yours in CXX."
 
 _EXACT, _ROWS = "row by row", "has rows"  # keys among those of inputs and functions, which are no plain words
 
@@ -92,11 +95,17 @@ class _Variant:
     graph: fx.GraphModule | None = None
     run: Callable[..., Any] | None = None
     strides: list[list[int]] | None = None
+    is_compiled: bool = False
 
     @property
     def rung(self) -> str:
         """What ``run`` is; nothing without a graph."""
-        return "" if self.run is None else "staged" if self.run is self.graph else "compiled"
+        return "" if self.run is None else "compiled" if self.is_compiled else "staged"
+
+    def interpret(self) -> None:
+        """Takes the graph as it is."""
+        assert self.graph is not None
+        self.run, self.is_compiled = quicken(self.graph).forward, False
 
 
 class Staged:
@@ -108,12 +117,14 @@ class Staged:
         name: Of the program, for errors.
         evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
+        said: Sentences that have been said in this run; shared by all its functions, so that each is said once.
         has_rows: Tells whether ``function`` has matrix products of normal rows, which are NaN where their rounding would
             show (``inference.rows``); it is evaluated row by row then.
 
     Attributes:
         rung: The rung that the last call ran on.
         nodes: Size of its graph, 0 if there is none.
+        elements: Of all that the graph computes, number.
     """
 
     def __init__(
@@ -125,13 +136,17 @@ class Staged:
         evaluations: int = 0,
         rung: str | None = None,
         has_rows: Callable[[], bool] | None = None,
+        said: set[str] | None = None,
     ) -> None:
         self.name, self.evaluations, self.has_rows = name, evaluations, has_rows
+        self.said = set() if said is None else said
         self.function = function if has_rows is None else rewritten()(function)
-        self.exact = None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung)
+        self.exact = (
+            None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung, said=said)
+        )
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
         self.limit = highest_rung(rung)
-        self.rung, self.nodes = "", 0
+        self.rung, self.nodes, self.elements = "", 0, 0
         self.patience = _PATIENCE if rung is None else 0
         self._variants: dict[Hashable, _Variant] = {}
         self._past: dict[str, Any] = {}
@@ -236,9 +251,10 @@ class Staged:
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
-        self.nodes = len(graph.graph.nodes)
+        self.nodes, self.elements = len(graph.graph.nodes), _elements(graph)
         if self.nodes <= _LARGEST_STAGED:
-            variant.graph = variant.run = graph
+            variant.graph = graph
+            variant.interpret()
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
@@ -255,22 +271,35 @@ class Staged:
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
             return
-        variant.run, variant.checks, self.rung = compiled, _CHECKS, "compiled"
+        variant.run, variant.is_compiled, variant.checks, self.rung = compiled, True, _CHECKS, "compiled"
         variant.evaluations = _ENOUGH
 
     def _step_down(self, variant: _Variant) -> None:
         _log.info("%s: a %s graph gave other values than the program; running without it.", self.name, self.rung)
-        if variant.run is variant.graph:
+        if variant.is_compiled:
+            variant.interpret()
+            variant.checks, self.rung = _CHECKS, "staged"
+        else:
             variant.graph = variant.run = None
             self.rung = "vmapped"
-        else:
-            variant.run, variant.checks, self.rung = variant.graph, _CHECKS, "staged"
 
     def _pays_to_compile(self) -> bool:
         constant, per_node = _SECONDS_TO_COMPILE
-        saved = self.evaluations * self.nodes * _SECONDS_PER_NODE
-        has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-        return self.nodes <= _LARGEST_COMPILED and saved > constant + per_node * self.nodes and has_compiler
+        saved = self.evaluations * (self.nodes * _SECONDS_PER_NODE + self.elements * _SECONDS_PER_ELEMENT)
+        if self.nodes > _LARGEST_COMPILED or saved <= constant + per_node * self.nodes:
+            return False
+        if any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+            return True
+        if _NO_COMPILER not in self.said:
+            self.said.add(_NO_COMPILER)
+            _log.warning("%s %s", self.name, _NO_COMPILER)
+        return False
+
+
+def _elements(graph: fx.GraphModule) -> int:
+    """Elements of all tensors that a graph makes; views are no more than names."""
+    made = [node for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node)]
+    return sum(node.meta["val"].shape.numel() for node in made if "val" in node.meta)
 
 
 def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -297,12 +326,13 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
     from torch._inductor import config as inductor
 
     layout = [tuple(stride) for stride in strides]
+    flat, structure = _flattened(graph)
     key = _identity(graph, leaves, layout)
     code = _codes.get(key)
     if code is None:
         options = {**_COMPILER, "deterministic": True}
         known = {name: value for name, value in options.items() if "." in name or hasattr(inductor, name)}
-        code = compile_graph(fx.GraphModule(graph, copy.deepcopy(graph.graph)), _laid_out(leaves, layout), known)
+        code = compile_graph(flat, [*_laid_out(leaves, layout)], known)
         if key:
             while len(_codes) >= _MOST_CODES:
                 del _codes[next(iter(_codes))]
@@ -311,10 +341,22 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
     def run(*leaves: Tensor) -> Any:
         for leaf, stride in zip(leaves, layout, strict=True):
             if leaf.stride() != stride:
-                return code(*_laid_out(leaves, layout))
-        return code(*leaves)
+                return tree_unflatten(code(*_laid_out(leaves, layout)), structure)
+        found = code(*leaves)
+        return tuple(found) if is_plain else tree_unflatten(found, structure)
 
+    is_plain = structure == tree_flatten(tuple(range(structure.num_leaves)))[1]
     return run
+
+
+def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Any]:
+    """A copy of a graph that returns its results as one tuple, and the structure that they had."""
+    flat = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    (output,) = flat.graph.find_nodes(op="output")
+    leaves, structure = tree_flatten(fx.node.map_aggregate(output.args[0], lambda leaf: leaf))
+    output.args = (tuple(leaves),)
+    flat.recompile()
+    return flat, structure
 
 
 _codes: dict[str, Callable[..., Any]] = {}  # what it holds changes no values, only the time until they are there
@@ -550,6 +592,7 @@ class Density:
     def __init__(self, program: Program, evaluations: int = 0, rung: str | None = None) -> None:
         self.program, self.evaluations, self.limit = program, evaluations, rung
         self.functions: dict[Hashable, Staged] = {}
+        self.said: set[str] = set()
         self._past: dict[str, Any] = {}
 
     @property
@@ -574,7 +617,12 @@ class Density:
         """
         if key not in self.functions:
             self.functions[key] = Staged(
-                function, batched, name=self.program.name, rung=self.limit, has_rows=lambda: self.program.has_rows
+                function,
+                batched,
+                name=self.program.name,
+                rung=self.limit,
+                has_rows=lambda: self.program.has_rows,
+                said=self.said,
             )
             self.functions[key].recall(self._past.get(repr(key), {}))
         staged = self.functions[key]
@@ -680,12 +728,17 @@ class Density:
             )
         return error.amax()
 
-    def redraw(self, sites: Collection[str]) -> Staged:
-        """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values."""
+    def redraw(self, sites: Collection[str], is_blind: bool = False) -> Staged:
+        """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values.
+
+        If it ``is_blind``, the draw alone.
+        """
         names = tuple(sites)
 
-        def redrawn(values: Mapping[str, Tensor], uniforms: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        def redrawn(values: Mapping[str, Tensor], uniforms: Tensor) -> Any:
             drawn, log_q, records = self._drawn(values, uniforms, names)
+            if is_blind:
+                return drawn
 
             def present(sites: tuple[str, ...], logits: Tensor) -> Tensor:
                 found = [indices(self.program, site, values[site]).reshape(logits.shape[1:-1]) for site in sites]
@@ -693,7 +746,7 @@ class Density:
 
             return drawn, log_q, draw_back(self.program, records, present)[1]
 
-        return self.stage(("redraw", names), redrawn, (True, True))
+        return self.stage(("blind redraw" if is_blind else "redraw", names), redrawn, (True, True))
 
     def _drawn(
         self, values: Mapping[str, Tensor], uniforms: Tensor, sites: tuple[str, ...]
