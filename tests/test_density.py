@@ -257,6 +257,27 @@ def test_a_chain_does_not_depend_on_the_chains_beside_it() -> None:
         assert_close(value[0], values[c])
 
 
+@pytest.mark.parametrize("form", ["probs", "logits"])
+def test_labels_of_a_plate_are_looked_up_with_the_probabilities_and_gradients_of_pyro(form: str, inside_a_run: None) -> None:
+    labels = torch.tensor([2, 0, 1, 2, 2])
+    is_seen = torch.tensor([True, True, False, True, True])
+
+    def program(rows: Tensor) -> None:
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("rows", len(rows)), pyro.poutine.mask(mask=is_seen), pyro.poutine.scale(scale=2.0):
+            pyro.sample("z", dist.Categorical(**{form: shares if form == "probs" else 3.0 * shares}))
+
+    shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    looked_at = Program(program, (labels.double(),))
+    gradient, value = torch.func.grad_and_value(lambda s: looked_at.log_joint({"shares": s, "z": labels}))(shares)
+    leaf = shares.clone().requires_grad_()
+    conditioned = pyro.poutine.condition(program, {"shares": leaf, "z": labels})
+    expected = pyro.poutine.trace(conditioned).get_trace(labels.double()).log_prob_sum()
+    expected.backward()
+    assert_close(value, expected.detach())
+    assert_close(gradient, leaf.grad)
+
+
 # ------------------------------------------------------------------------------------------ what a graph cannot know
 def test_a_program_that_reads_a_changing_python_value_is_run_without_a_graph() -> None:
     setting = {"scale": 1.0}
