@@ -13,12 +13,14 @@ trusted after its values have equalled those of the rung below at three differen
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,9 +32,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
-from inference.graphs import fold, merge
+from inference.graphs import elements, fold, merge
 from inference.program import Program
-from inference.recording import Draft, draft
+from inference.recording import Draft, draft, quicken
 from inference.rerolling import reroll
 from inference.rows import rewritten
 
@@ -45,9 +47,18 @@ _LARGEST_COMPILED = 600  # nodes; larger graphs stay staged (compile time grows 
 _LARGEST_STAGED = 100_000
 _LONG = 500  # nodes of a graph that may have loops
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
+_SECONDS_PER_ELEMENT = 5e-10  # of one element of its result, that goes to memory and comes back
 _SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two cores without a cache
+_MOST_CODES, _LARGEST_CONSTANTS = 32, 2**24  # graphs whose machine code is kept, bytes of the constants of one
 _ENOUGH = sys.maxsize
-_COMPILER: dict[str, Any] = {"cpp.vec_isa_ok": True}  # trusts the processor's flags; asking the compiler takes ten seconds
+_COMPILER: dict[str, Any] = {
+    "cpp.vec_isa_ok": True,  # trusts the processor's flags; asking the compiler takes ten seconds
+    "size_asserts": False,  # inputs are checked here, once for all rungs
+    "alignment_asserts": False,
+    "use_joint_graph_passes": False,  # they look for attention and paddings, and loading their patterns takes a second
+}
+
+_NO_COMPILER = "would run faster compiled, but there is no C++ compiler: install g++, or name yours in CXX."
 
 _EXACT, _ROWS = "row by row", "has rows"  # keys among those of inputs and functions, which are no plain words
 
@@ -87,11 +98,17 @@ class _Variant:
     graph: fx.GraphModule | None = None
     run: Callable[..., Any] | None = None
     strides: list[list[int]] | None = None
+    is_compiled: bool = False
 
     @property
     def rung(self) -> str:
         """What ``run`` is; nothing without a graph."""
-        return "" if self.run is None else "staged" if self.run is self.graph else "compiled"
+        return "" if self.run is None else "compiled" if self.is_compiled else "staged"
+
+    def interpret(self) -> None:
+        """Takes the graph as it is."""
+        assert self.graph is not None
+        self.run, self.is_compiled = quicken(self.graph).forward, False
 
 
 class Staged:
@@ -104,12 +121,14 @@ class Staged:
         evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
         is_long: Whether a call without a graph is dear.
+        said: Sentences that have been said in this run; shared by all its functions, so that each is said once.
         has_rows: Tells whether ``function`` has matrix products of normal rows, which are NaN where their rounding would
             show (``inference.rows``); it is evaluated row by row then.
 
     Attributes:
         rung: The rung that the last call ran on.
         nodes: Size of its graph, 0 if there is none.
+        elements: Of all that the graph computes, number.
     """
 
     def __init__(
@@ -122,15 +141,19 @@ class Staged:
         rung: str | None = None,
         is_long: bool = False,
         has_rows: Callable[[], bool] | None = None,
+        said: set[str] | None = None,
     ) -> None:
         self.name, self.evaluations, self.has_rows = name, evaluations, has_rows
+        self.said = set() if said is None else said
         self.function = function if has_rows is None else rewritten()(function)
         self.exact = (
-            None if has_rows is None else Staged(rewritten(False)(function), batched, name=name, rung=rung, is_long=is_long)
+            None
+            if has_rows is None
+            else Staged(rewritten(False)(function), batched, name=name, rung=rung, is_long=is_long, said=said)
         )
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
         self.limit = highest_rung(rung)
-        self.rung, self.nodes = "", 0
+        self.rung, self.nodes, self.elements = "", 0, 0
         self.patience = _PATIENCE[is_long] if rung is None else 0
         self._variants: dict[Hashable, _Variant] = {}
         self._past: dict[str, Any] = {}
@@ -179,14 +202,15 @@ class Staged:
         return self.exact(*inputs)
 
     def _evaluated(self, *inputs: Any) -> Any:
-        leaves, structure = tree_flatten(inputs)
-        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
+        inputs = tuple({name: x[name] for name in sorted(x)} if isinstance(x, dict) else x for x in inputs)
+        leaves = _leaves(inputs)
+        key = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
         with torch.no_grad():
-            if key not in self._variants:
-                self._variants[key] = self._recalled(key, leaves, structure)
-            variant = self._variants[key]
+            variant = self._variants.get(key)
+            if variant is None:
+                variant = self._variants[key] = self._recalled(key, leaves, tree_flatten(inputs)[1])
             if variant.calls == self.patience:
-                self._stage(variant, leaves, structure)
+                self._stage(variant, leaves, tree_flatten(inputs)[1])
             if variant.graph is not None and variant.evaluations < self.evaluations:
                 self._compile(variant, leaves)
             variant.calls += 1
@@ -234,9 +258,10 @@ class Staged:
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
-        self.nodes = len(graph.graph.nodes)
+        self.nodes, self.elements = len(graph.graph.nodes), elements(graph)
         if self.nodes <= _LARGEST_STAGED:
-            variant.graph = variant.run = graph.written()
+            variant.graph = graph.written()
+            variant.interpret()
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
@@ -256,34 +281,121 @@ class Staged:
         variant.evaluations = self.evaluations
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
             return
-        from torch._inductor import config as inductor  # imported where it is used: it takes seconds
-
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
-                assert variant.graph is not None
-                options = {**_COMPILER, "deterministic": True} if hasattr(inductor, "deterministic") else _COMPILER
-                compiled = torch.compile(variant.graph, dynamic=False, fullgraph=True, options=options)
+                assert variant.graph is not None and variant.strides is not None
+                compiled = _compiled(variant.graph, leaves, variant.strides)
                 compiled(*leaves)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
             return
-        variant.run, variant.checks, self.rung = compiled, _CHECKS, "compiled"
+        variant.run, variant.is_compiled, variant.checks, self.rung = compiled, True, _CHECKS, "compiled"
         variant.evaluations = _ENOUGH
 
     def _step_down(self, variant: _Variant) -> None:
         _log.info("%s: a %s graph gave other values than the program; running without it.", self.name, self.rung)
-        if variant.run is variant.graph:
+        if variant.is_compiled:
+            variant.interpret()
+            variant.checks, self.rung = _CHECKS, "staged"
+        else:
             variant.graph = variant.run = None
             self.rung = "vmapped"
-        else:
-            variant.run, variant.checks, self.rung = variant.graph, _CHECKS, "staged"
 
     def _pays_to_compile(self) -> bool:
         constant, per_node = _SECONDS_TO_COMPILE
-        saved = self.evaluations * self.nodes * _SECONDS_PER_NODE
-        has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-        return self.nodes <= _LARGEST_COMPILED and saved > constant + per_node * self.nodes and has_compiler
+        saved = self.evaluations * (self.nodes * _SECONDS_PER_NODE + self.elements * _SECONDS_PER_ELEMENT)
+        if self.nodes > _LARGEST_COMPILED or saved <= constant + per_node * self.nodes:
+            return False
+        if any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+            return True
+        if _NO_COMPILER not in self.said:
+            self.said.add(_NO_COMPILER)
+            _log.warning("%s %s", self.name, _NO_COMPILER)
+        return False
+
+
+def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of some trees, in the order of ``tree_flatten``, which takes ten times as long for what is usual."""
+    leaves: list[Tensor] = []
+    for tree in inputs:
+        if isinstance(tree, Tensor):
+            leaves.append(tree)
+        elif isinstance(tree, dict) and all(isinstance(value, Tensor) for value in tree.values()):
+            leaves.extend(tree.values())
+        else:
+            leaves.extend(tree_flatten(tree)[0])
+    return leaves
+
+
+def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[int]]) -> Callable[..., Any]:
+    """Machine code of a graph, called as it is.
+
+    By the compiler itself: ``torch.compile`` would look at the graph's Python code first, and at every call check what
+    cannot change here. Memory has to be laid out as in ``strides``, though: what comes otherwise is copied. The same graph
+    with the same constants, of another fit, is not compiled again.
+    """
+    from torch._inductor import compile as compile_graph  # imported where it is used: it takes seconds
+    from torch._inductor import config as inductor
+
+    layout = [tuple(stride) for stride in strides]
+    flat, structure = _flattened(graph)
+    key = _identity(graph, leaves, layout)
+    code = _codes.get(key)
+    if code is None:
+        options = {**_COMPILER, "deterministic": True}
+        known = {name: value for name, value in options.items() if "." in name or hasattr(inductor, name)}
+        code = compile_graph(flat, [*_laid_out(leaves, layout)], known)
+        if key:
+            while len(_codes) >= _MOST_CODES:
+                del _codes[next(iter(_codes))]
+            _codes[key] = code
+
+    def run(*leaves: Tensor) -> Any:
+        for leaf, stride in zip(leaves, layout, strict=True):
+            if leaf.stride() != stride:
+                return tree_unflatten(code(*_laid_out(leaves, layout)), structure)
+        found = code(*leaves)
+        return tuple(found) if is_plain else tree_unflatten(found, structure)
+
+    is_plain = structure == tree_flatten(tuple(range(structure.num_leaves)))[1]
+    return run
+
+
+def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Any]:
+    """A copy of a graph that returns its results as one tuple, and the structure that they had."""
+    flat = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    (output,) = flat.graph.find_nodes(op="output")
+    leaves, structure = tree_flatten(fx.node.map_aggregate(output.args[0], lambda leaf: leaf))
+    output.args = (tuple(leaves),)
+    flat.recompile()
+    return flat, structure
+
+
+_codes: dict[str, Callable[..., Any]] = {}  # what it holds changes no values, only the time until they are there
+
+
+def _identity(graph: fx.GraphModule, leaves: list[Tensor], layout: list[tuple[int, ...]]) -> str:
+    """All that the machine code of a graph depends on, as a digest; "" if its constants are too large to keep."""
+    constants = dict(graph.named_buffers())
+    if sum(value.nbytes for value in constants.values()) > _LARGEST_CONSTANTS:
+        return ""
+    digest = hashlib.sha256(f"{graph.code} {layout} {torch.get_num_threads()}".encode())
+    for name, value in [*constants.items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]:
+        digest.update(f"{name} {value.shape} {value.stride()} {value.dtype} {value.device}".encode())
+    for value in constants.values():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _laid_out(leaves: Sequence[Tensor], strides: list[tuple[int, ...]]) -> list[Tensor]:
+    """The same tensors with these strides, copied where they have others."""
+    return [
+        leaf
+        if leaf.stride() == stride
+        else torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+        for leaf, stride in zip(leaves, strides, strict=True)
+    ]
 
 
 def _has_nan(tree: Any) -> bool:
@@ -363,6 +475,7 @@ class Density:
     def __init__(self, program: Program, evaluations: int = 0, rung: str | None = None) -> None:
         self.program, self.evaluations, self.limit = program, evaluations, rung
         self.functions: dict[Hashable, Staged] = {}
+        self.said: set[str] = set()
         self._past: dict[str, Any] = {}
 
     @property
@@ -393,6 +506,7 @@ class Density:
                 rung=self.limit,
                 is_long=self.program.is_long,
                 has_rows=lambda: self.program.has_rows,
+                said=self.said,
             )
             self.functions[key].recall(self._past.get(repr(key), {}))
         staged = self.functions[key]
@@ -498,12 +612,17 @@ class Density:
             )
         return error.amax()
 
-    def redraw(self, sites: Collection[str]) -> Staged:
-        """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values."""
+    def redraw(self, sites: Collection[str], is_blind: bool = False) -> Staged:
+        """As ``draw``, with the values of ``sites`` among the values; -> draw, its log q, log q of the present values.
+
+        If it ``is_blind``, the draw alone.
+        """
         names = tuple(sites)
 
-        def redrawn(values: Mapping[str, Tensor], uniforms: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        def redrawn(values: Mapping[str, Tensor], uniforms: Tensor) -> Any:
             drawn, log_q, records = self._drawn(values, uniforms, names)
+            if is_blind:
+                return drawn
 
             def present(sites: tuple[str, ...], logits: Tensor) -> Tensor:
                 found = [indices(self.program, site, values[site]).reshape(logits.shape[1:-1]) for site in sites]
@@ -511,7 +630,7 @@ class Density:
 
             return drawn, log_q, draw_back(self.program, records, present)[1]
 
-        return self.stage(("redraw", names), redrawn, (True, True))
+        return self.stage(("blind redraw" if is_blind else "redraw", names), redrawn, (True, True))
 
     def _drawn(
         self, values: Mapping[str, Tensor], uniforms: Tensor, sites: tuple[str, ...]

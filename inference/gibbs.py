@@ -28,6 +28,8 @@ from inference.until import Until
 __all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
 
 _STRIKES = 3  # sweeps of warm-up in which a certificate may fail before its block is demoted: one may be rounding far out
+_HELD = 100  # sweeps in a row that a certificate must have held to be taken only every few sweeps from then on
+_EVERY = 10  # sweeps, then
 _TRIALS = 8  # chains at which a block that is to take its place is tried
 
 
@@ -43,6 +45,7 @@ class GibbsState(NamedTuple):
         certificate: Largest |log ratio| of each block, (block,); the last in warm-up; 0 for blocks without one.
         sweeps: Sweeps counted in the two above, ().
         strikes: Sweeps of warm-up in which the certificate of each block has failed, (block,).
+        trust: Sweeps since each block began, if its certificate has held in all that took it, (block,); else -∞.
     """
 
     current: Current
@@ -53,6 +56,7 @@ class GibbsState(NamedTuple):
     certificate: Tensor
     sweeps: Tensor
     strikes: Tensor
+    trust: Tensor
 
 
 class GibbsInfo(NamedTuple):
@@ -60,6 +64,14 @@ class GibbsInfo(NamedTuple):
 
     lp: Tensor
     acceptance_rate: Tensor
+
+
+def _is_due(block: Block, trust: float) -> bool:
+    """Whether the certificate of a block is to be taken in this sweep: always, until it has held for long.
+
+    A function of the number of sweeps alone, so that a run that goes on takes it where one long run would.
+    """
+    return block.has_certificate and (trust < _HELD or trust % _EVERY == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +125,7 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         current = Current(values, density.joint(values))
         states = tuple(block.init(density, current) for block in blocks)
         zeros = current.log_joint.new_zeros(len(blocks))
-        return GibbsState(current, blocks, notes, states, zeros, zeros, zeros.new_zeros(()), zeros)
+        return GibbsState(current, blocks, notes, states, zeros, zeros, zeros.new_zeros(()), zeros, zeros)
 
     def step(self, state: GibbsState, program: Program) -> tuple[GibbsState, GibbsInfo]:
         state, info = self._sweep(state, program, self.warmup)
@@ -150,6 +162,7 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
             acceptance=zeros,
             certificate=zeros,
             strikes=zeros.new_tensor(strikes),
+            trust=zeros,
         )
 
     def sample(self, state: GibbsState, program: Program) -> tuple[GibbsState, Draw]:
@@ -165,26 +178,42 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         return state._replace(current=Current(values, program.density.joint(values)))
 
     def _sweep(self, state: GibbsState, program: Program, warmup: int) -> tuple[GibbsState, GibbsInfo]:
-        current, states, rates, ratios, fails = state.current, [], [], [], []
-        for block, memory in zip(state.blocks, state.states, strict=True):
-            memory, current, move = block.step(memory, program.density, current, warmup)
+        density, values = program.density, state.current.values
+        log_joint: Tensor | None = state.current.log_joint  # None where a block has moved without
+        zero = state.current.log_joint.new_zeros(())
+        states, rates, ratios, fails = [], [], [], []
+        parts = zip(state.blocks, state.states, state.trust.tolist(), state.certificate, strict=True)
+        for block, memory, trust, certificate in parts:
+            drawn = None if _is_due(block, trust) else block.drawn(memory, density, values, warmup)
+            if drawn is not None:
+                memory, moved, rate = drawn
+                values, log_joint = {**values, **moved}, None
+                ratios.append(certificate)
+                fails.append(zero)
+            else:
+                current = Current(values, density.joint(values) if log_joint is None else log_joint)
+                memory, (values, log_joint), move = block.step(memory, density, current, warmup)
+                rate = move.acceptance
+                ratio = torch.zeros_like(rate) if move.log_ratio is None else move.log_ratio
+                ratios.append(
+                    ratio.abs().amax() if warmup else torch.maximum(certificate * (state.sweeps > 0), ratio.abs().amax())
+                )
+                fails.append(failed(ratio, log_joint).to(zero.dtype))
             states.append(memory)
-            rates.append(move.acceptance)
-            ratio = torch.zeros_like(move.acceptance) if move.log_ratio is None else move.log_ratio
-            ratios.append(ratio.abs().amax())
-            fails.append(failed(ratio, current.log_joint))
-        rate = torch.stack(rates)
-        info = GibbsInfo(current.log_joint, rate.mean(0))
-        state = state._replace(current=current, states=tuple(states))
+            rates.append(rate)
+        current = Current(values, density.joint(values) if log_joint is None else log_joint)
+        rate, has_failed = torch.stack(rates), torch.stack(fails)
+        state = state._replace(
+            current=current,
+            states=tuple(states),
+            certificate=torch.stack(ratios),
+            trust=torch.where(has_failed > 0, -math.inf, state.trust + 1),
+        )
         if warmup:
-            state = state._replace(strikes=state.strikes + torch.stack(fails), certificate=torch.stack(ratios))
+            state = state._replace(strikes=state.strikes + has_failed)
         else:
-            state = state._replace(
-                acceptance=state.acceptance + rate.mean(1),
-                certificate=torch.maximum(state.certificate * (state.sweeps > 0), torch.stack(ratios)),
-                sweeps=state.sweeps + 1,
-            )
-        return state, info
+            state = state._replace(acceptance=state.acceptance + rate.mean(1), sweeps=state.sweeps + 1)
+        return state, GibbsInfo(current.log_joint, rate.mean(0))
 
     def plan(self, state: GibbsState, program: Program) -> Plan:
         updates = []

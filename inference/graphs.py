@@ -126,6 +126,12 @@ def meta(graph: Draft, node: fx.Node) -> Meta | None:
     return node.meta.get("val")
 
 
+def elements(graph: Draft | fx.GraphModule) -> int:
+    """Elements of all tensors that a graph makes; views are no more than names."""
+    made = [node for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node)]
+    return sum(node.meta["val"].shape.numel() for node in made if "val" in node.meta)
+
+
 def signature(value: Any, label: Callable[[fx.Node], Hashable]) -> Hashable:
     """Arguments of a node as something to compare, with labels for nodes.
 

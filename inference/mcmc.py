@@ -304,6 +304,31 @@ class HamiltonianInfo(NamedTuple):
     velocity: Tensor
 
 
+class _Leap:
+    """The two halves of a leapfrog step; with a diagonal factor one operation each, for small problems are all overhead.
+
+    Args:
+        factor: What whitens the coordinates, as ``pushed`` takes it.
+        step_size: ε, () or (chain, 1).
+    """
+
+    def __init__(self, factor: Tensor, step_size: Tensor) -> None:
+        self.factor, self.is_plain = factor, factor.dim() == 1
+        self.whole, self.half = self.of(step_size), self.of(0.5 * step_size)
+
+    def of(self, step_size: Tensor) -> Tensor:
+        """What ``drifted`` and ``kicked`` take for a step of this size."""
+        return step_size * self.factor if self.is_plain else step_size
+
+    def drifted(self, position: Tensor, momentum: Tensor, step: Tensor) -> Tensor:
+        """q + ε L p"""
+        return torch.addcmul(position, momentum, step) if self.is_plain else position + step * pushed(momentum, self.factor)
+
+    def kicked(self, momentum: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
+        """p + ε Lᵀ g"""
+        return torch.addcmul(momentum, gradient, step) if self.is_plain else momentum + step * pulled(gradient, self.factor)
+
+
 @dataclass(frozen=True)
 class HamiltonianKernel:
     """Leapfrog trajectories of one common, jittered length, then a Metropolis decision.
@@ -333,20 +358,20 @@ class HamiltonianKernel:
         chains = len(state.position)
         steps = served((self.jitter * self.length / self.step_size).ceil().clamp(1, self.most_steps), chains)
         move = served(self.step_size, chains)
-        half = 0.5 * move
         position, log_density, gradient = state
         momentum = torch.randn_like(position)
         energy = 0.5 * momentum.square().sum(-1) - log_density
-        momentum = momentum + half * pulled(gradient, self.scale)
+        leap = _Leap(self.scale, move)
+        momentum = leap.kicked(momentum, gradient, leap.half)
         last = int(steps.max()) - 1
         for i in range(last + 1):
-            drift, kick = move, half if i == last else move
+            drift, kick = leap.whole, leap.half if i == last else leap.whole
             if steps.dim():  # chains that have arrived stand still
-                drift = torch.where(steps > i, move, 0.0)
-                kick = torch.where(steps > i + 1, move, 0.5 * drift)
-            position = position + drift * pushed(momentum, self.scale)
+                drift = leap.of(torch.where(steps > i, move, 0.0))
+                kick = leap.of(torch.where(steps > i + 1, move, 0.5 * torch.where(steps > i, move, 0.0)))
+            position = leap.drifted(position, momentum, drift)
             gradient, log_density = density(position)
-            momentum = momentum + kick * pulled(gradient, self.scale)
+            momentum = leap.kicked(momentum, gradient, kick)
         new_energy = 0.5 * momentum.square().sum(-1) - log_density
         error = (new_energy - energy).nan_to_num(nan=math.inf)
         accepted = torch.rand_like(error).log() < -error

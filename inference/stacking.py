@@ -160,10 +160,28 @@ def log_probs(
 
 def _alone(name: str, node: Mapping[str, Any], origin: Callable[[Tensor], Tensor]) -> Stack:
     rows = gaussian(node, origin)
-    return Stack((name,), _log_prob(node).unsqueeze(0) if rows is None else rows)
+    return Stack((name,), _log_prob(node, origin).unsqueeze(0) if rows is None else rows)
 
 
-def _log_prob(node: Mapping[str, Any]) -> Tensor:
-    log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+def _log_prob(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor]) -> Tensor:
+    log_prob = _looked_up(node, origin)
+    if log_prob is None:
+        log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
     scaled: Tensor = scale_and_mask(log_prob, node["scale"], node["mask"])
     return scaled
+
+
+def _looked_up(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Log-probabilities of labels whose probabilities are the same for a whole plate: looked up in one table.
+
+    Pyro normalises and looks up in a table of its own for every element of the plate.
+    """
+    fn, value = node["fn"], node["value"]
+    if type(fn) is not dist.Categorical or node["args"] or node["kwargs"] or not isinstance(value, Tensor):
+        return None
+    name = "logits" if "logits" in vars(fn) else "probs"
+    table = origin(vars(fn)[name])
+    if table.dim() != 1 or not fn.batch_shape:
+        return None
+    logits = dist.Categorical(**{name: table}, validate_args=False).logits
+    return logits[value.long()].expand(torch.broadcast_shapes(value.shape, fn.batch_shape))

@@ -6,7 +6,10 @@ import itertools
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,10 +157,13 @@ def test_vmapped_and_staged_agree_with_looped_on_the_joint_and_on_exact_draws(na
             torch.testing.assert_close(other, looped, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name),
     reason="the compiled rung needs a C++ compiler",
 )
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["eight schools", "coal"])
 def test_the_compiled_rung_gives_the_values_and_gradients_of_the_looped_one(name: str) -> None:
     program = programs()[name]
@@ -168,6 +174,60 @@ def test_the_compiled_rung_gives_the_values_and_gradients_of_the_looped_one(name
     for result, expected in zip(results, looped(position, {}), strict=True):
         assert_close(result, expected)
     assert compiled.rung == "compiled"
+
+
+def test_without_a_compiler_a_run_is_staged_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    program = programs()["eight schools"]
+    density, coordinates = Density(program, evaluations=10**6, rung="compiled"), Unconstrained(program, program.continuous)
+    for gradient in (True, False):
+        staged = density.unconstrained(coordinates, gradient=gradient)
+        for position in positions(coordinates.size):
+            staged(position, {})
+        assert staged.rung == "staged"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        "schools would run faster compiled, but there is no C++ compiler: install g++, or name yours in CXX."
+    )
+
+
+_HIDDEN = """
+import sys, torch, pyro, pyro.distributions as dist
+from inference.density import Density
+from inference.program import Program
+from inference.handlers import quiet, reproducible
+
+def hidden(y):
+    move = pyro.sample("move", dist.Dirichlet(torch.ones(3, 3)).to_event(1))
+    level = pyro.sample("level", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    z = 0
+    for t in pyro.markov(range(len(y))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(move[z]), infer={"enumerate": "parallel"})
+        pyro.sample(f"y_{t}", dist.Normal(level[z], 1.0), obs=y[t])
+
+torch.set_num_threads(2)
+program = Program(hidden, (torch.arange(float(sys.argv[1]), dtype=torch.float64),))
+density = Density(program, evaluations=10**7, rung="compiled")
+with reproducible(program.dtype), quiet():
+    values = {name: torch.stack([program.sample_prior()[name] for _ in range(64)]) for name in program.continuous}
+    staged = density.slopes(program.continuous, program.finite)
+    for _ in range(200):
+        staged(values)
+    assert staged.rung in sys.argv[2:], (staged.rung, staged.nodes)
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(("steps", "rungs"), [(3, ("compiled",)), (10, ("staged", "compiled"))])
+def test_a_compiled_chain_of_states_does_not_kill_its_process(steps: int, rungs: tuple[str, ...]) -> None:
+    """Three steps once corrupted the heap on two threads; ten are a cycle to the compiler, and stay staged then."""
+    command = [sys.executable, "-c", _HIDDEN, str(steps), *rungs]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_short_run_is_not_compiled() -> None:
@@ -196,6 +256,27 @@ def test_a_chain_does_not_depend_on_the_chains_beside_it() -> None:
             gradient, value = density(position[c : c + 1], {})
         assert_close(gradient[0], gradients[c])
         assert_close(value[0], values[c])
+
+
+@pytest.mark.parametrize("form", ["probs", "logits"])
+def test_labels_of_a_plate_are_looked_up_with_the_probabilities_and_gradients_of_pyro(form: str, inside_a_run: None) -> None:
+    labels = torch.tensor([2, 0, 1, 2, 2])
+    is_seen = torch.tensor([True, True, False, True, True])
+
+    def program(rows: Tensor) -> None:
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("rows", len(rows)), pyro.poutine.mask(mask=is_seen), pyro.poutine.scale(scale=2.0):
+            pyro.sample("z", dist.Categorical(**{form: shares if form == "probs" else 3.0 * shares}))
+
+    shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    looked_at = Program(program, (labels.double(),))
+    gradient, value = torch.func.grad_and_value(lambda s: looked_at.log_joint({"shares": s, "z": labels}))(shares)
+    leaf = shares.clone().requires_grad_()
+    conditioned = pyro.poutine.condition(program, {"shares": leaf, "z": labels})
+    expected = pyro.poutine.trace(conditioned).get_trace(labels.double()).log_prob_sum()
+    expected.backward()
+    assert_close(value, expected.detach())
+    assert_close(gradient, leaf.grad)
 
 
 # ------------------------------------------------------------------------------------------ what a graph cannot know

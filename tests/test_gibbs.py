@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,6 +14,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from inference import Conjugate, Enumerate, Gibbs, Hamiltonian, Unsupported, arviz
+from inference.conditionals import NormalConditional
+from inference.messages import Normal
 from inference.plan import assign
 from inference.program import Program
 from pyro_genmodels import GMM, datasets
@@ -228,3 +231,28 @@ def test_counts_beside_a_continuous_site(device: torch.device) -> None:
     # with the counts summed out seen_n is Poisson(0.3 rate), so that the rate is Gamma(2 + 4, 0.5 + 0.9)
     draws = posterior.draws["rate"].numpy()
     assert abs(draws.mean() - 6.0 / 1.4) < 4.0 * float(arviz.mcse(draws))
+
+
+def test_a_certificate_that_held_for_long_is_taken_now_and_then_and_always_again_once_it_fails(
+    inside_a_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = BY_NAME["normal_independent"]
+    program = Program(instance.program, instance.data)
+    backend = Gibbs(chains=2, warmup=0, progress=False)
+    state, taken, solve = backend.init(program), [], Normal.solve
+    step = Conjugate.step
+    monkeypatch.setattr(Conjugate, "step", lambda self, *rest: (taken.append(sweep), step(self, *rest))[1])
+    for sweep in range(200):  # noqa: B007
+        state, _ = backend.sample(state, program)
+    assert sorted({*taken}) == [*range(100), *range(100, 200, 10)]
+    assert float(state.certificate.max()) < CERTIFICATE
+
+    def shifted(self: Normal, at: torch.Tensor, gradients: torch.Tensor) -> NormalConditional:
+        found = solve(self, at, gradients)
+        return replace(found, mean=found.mean + 1e-3)
+
+    monkeypatch.setattr(Normal, "solve", shifted)
+    for sweep in range(200, 230):  # noqa: B007
+        state, _ = backend.sample(state, program)
+    assert {*taken} >= {*range(200, 230)} and float(state.certificate.max()) > CERTIFICATE
+    assert "certificate" in str(backend.plan(state, program))

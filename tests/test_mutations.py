@@ -281,9 +281,14 @@ MUTANTS = {
         density_has_its_evidence,
     ),
     "a trajectory without its first half step": Mutant(
-        LEAP, "momentum = momentum + half * ", "momentum = momentum + 0.0 * ", trajectories_are_reversible
+        LEAP,
+        "kicked(momentum, gradient, leap.half)",
+        "kicked(momentum, gradient, 0.0 * leap.half)",
+        trajectories_are_reversible,
     ),
-    "a trajectory with a whole last step": Mutant(LEAP, "half if i == last else move", "move", trajectories_are_reversible),
+    "a trajectory with a whole last step": Mutant(
+        LEAP, "leap.half if i == last else leap.whole", "leap.whole", trajectories_are_reversible
+    ),
     "a trajectory that is always accepted": Mutant(
         LEAP, ".log() < -error", ".log() < error.abs()", hamiltonian_is_stationary
     ),
@@ -356,7 +361,7 @@ MUTANTS = {
         METROPOLISED, "torch.where(accepted, log_joint, current.log_joint)", "current.log_joint", NORMAL
     ),
     "an HMC block that leaves the log-joint stale": Mutant(
-        "inference.blocks.hamiltonian:Hamiltonian.step", "density.joint(values)", "current.log_joint", MIXED
+        "inference.gibbs:Gibbs._sweep", "log_joint = {**values, **moved}, None", "_ = {**values, **moved}, None", MIXED
     ),
     "a covariance that is not centred": Mutant(
         "inference.mcmc:Moments.update", "after = position - mean", "after = position", moments_are_those_of_numpy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.density import Density
 
-__all__ = ["Block", "Current", "Move", "averaged", "failed", "handed_out", "is_certified", "metropolised"]
+__all__ = ["Block", "Current", "Move", "averaged", "failed", "handed_out", "is_certified", "metropolised", "where_proper"]
 
 
 class Current(NamedTuple):
@@ -77,6 +77,22 @@ class Block(abc.ABC):
         """
         return replace(self, sites=tuple(sites))
 
+    def drawn(
+        self, state: Any, density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[Any, dict[str, Tensor], Tensor] | None:
+        """Moves every chain without the log-joint: a move that carries a certificate is made as if it held.
+
+        Args:
+            state: The block's state.
+            density: The densities of the program.
+            values: Where the chains are.
+            warmup: As for ``step``.
+
+        Returns:
+            The block's state, its sites' values and acceptance (chain,); None if the block always takes the log-joint.
+        """
+        return None
+
     @abc.abstractmethod
     def init(self, density: Density, current: Current) -> Any:
         """The block's own state: tensors only."""
@@ -113,6 +129,17 @@ def metropolised(
     }
     moved = Current({**current.values, **kept}, torch.where(accepted, log_joint, current.log_joint))
     return moved, Move(log_ratio.clamp(max=0.0).exp(), log_ratio)
+
+
+def where_proper(
+    is_proper: Tensor, proposed: dict[str, Tensor], values: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Proposed values of those chains whose conditional is a distribution, (chain,), and their acceptance."""
+    kept = {
+        name: torch.where(is_proper.reshape(-1, *(1,) * (value.dim() - 1)), value, values[name])
+        for name, value in proposed.items()
+    }
+    return kept, is_proper.to(next(iter(proposed.values())).dtype)
 
 
 def failed(log_ratio: Tensor, log_joint: Tensor) -> Tensor:

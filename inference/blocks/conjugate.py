@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from inference.blocks.block import Block, Current, Move, is_certified, metropolised
+from inference.blocks.block import Block, Current, Move, is_certified, metropolised, where_proper
 from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
@@ -160,6 +160,14 @@ class Conjugate(Block):
             conditional = message(self.family, self.sites[0], points, density, current.values)
             points = merged(conditional, points)
         return points
+
+    def drawn(
+        self, state: Points, density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[Points, dict[str, Tensor], Tensor]:
+        assert self.family is not None
+        conditional = message(self.family, self.sites[0], state, density, values)
+        found = where_proper(conditional.is_proper, {self.sites[0]: conditional.sample()}, values)
+        return merged(conditional, state) if warmup else state, *found
 
     def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
         assert self.family is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move
 from inference.density import Density
@@ -26,6 +27,12 @@ class Constant(Block):
 
     def init(self, density: Density, current: Current) -> tuple[()]:
         return ()
+
+    def drawn(
+        self, state: tuple[()], density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[tuple[()], dict[str, Tensor], Tensor]:
+        chains = len(next(iter(values.values())))
+        return (), {}, torch.ones(chains, dtype=density.program.dtype, device=density.program.device)
 
     def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
         still = torch.zeros_like(current.log_joint)

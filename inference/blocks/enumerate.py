@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move, is_certified, metropolised
 from inference.contract import Unsupported
@@ -80,6 +81,15 @@ class Enumerate(Block):
 
     def init(self, density: Density, current: Current) -> tuple[()]:
         return ()
+
+    def drawn(
+        self, state: tuple[()], density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[tuple[()], dict[str, Tensor], Tensor] | None:
+        if self.by_element:
+            return None
+        chains = len(values[self.sites[0]])
+        found = density.redraw(self.sites, is_blind=True)(values, density.uniforms(self.sites, chains))
+        return (), found, torch.ones(chains, dtype=density.program.dtype, device=density.program.device)
 
     def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
         if self.by_element:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from inference.blocks.block import Block, Current, Move, is_certified, metropolised
+from inference.blocks.block import Block, Current, Move, is_certified, metropolised, where_proper
 from inference.blocks.conjugate import Joined, merged
 from inference.conditionals import Conditional, GaussianConditional, Points
 from inference.contract import Unsupported
@@ -101,6 +101,16 @@ class Gaussian(Block):
         for _ in range(2):
             points = merged(self.conditional(points, density, current.values), points)
         return points
+
+    def drawn(
+        self, state: Points, density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[Points, dict[str, Tensor], Tensor]:
+        joined = Joined(density.program, self.sites)
+        conditional = self.conditional(state, density, values)
+        proposal = conditional.sample()
+        proposed = joined.split(proposal.reshape(len(proposal), *joined.shape))
+        found = where_proper(conditional.is_proper, proposed, values)
+        return merged(conditional, state) if warmup else state, *found
 
     def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
         joined = Joined(density.program, self.sites)

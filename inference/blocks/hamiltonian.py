@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -17,6 +17,7 @@ from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianKernel
 __all__ = ["Hamiltonian", "misled"]
 
 _PIECES, _ROUNDS, _PATHS = 16, 5, 4  # 16⁻⁵ of a path is a millionth of it
+_STEPS = 8  # evaluations of a trajectory, about
 _CLIFF = 50.0  # below the highest point of a path, where the density ends unnoticed
 
 
@@ -49,14 +50,14 @@ class Hamiltonian(Block):
                 raise Unsupported(f"Hamiltonian() needs continuous sites, but '{site}' is discrete.")
         return replace(self, sites=tuple(sites))
 
-    def _parts(self, density: Density, current: Current) -> tuple[Unconstrained, Gradient, dict[str, Tensor]]:
+    def _parts(self, density: Density, values: Mapping[str, Tensor]) -> tuple[Unconstrained, Gradient]:
         coordinates = Unconstrained(density.program, self.sites)
-        others = {name: value for name, value in current.values.items() if name not in self.sites}
-        staged = density.unconstrained(coordinates)
-        return coordinates, lambda position: staged(position, others), others
+        others = {name: value for name, value in values.items() if name not in self.sites}
+        staged = density.unconstrained(coordinates, evaluations=_STEPS * density.evaluations)
+        return coordinates, lambda position: staged(position, others)
 
     def init(self, density: Density, current: Current) -> HamiltonianBlockState:
-        coordinates, gradient, _ = self._parts(density, current)
+        coordinates, gradient = self._parts(density, current.values)
         position = coordinates.position(current.values)
         one = position.new_ones(())
         kernel = HamiltonianKernel(one, one, position.new_ones(coordinates.size), one)
@@ -66,19 +67,23 @@ class Hamiltonian(Block):
     def step(
         self, state: HamiltonianBlockState, density: Density, current: Current, warmup: int
     ) -> tuple[HamiltonianBlockState, Current, Move]:
-        coordinates, gradient, others = self._parts(density, current)
+        state, moved, rate = self.drawn(state, density, current.values, warmup)
+        values = {**current.values, **moved}
+        return state, Current(values, density.joint(values)), Move(rate)
+
+    def drawn(
+        self, state: HamiltonianBlockState, density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[HamiltonianBlockState, dict[str, Tensor], Tensor]:
+        coordinates, gradient = self._parts(density, values)
         adaptation = state.adaptation
         kernel = adaptation.kernel(is_final=not warmup, most_steps=self.most_steps)
-        before = kernel.init(coordinates.position(current.values), gradient)
+        before = kernel.init(coordinates.position(values), gradient)
         after, info = kernel.step(before, gradient)
         if warmup:
             adaptation = adaptation.update(before, after, info, warmup, self.target)
         else:
             adaptation = adaptation.advance()
-        values = {**others, **coordinates.values(after.position)}
-        values = {name: values[name] for name in current.values}
-        moved = Current(values, density.joint(values))
-        return HamiltonianBlockState(adaptation), moved, Move(info.acceptance_rate)
+        return HamiltonianBlockState(adaptation), coordinates.values(after.position), info.acceptance_rate
 
 
 def misled(sites: Sequence[str], density: Density, trials: Current) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference import polya_gamma
-from inference.blocks.block import Block, Current, Move, is_certified, metropolised
+from inference.blocks.block import Block, Current, Move, is_certified, metropolised, where_proper
 from inference.blocks.conjugate import Joined, merged
 from inference.blocks.gaussian import check_real
 from inference.conditionals import Conditional, GaussianConditional, Points
@@ -114,6 +114,15 @@ class PolyaGamma(Block):
             omega = polya_gamma.draw(*self._logistic(density, current.values))
             points = merged(self._conditional(points, density, current.values, omega), points)
         return points
+
+    def drawn(
+        self, state: Points, density: Density, values: dict[str, Tensor], warmup: int
+    ) -> tuple[Points, dict[str, Tensor], Tensor]:
+        omega = polya_gamma.draw(*self._logistic(density, values))
+        conditional = self._conditional(state, density, values, omega)
+        proposed = Joined(density.program, self.sites).split(conditional.sample())
+        found = where_proper(conditional.is_proper, proposed, values)
+        return merged(conditional, state) if warmup else state, *found
 
     def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
         joined = Joined(density.program, self.sites)
