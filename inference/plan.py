@@ -13,7 +13,7 @@ fails it later on, in warm-up, is taken down the ladder (``demoted``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ _TRIALS = 8  # settings of all sites at which an update is tried before it is tr
 _DRAWN = 8  # draws from the prior for each of them
 _WIDEST_JOINT = 200  # elements of sites that are joined without being asked to: each costs a gradient, and their cube a draw
 _MOST_LISTED = 12  # names of sites in a row of a plan
-_LEAST_CHAIN = 16  # sites of a loop that are tried as a chain
+_LEAST_LOOP = 16  # sites of a loop that are tried together
 _LEAST_ELLIPTICAL = 8  # elements of a correlated normal prior that are worth an elliptical slice
 _MOST_COLOURS = 100  # coordinates that slices take in turn
 
@@ -187,6 +187,7 @@ class _Ladder:
         self.density = Density(program, rung="vmapped")
         self.left = dict.fromkeys(program.latents) if left is None else left
         self.taken: list[tuple[Block, str]] = []
+        self.looped: set[str] = set()  # sites of long loops that have no exact draw together
 
     def add(self, block: Block, note: str = "") -> None:
         for site in block.sites:
@@ -259,6 +260,10 @@ class _Ladder:
         latents = self.program.latents
         return [name for name in names if latents[name].is_continuous and kind_of(latents[name].support) == "real"]
 
+    def _single(self, names: Iterable[str]) -> list[str]:
+        """Those names that may be tried one by one."""
+        return [name for name in names if name not in self.looped]
+
     def _size(self, names: Sequence[str]) -> int:
         return sum(self.program.latents[name].shape.numel() for name in names)
 
@@ -267,10 +272,10 @@ class _Ladder:
         from inference.blocks import Conjugate, Gaussian
 
         if is_joint:
-            self._chains()
+            self._loops()
             self._join(Gaussian(), self._real(list(self.left)))
         found = {}
-        for name in list(self.left):
+        for name in self._single(self.left):
             block = self.bound(Conjugate(), [name]) if self.program.latents[name].is_continuous else None
             if block is not None and block.update != failed:
                 found[name] = block
@@ -281,15 +286,19 @@ class _Ladder:
             if name in self.left:
                 self.add(block)
 
-    def _chains(self) -> None:
-        """Exact draws of the states of loops that are Gaussian chains."""
-        from inference.blocks import GaussianChain
+    def _loops(self) -> None:
+        """Exact draws of the sites of each long loop, all at once; the others of them are not tried one by one."""
+        from inference.blocks import Conjugate, GaussianChain
         from inference.program import loops
 
-        for group in loops(self._real(list(self.left)), _LEAST_CHAIN):
-            block = self.bound(GaussianChain(), group)
+        for group in loops([name for name in self.left if self.program.latents[name].is_continuous], _LEAST_LOOP):
+            is_real = len(self._real(group)) == len(group)
+            block = self.bound(GaussianChain(), group) if is_real else None
+            block = block or self.bound(Conjugate(), group)
             if block is not None:
                 self.add(block)
+            elif len(group) > _WIDEST_JOINT or not is_real:
+                self.looped.update(group)
 
     def _join(self, block: Block, names: Sequence[str]) -> bool:
         """Gives all of the names to joint blocks, one for each coupled group, if one for all would fit."""
@@ -330,7 +339,7 @@ class _Ladder:
     def _polya_gamma(self, is_joint: bool) -> None:
         from inference.blocks import Conjugate, Gaussian, PolyaGamma
 
-        rest = self._real(list(self.left))
+        rest = self._single(self._real(list(self.left)))
         if not rest:
             return
         if is_joint:
@@ -345,7 +354,7 @@ class _Ladder:
                 return
             for group in self._merged(PolyaGamma(), rest):
                 self._join(PolyaGamma(), group)
-        for name in self._real(list(self.left)):
+        for name in self._single(self._real(list(self.left))):
             if block := self.bound(PolyaGamma(), [name]):
                 self.add(block)
 

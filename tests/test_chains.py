@@ -209,3 +209,40 @@ def test_what_is_no_gaussian_chain_is_refused(device: torch.device) -> None:
 def test_loops_are_told_by_their_names() -> None:
     names = ["a", *[f"x{t}" for t in range(20)], *[f"y_{t}_1" for t in range(18)], "z1", "z2"]
     assert loops(names, 16) == [names[1:21], names[21:39]]
+
+
+# ------------------------------------------------------------------------------------------------------------ other loops
+def proportions(y: Tensor) -> None:
+    """θ_t ~ Beta(a, 3),  y_t ~ Binomial(20, θ_t)"""
+    a = pyro.sample("a", dist.Gamma(20.0, 10.0))
+    for t in range(len(y)):
+        theta = pyro.sample(f"theta{t}", dist.Beta(a, 3.0))
+        pyro.sample(f"y{t}", dist.Binomial(20, theta), obs=y[t])
+
+
+def test_a_loop_of_conjugate_sites_is_drawn_at_once(device: torch.device) -> None:
+    """Each mean within 4.5 standard errors of (a + y) / (a + 23), averaged over a: a false alarm in 4,000 runs of 32."""
+    y = (torch.arange(32, dtype=torch.float64, device=device) * 7 % 20).round()
+    posterior = Gibbs(chains=20, warmup=20, draws=100, seed=0, progress=False).fit(proportions, y)
+    assert posterior.plan is not None
+    update = posterior.plan["theta0"]
+    assert update.update == "Beta" and len(update.sites) == 32 and update.certificate <= 1e-8
+    a = posterior.draws["a"]
+    for t in range(32):
+        theta = posterior.draws[f"theta{t}"]
+        conditional = (a + y[t].cpu()) / (a + 23.0)
+        error = ((conditional * (1 - conditional) / (a + 24.0)).mean() / theta.numel()).sqrt()
+        assert abs((theta - conditional).mean()) < 4.5 * error  # each draw around its own conditional mean
+
+
+def test_a_loop_without_an_exact_draw_is_not_tried_site_by_site(device: torch.device) -> None:
+    posterior = Gibbs(chains=2, warmup=2, draws=2, seed=0, progress=False).fit(rates, data(20).abs().to(device))
+    assert posterior.plan is not None
+    assert posterior.plan["rate0"].update == "HMC" and len(posterior.plan["rate0"].sites) == 21
+
+
+def rates(y: Tensor) -> None:
+    level = pyro.sample("level", dist.HalfNormal(1.0))
+    for t in range(len(y)):
+        rate = pyro.sample(f"rate{t}", dist.HalfCauchy(level))
+        pyro.sample(f"y{t}", dist.Exponential(1.0 + rate), obs=y[t])

@@ -378,8 +378,8 @@ def read(
     looked = Program(program, data)
     density = Density(looked, rung="vmapped")
     points = family.initial(values[site])
-    first = message(family, site, points, density, values)
-    return [first, message(family, site, first.points(), density, values)]
+    first = message(family, [site], points, density, values)
+    return [first, message(family, [site], first.points(), density, values)]
 
 
 def _expected(pair: Pair, case: Case) -> dict[str, Tensor]:
@@ -422,7 +422,7 @@ def test_conditionals_agree_with_the_joint(pair: Pair, device: torch.device) -> 
         values["member"] = (torch.arange(ROWS) % K).expand(CHAINS, -1).to(device)
     program = Program(case.program, (pair.rows.to(device),))
     density = Density(program, rung="vmapped")
-    conditional = message(pair.family, "z", pair.family.initial(values["z"]), density, values)
+    conditional = message(pair.family, ["z"], pair.family.initial(values["z"]), density, values)
     assert bool(conditional.is_proper.all())
     draws = [conditional.sample() for _ in range(8)]
     joint = torch.stack([density.joint({**values, "z": draw}) for draw in draws])

@@ -15,20 +15,28 @@ from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
 from inference.messages import Family, Normal, Pareto, candidates, kind_of, least_of
-from inference.program import Program
+from inference.program import Program, Site
 
-__all__ = ["Conjugate", "Joined", "merged", "message"]
+__all__ = ["Conjugate", "Joined", "Stacked", "merged", "message"]
 
 _HALVINGS = 60  # of an interval: to the last bit
 
 
-def message(family: Family, site: str, points: Points, density: Density, values: dict[str, Tensor]) -> Conditional:
-    """The conditional of ``site`` given all other sites, in ``family``, from gradients near ``points``."""
+def message(
+    family: Family, sites: Sequence[str], points: Points, density: Density, values: dict[str, Tensor]
+) -> Conditional:
+    """The conditional of ``sites`` given all others, in ``family``, from gradients near ``points``; several are stacked."""
     if isinstance(family, Pareto):  # the gradient has to be taken inside
+        (site,) = sites
         begin = edge(site, density, values, torch.full_like(values[site], family.least))
         points = Points(2.0 * begin, begin)
     at = family.at(points)
-    gradients = density.gradients(site)(at.movedim(0, 1).contiguous(), values)
+    if len(sites) == 1:
+        staged = density.gradients(sites[0])
+    else:
+        stacked = Stacked(sites).gradients(lambda values: density.program.log_joint(values))
+        staged = density.stage(("stacked gradients", *sites), stacked, (True, True))
+    gradients = staged(at.movedim(0, 1).contiguous(), values)
     conditional = family.solve(at, gradients.movedim(1, 0))
     return replace(conditional, scale=begin) if isinstance(conditional, ParetoConditional) else conditional
 
@@ -106,16 +114,50 @@ class Joined:
         return at_points
 
 
+class Stacked:
+    """Sites of one shape as one, (…, *shape) of a single site, (…, site, *shape) of several.
+
+    Args:
+        sites: Their names.
+    """
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self.sites = tuple(sites)
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Site to value (chain, *shape) -> stacked."""
+        if len(self.sites) == 1:
+            return values[self.sites[0]]
+        return torch.stack([values[site] for site in self.sites], 1)
+
+    def split(self, value: Tensor, dim: int = 1) -> dict[str, Tensor]:
+        """Stacked, along ``dim``, -> site to value."""
+        if len(self.sites) == 1:
+            return {self.sites[0]: value}
+        return dict(zip(self.sites, value.unbind(dim), strict=True))
+
+    def gradients(self, log_density: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """(points (point, *stack), values) -> gradient in the stacked value of ``log_density(values)``."""
+
+        def at_points(points: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+            return vmap(grad(lambda value: log_density({**values, **self.split(value, 0)})))(points)
+
+        return at_points
+
+
 @dataclass(frozen=True)
 class Conjugate(Block):
     """An exact draw from a conjugate conditional.
+
+    Several sites of one shape, such as those of a loop, are drawn at once, as one site with an axis more; they must be
+    independent given the others.
 
     The points of differentiation are the last conditional's mean and spread during warm-up, and frozen after it: they
     never look at the value that is being replaced, so that a wrong family would be rejected, not sampled from.
 
     Args:
-        sites: Name of the one site; filled in by ``bind``.
-        family: The family of its conditional; None tries those that live on its support.
+        sites: Name of the site or sites; filled in by ``bind``.
+        family: The family of the conditional; None tries those that live on its support.
     """
 
     family: Family | None = None
@@ -129,20 +171,22 @@ class Conjugate(Block):
         return True
 
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
-        if len(sites) != 1:
-            raise Unsupported(
-                f"Conjugate() updates one site, but was given {', '.join(sites)}. Gaussian() draws real ones jointly."
-            )
-        site = density.program.latents[sites[0]]
-        if not site.is_continuous:
+        latents = density.program.latents
+        site = latents[sites[0]]
+        if any(not latents[name].is_continuous for name in sites):
             raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
-        least = least_of(site.support)
-        families: list[Family] = [*candidates(site.support, site.shape)] if least is None else [Pareto(least)]
-        idle = _idle(site.name, density, trials)
-        if idle is not None and kind_of(site.support) == "real":  # what is masked may be in no other term either
-            families.append(Normal(idle))
+        kinds = {(latents[name].shape, kind_of(latents[name].support)) for name in sites}
+        if len(kinds) > 1 or (len(sites) > 1 and None in next(iter(kinds))):
+            raise Unsupported(
+                f"Conjugate() updates one site, or several of one shape and support, but was given {', '.join(sites)}. "
+                "Gaussian() draws real ones jointly."
+            )
+        if len(sites) > 1:
+            families = [*candidates(site.support, torch.Size([len(sites), *site.shape]))]
+        else:
+            families = self._families(site, density, trials)
         for family in [self.family] if self.family else families:
-            bound = replace(self, sites=(site.name,), family=family)
+            bound = replace(self, sites=tuple(sites), family=family)
             points = bound.init(density, trials)
             for _ in range(2):
                 points, moved, move = bound.step(points, density, trials, 0)
@@ -153,11 +197,20 @@ class Conjugate(Block):
         where = kind_of(site.support) or str(site.support)
         raise Unsupported(f"The conditional of '{site.name}' is in no known family on its support ({where}).")
 
+    @staticmethod
+    def _families(site: Site, density: Density, trials: Current) -> list[Family]:
+        least = least_of(site.support)
+        families: list[Family] = [*candidates(site.support, site.shape)] if least is None else [Pareto(least)]
+        idle = _idle(site.name, density, trials)
+        if idle is not None and kind_of(site.support) == "real":  # what is masked may be in no other term either
+            families.append(Normal(idle))
+        return families
+
     def init(self, density: Density, current: Current) -> Points:
         assert self.family is not None
-        points = self.family.initial(current.values[self.sites[0]])
+        points = self.family.initial(Stacked(self.sites).join(current.values))
         for _ in range(2):
-            conditional = message(self.family, self.sites[0], points, density, current.values)
+            conditional = message(self.family, self.sites, points, density, current.values)
             points = merged(conditional, points)
         return points
 
@@ -165,18 +218,18 @@ class Conjugate(Block):
         self, state: Points, density: Density, values: dict[str, Tensor], warmup: int
     ) -> tuple[Points, dict[str, Tensor], Tensor]:
         assert self.family is not None
-        conditional = message(self.family, self.sites[0], state, density, values)
-        found = where_proper(conditional.is_proper, {self.sites[0]: conditional.sample()}, values)
+        conditional = message(self.family, self.sites, state, density, values)
+        found = where_proper(conditional.is_proper, Stacked(self.sites).split(conditional.sample()), values)
         return merged(conditional, state) if warmup else state, *found
 
     def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
         assert self.family is not None
-        site = self.sites[0]
-        conditional = message(self.family, site, state, density, current.values)
+        stacked = Stacked(self.sites)
+        conditional = message(self.family, self.sites, state, density, current.values)
         proposal = conditional.sample()
-        log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(current.values[site])
+        log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(stacked.join(current.values))
         log_q = torch.where(conditional.is_proper, log_q, torch.inf)
-        moved, move = metropolised(current, {site: proposal}, log_q, log_q_present, density)
+        moved, move = metropolised(current, stacked.split(proposal), log_q, log_q_present, density)
         return merged(conditional, state) if warmup else state, moved, move
 
 
