@@ -319,7 +319,9 @@ class _Run:
             if isinstance(schedule, Sample):
                 raise KeyboardInterrupt(self._stopped("in warm-up: there are no draws yet.")) from None
             state = self._last
-            end = self._try_end(state)  # before draws are read from what is not done yet
+            history = self._stacked(0)
+            is_told = self.backend.history(history, state) is history
+            end = self._try_end(state, None if is_told else history)  # before draws are read from what is not done yet
             self.notes.append(f"Stopped by Ctrl-C after {len(self.history)} of {schedule.steps} steps.")
         try:
             state = self._read(state, is_done=end is None)

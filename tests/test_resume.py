@@ -494,6 +494,29 @@ def test_steps_that_ctrl_c_cut_short_are_taken_before_there_are_new_draws() -> N
     assert torch.equal(whole.history["loss"], SVI(steps=20, draws=10, **QUIET).fit(line, Y).history["loss"])
 
 
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_em_goes_on_with_chains_of_states_after_ctrl_c(is_saved: bool, tmp_path: Path) -> None:
+    def walk(y: Tensor) -> None:
+        step = pyro.sample("step", dist.HalfNormal(1.0))
+        x: Any = 0.0
+        for t in range(len(y)):
+            x = pyro.sample(f"x{t}", dist.Normal(x, step))
+            pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t])
+
+    def stop(step: int, info: Any) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    y = torch.linspace(-1.0, 2.0, 20, dtype=torch.float64).sin()
+    half = EM(steps=12, callbacks=(stop,), **QUIET).fit(walk, y)
+    if is_saved:
+        half.save(tmp_path / "half")
+    last = EM(steps=12, **QUIET).resume(tmp_path / "half" if is_saved else half, walk, y)
+    whole = EM(steps=12, **QUIET).fit(walk, y)
+    assert whole.plan is not None and len(whole.plan["x0"].sites) == 20
+    assert_same(last, whole)
+
+
 def test_a_back_end_of_the_user_goes_on_too(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Restless(HMC):
