@@ -30,7 +30,7 @@ from inference.blocks.block import Move, is_certified
 from inference.conditionals import Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density
-from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler
+from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler, Weights
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
 from inference.handlers import isolated
@@ -353,7 +353,7 @@ class EM(Backend[EMState, EMInfo]):
         state = state._replace(objective=objective, step=state.step + 1)
         return state, EMInfo(objective, distance, torch.tensor(is_done))
 
-    def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: list[Tensor]) -> EMState:
+    def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: Weights) -> EMState:
         """Raises Q, or leaves it."""
         roles, task = state.roles, state.roles.task
         reached = task.expected(state.values, particles, weights, ALL)
@@ -385,7 +385,7 @@ class EM(Backend[EMState, EMInfo]):
         return state
 
     def _random_step(
-        self, state: EMState, particles: dict[str, Tensor], weights: list[Tensor], batch: Batch, gain: float
+        self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch, gain: float
     ) -> EMState:
         """Moves to the maximum of the averaged Q."""
         roles, task = state.roles, state.roles.task
@@ -492,7 +492,7 @@ def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles) -> EMState:
 
 
 def _take(
-    state: EMState, proposed: dict[str, Tensor], particles: dict[str, Tensor], weights: list[Tensor], reached: Tensor
+    state: EMState, proposed: dict[str, Tensor], particles: dict[str, Tensor], weights: Weights, reached: Tensor
 ) -> tuple[EMState, Tensor]:
     """Takes proposed values in the restarts where Q does not fall by more than rounding."""
     if not proposed:

@@ -23,6 +23,7 @@ import inference.transforms  # noqa: F401  (registers bijections)
 from inference.contract import Guided, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.rows import Known
 from inference.stacking import Stack, log_probs
 
 if TYPE_CHECKING:
@@ -299,6 +300,7 @@ class Program:
         if isinstance(self.owner, nn.Module):
             self.owner.to(self.device)
         self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        self._known = Known(self.data)
         self.weights: dict[str, Tensor] = {}
         self._look()
         self.weights = self._used_weights(self.owner)
@@ -370,8 +372,8 @@ class Program:
             try:
                 nodes = poutine.trace(self.handled(values)).get_trace(*args, **kwargs).nodes
                 self._writes = self._writes or arithmetic.has_written
-                stacks = log_probs(nodes, arithmetic.origin)
-                self.has_rows = self.has_rows or any(stack.rows is not None for stack in stacks)
+                stacks = log_probs(nodes, arithmetic.origin, self._known)
+                self.has_rows = self.has_rows or any(stack.is_product for stack in stacks)
                 return nodes, stacks
             except Unsupported as refusal:  # without the table of shapes that Pyro adds
                 raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
@@ -612,6 +614,7 @@ class Program:
         with isolated(0), reproducible(self.dtype):
             if not hasattr(self, "data"):
                 self.data = [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
+                self._known = Known(self.data)
                 self.nesting = 0
             if not named and not self._table:
                 return {}
