@@ -39,12 +39,13 @@ from inference.marginal import MarginalSampler
 from inference.maximisation import FEW, Adam, climb, stroll
 from inference.messages import Family, candidates
 from inference.plan import Plan, Update, assign
-from inference.program import Program
+from inference.program import Program, Site
 from inference.start import ascended, given_values, starting_values
 
 __all__ = ["EM", "EMInfo", "EMState"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
+_PILOT_ROWS = 10_000  # that pilots see of data with more than twice as many
 _STROLL = 20  # steps of Adam in one M-step on all rows
 _TRIAL = 0.5  # unconstrained distance at which a message must give the change of Q
 _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging of the last half
@@ -178,35 +179,57 @@ class EM(Backend[EMState, EMInfo]):
         if program.weights and self.restarts > 1:
             raise Unsupported("EM trains the weights of the program in place, which allows for one restart only.")
         self._check_batches(program, averaged)
-        density = Density(program, rung="vmapped") if program.weights else program.density
-        task = Completed(program, density, maximised, self.objective == "mle", self.hard)
+        task = self._task(program, maximised)
+        seen = self._thinned(program, averaged, maximised)
+        few = task if seen is program else self._task(seen, maximised)
         pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
         given = given_values(program, self.start, self.restarts)
         is_given = set(given) >= set(maximised)
         if is_given and given:  # whether an M-step is closed is tried nearby
-            values = _around(program, given, starting_values(program, pilots, None, most=1))
+            values = _around(program, given, starting_values(seen, pilots, None, most=1))
         else:
-            values = starting_values(program, pilots, None) if program.latents else {}
+            values = starting_values(seen, pilots, None) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
-            values = ascended(program, values)
+            values = ascended(seen, values)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
-                density.certify(program.finite, values, "Use Gibbs().")
-        expectation = self._expectation(values, averaged, task)
-        pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
-        pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
+                few.density.certify(program.finite, values, "Use Gibbs().")
+        expectation = self._expectation(values, averaged, few)
+        pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, few))
+        pilot = self._find_families(pilot._replace(memory=expectation.init(values, few)), seen)
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):
-                pilot, _ = self.step(pilot, program)
+                pilot, _ = self.step(pilot, seen)
             chosen = _finite(pilot.objective).argsort(descending=True)[: self.restarts]
         values = {name: value[chosen] for name, value in pilot.values.items()} | given
-        state = _fresh(values, self.restarts, pilot.roles)
+        if seen is not program:  # labels of all rows, which the first step does not look at
+            values |= {name: _first(program.latents[name], self.restarts) for name in averaged}
+        state = _fresh(values, self.restarts, pilot.roles._replace(task=task))
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
         # where a start is given, the pilots were elsewhere
         points |= {n: f.initial(values[n]) for n, f in pilot.roles.families.items() if n in given}
         return state._replace(points=points, memory=expectation.init(values, task))
+
+    def _task(self, program: Program, maximised: tuple[str, ...]) -> Completed:
+        density = Density(program, rung="vmapped") if program.weights else program.density
+        return Completed(program, density, maximised, self.objective == "mle", self.hard)
+
+    def _thinned(self, program: Program, averaged: tuple[str, ...], maximised: tuple[str, ...]) -> Program:
+        """What pilots see of the program: some of very many rows, where these are all that is averaged over."""
+        rows = program.rows or 0
+        if rows <= 2 * _PILOT_ROWS or not program.row_plates or program.weights or self.batch_size is not None:
+            return program
+        if not set(averaged) <= set(program.finite):
+            return program
+        index = torch.randperm(rows, device=program.device)[:_PILOT_ROWS].sort().values
+        try:
+            seen = program.thinned(index)
+            kept = [seen.latents[name].shape == program.latents[name].shape for name in maximised]
+        except Exception:  # whatever a program raises that was written for just these rows
+            return program
+        return seen if all(kept) and seen.latents.keys() == program.latents.keys() else program
 
     def _split(self, program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
         data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
@@ -479,6 +502,12 @@ class EM(Backend[EMState, EMInfo]):
             is_large = self._is_large(roles.task, roles) or self._is_batched(program)
             updates.append(Update(roles.climbed, "Adam" if is_large else "L-BFGS", note="maximised; no closed form"))
         return Plan(tuple(updates))
+
+
+def _first(site: Site, restarts: int) -> Tensor:
+    """The first choice of a finite site everywhere, (restart, *site)."""
+    assert site.choices is not None
+    return site.choices[0].expand(restarts, *site.shape)
 
 
 def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles) -> EMState:

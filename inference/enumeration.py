@@ -452,11 +452,11 @@ def _formed(factor: Factor) -> Factor:
 def _log_sum(parts: list[Rows], maximise: bool) -> Tensor:
     """Log-probability of rows under several components, one for each value of a variable; a scalar."""
     choices = max(part.constant.numel() for part in parts)
-    naturals = [part.natural.reshape(-1, part.natural.shape[-1]).expand(choices, -1) for part in parts]
     constants = [part.constant.reshape(-1).expand(choices) for part in parts]
-    statistics = [part.statistics for part in parts if part.statistics.shape[-1]]
-    wide = statistics[0] if len(statistics) == 1 else torch.cat(statistics, -1)
-    return log_sum(wide, torch.cat(naturals, -1), torch.stack(constants).sum(0), maximise)
+    products = [part for part in parts if part.is_product]
+    naturals = [part.natural.reshape(-1, part.natural.shape[-1]).expand(choices, -1) for part in products]
+    statistics = torch.cat([part.statistics for part in products], -1) if len(products) > 1 else products[0].statistics
+    return log_sum(statistics, torch.cat(naturals, -1), torch.stack(constants).sum(0), maximise)
 
 
 def _multiplied(

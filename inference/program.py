@@ -410,6 +410,22 @@ class Program:
         other._replicated, other.groups = dict(observed), groups
         return other
 
+    def thinned(self, index: Tensor) -> Program:
+        """The same program with only the rows ``index`` of its data; its prior is what it was.
+
+        Raises:
+            Exception: Whatever the program raises that was written for just these rows.
+        """
+        tensors = iter(self.minibatch(index))
+        other = copy.copy(self)
+        for name in ("density", "_grown", "row_plates", "row_loops", "constants", "dims", "coords", "finite", "continuous"):
+            other.__dict__.pop(name, None)
+        other._leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        other.data = [leaf for leaf in other._leaves if isinstance(leaf, Tensor)]
+        other._known, other.rows = Known(other.data), len(index)
+        other._look()
+        return other
+
     def chain_data(self, chains: int) -> dict[str, Tensor]:
         """The data that a number of chains have of their own, site to (chain, *site); empty if they share all data."""
         if not self._replicated:

@@ -83,9 +83,14 @@ class Rows(NamedTuple):
         return (self.natural @ self.statistics.T + self.constant.unsqueeze(-1)).movedim(-1, self.axis)
 
     @property
+    def is_product(self) -> bool:
+        """Whether rows differ."""
+        return self.statistics.shape[-1] > 0
+
+    @property
     def is_large(self) -> bool:
         """Whether the table is better not formed."""
-        return self.statistics.shape[0] * self.constant.numel() >= _LEAST_TABLE
+        return self.is_product and self.statistics.shape[0] * self.constant.numel() >= _LEAST_TABLE
 
     def total(self, weights: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Sum of the table, weighted by a table of the same shape, or by what such a table gives for η and c."""

@@ -62,7 +62,7 @@ class Stack(NamedTuple):
     @property
     def is_product(self) -> bool:
         """Whether its table is a product of matrices, which may have to be done row by row."""
-        return self.rows is not None and self.rows.statistics.shape[-1] > 0
+        return self.rows is not None and self.rows.is_product
 
     @property
     def table(self) -> Tensor:
