@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from inference.blocks.block import Move, is_certified
-from inference.conditionals import Points
+from inference.conditionals import Conditional, Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density
 from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler, Weights
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
-from inference.handlers import isolated
+from inference.handlers import isolated, reproducible
 from inference.information import WIDEST, standard_errors
 from inference.marginal import MarginalSampler
 from inference.maximisation import FEW, Adam, climb, stroll
@@ -180,52 +180,67 @@ class EM(Backend[EMState, EMInfo]):
             raise Unsupported("EM trains the weights of the program in place, which allows for one restart only.")
         self._check_batches(program, averaged)
         task = self._task(program, maximised)
-        seen = self._thinned(program, averaged, maximised)
-        few = task if seen is program else self._task(seen, maximised)
-        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
         given = given_values(program, self.start, self.restarts)
+        seen = self._thinned(program, averaged, maximised)
+        if seen is program:
+            roles, values, points = self._piloted(program, task, averaged, given)
+        else:
+            with reproducible(seen.dtype, program.device):
+                wide = {name: _as(value, seen) for name, value in given.items()}
+                roles, values, points = self._piloted(seen, self._task(seen, maximised), averaged, wide)
+            values = {name: _as(value, program) for name, value in values.items()} | given
+            points = {name: Points(*(_as(part, program) for part in own)) for name, own in points.items()}
+            # labels of all rows, which the first step does not look at
+            values |= {name: _first(program.latents[name], self.restarts) for name in averaged}
+        state = _fresh(values, self.restarts, roles._replace(task=task))
+        return state._replace(points=points, memory=roles.expectation.init(values, task))
+
+    def _piloted(
+        self, program: Program, task: Completed, averaged: tuple[str, ...], given: dict[str, Tensor]
+    ) -> tuple[Roles, dict[str, Tensor], dict[str, Points]]:
+        """What is done with each site, and where each restart begins: values, and points of closed M-steps."""
+        maximised = task.maximised
+        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
         is_given = set(given) >= set(maximised)
         if is_given and given:  # whether an M-step is closed is tried nearby
-            values = _around(program, given, starting_values(seen, pilots, None, most=1))
+            values = _around(program, given, starting_values(program, pilots, None, most=1))
         else:
-            values = starting_values(seen, pilots, None) if program.latents else {}
+            values = starting_values(program, pilots, None) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
-            values = ascended(seen, values)
+            values = ascended(program, values)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
-                few.density.certify(program.finite, values, "Use Gibbs().")
-        expectation = self._expectation(values, averaged, few)
-        pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, few))
-        pilot = self._find_families(pilot._replace(memory=expectation.init(values, few)), seen)
+                task.density.certify(program.finite, values, "Use Gibbs().")
+        expectation = self._expectation(values, averaged, task)
+        pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
+        pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:
             for _ in range(0 if program.weights else _PILOT_STEPS):
-                pilot, _ = self.step(pilot, seen)
+                pilot, _ = self.step(pilot, program)
             chosen = _finite(pilot.objective).argsort(descending=True)[: self.restarts]
         values = {name: value[chosen] for name, value in pilot.values.items()} | given
-        if seen is not program:  # labels of all rows, which the first step does not look at
-            values |= {name: _first(program.latents[name], self.restarts) for name in averaged}
-        state = _fresh(values, self.restarts, pilot.roles._replace(task=task))
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
         # where a start is given, the pilots were elsewhere
         points |= {n: f.initial(values[n]) for n, f in pilot.roles.families.items() if n in given}
-        return state._replace(points=points, memory=expectation.init(values, task))
+        return pilot.roles, values, points
 
     def _task(self, program: Program, maximised: tuple[str, ...]) -> Completed:
         density = Density(program, rung="vmapped") if program.weights else program.density
         return Completed(program, density, maximised, self.objective == "mle", self.hard)
 
     def _thinned(self, program: Program, averaged: tuple[str, ...], maximised: tuple[str, ...]) -> Program:
-        """What pilots see of the program: some of very many rows, where these are all that is averaged over."""
+        """What pilots see of the program: few rows of very many, in float64, where tables are all that is averaged over."""
         rows = program.rows or 0
-        if rows <= 2 * _PILOT_ROWS or not program.row_plates or program.weights or self.batch_size is not None:
+        is_large = rows > 2 * _PILOT_ROWS and len(program.row_plates) > 0
+        if program.weights or self.batch_size is not None or not set(averaged) <= set(program.finite):
             return program
-        if not set(averaged) <= set(program.finite):
+        if not is_large and program.dtype == torch.float64:
             return program
-        index = torch.randperm(rows, device=program.device)[:_PILOT_ROWS].sort().values
+        index = torch.randperm(rows, device=program.device)[:_PILOT_ROWS].sort().values if is_large else torch.arange(rows)
         try:
-            seen = program.thinned(index)
+            seen = program.thinned(index.to(program.device), torch.float64)
             kept = [seen.latents[name].shape == program.latents[name].shape for name in maximised]
         except Exception:  # whatever a program raises that was written for just these rows
             return program
@@ -315,7 +330,7 @@ class EM(Backend[EMState, EMInfo]):
                 for _ in range(2):
                     at = family.at(start)
                     conditional = family.solve(at, task.gradients(name, at, values, particles, weights, batch))
-                    start = conditional.points()
+                    start = _suggested(family, conditional)
                 # a function with a maximum need not be a density: a component of three rows has no Wishart, but a covariance
                 transform = site.transform
                 free = transform.inv(values[name])
@@ -386,7 +401,7 @@ class EM(Backend[EMState, EMInfo]):
             mode = conditional.mode()
             state, reached = _take(state, {name: mode}, particles, weights, reached)
             usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
-            merged = _merged(usable, conditional.points(), state.points[name])
+            merged = _merged(usable, _suggested(family, conditional), state.points[name])
             state = state._replace(points={**state.points, name: merged})
         trained = list(task.program.weights.values())
         if not roles.climbed and not trained:
@@ -504,6 +519,11 @@ class EM(Backend[EMState, EMInfo]):
         return Plan(tuple(updates))
 
 
+def _as(value: Tensor, program: Program) -> Tensor:
+    """A value in the floating type of a program."""
+    return value.to(program.dtype) if value.is_floating_point() else value
+
+
 def _first(site: Site, restarts: int) -> Tensor:
     """The first choice of a finite site everywhere, (restart, *site)."""
     assert site.choices is not None
@@ -543,6 +563,12 @@ def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _finite(objective: Tensor) -> Tensor:
     """What is not finite ranks last."""
     return objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+def _suggested(family: Family, conditional: Conditional) -> Points:
+    """Where to differentiate next; in float32 no closer together than values are large, or rounding is all there is."""
+    points = conditional.points()
+    return points if points.location.dtype == torch.float64 else family.initial(points.location)
 
 
 def _merged(good: Tensor, new: Points, old: Points) -> Points:

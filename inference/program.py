@@ -410,18 +410,22 @@ class Program:
         other._replicated, other.groups = dict(observed), groups
         return other
 
-    def thinned(self, index: Tensor) -> Program:
-        """The same program with only the rows ``index`` of its data; its prior is what it was.
+    def thinned(self, index: Tensor, dtype: torch.dtype) -> Program:
+        """The same program in another type, with only the rows ``index`` of its data; its prior is what it was.
 
         Raises:
             Exception: Whatever the program raises that was written for just these rows.
         """
-        tensors = iter(self.minibatch(index))
         other = copy.copy(self)
         for name in ("density", "_grown", "row_plates", "row_loops", "constants", "dims", "coords", "finite", "continuous"):
             other.__dict__.pop(name, None)
+        if isinstance(self.owner, nn.Module) and dtype != self.dtype:
+            other.owner = copy.deepcopy(self.owner).to(dtype)
+            other.call = other.owner if self.call is self.owner else getattr(other.owner, self.call.__name__)
+        other.dtype = dtype
+        other.data = [other._cast(leaf) for leaf in self.minibatch(index)]
+        tensors = iter(other.data)
         other._leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        other.data = [leaf for leaf in other._leaves if isinstance(leaf, Tensor)]
         other._known, other.rows = Known(other.data), len(index)
         other._look()
         return other

@@ -34,7 +34,7 @@ __all__ = ["FEWEST", "Known", "Rows", "gaussian", "is_rewritten", "log_sum", "re
 FEWEST = 200  # rows; fewer are evaluated one by one, which costs no more
 _WIDEST = 2**27  # numbers in a table of statistics
 _LEAST_TABLE = 2**15  # entries of a table; smaller ones are formed
-_CHUNK, _LEAST_CHUNK = 2**16, 512  # entries of a table that stay in a cache, and the least number of rows at once
+_CHUNK, _LEAST_CHUNK = 2**15, 512  # entries of a table that stay in a cache, and the least number of rows at once
 _CHUNK_ON_GPU = 2**24
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # bound on the error of the log-probability of one row
 
