@@ -254,7 +254,7 @@ def _log_sum(
     shape, width = constant.shape, statistics.shape[-1]
     components, lead = shape[-1], shape[:-1].numel()
     eta, c = natural.reshape(-1, width), constant.reshape(-1, 1)
-    least = torch.finfo(statistics.dtype).tiny
+    negligible = 0.7 * math.log(torch.finfo(statistics.dtype).tiny)  # an exponential that underflows takes ten times as long
     total = statistics.new_zeros(lead, dtype=torch.float64)
     moments = statistics.new_zeros(lead * components, width, dtype=torch.float64)
     counts = statistics.new_zeros(lead * components, dtype=torch.float64)
@@ -267,14 +267,15 @@ def _log_sum(
             weights = weights.div_(weights.sum(1, keepdim=True))
             total += top.sum((1, 2), dtype=torch.float64)
         else:
-            top = torch.where(top.isfinite(), top, 0.0)
-            weights = table.sub_(top).exp_()
+            weights = table.sub_(torch.where(top.isfinite(), top, 0.0)).clamp_(min=negligible).exp_()
             sums = weights.sum(1, keepdim=True)
-            weights.div_(sums.clamp(min=least))
+            weights.div_(sums)
             total += sums.log_().add_(top).sum((1, 2), dtype=torch.float64)
         flat = weights.view(lead * components, -1)
         moments += flat @ t
         counts += flat.sum(1)
+    is_gone = c == -math.inf
+    moments, counts = moments.masked_fill_(is_gone, 0.0), counts.masked_fill_(is_gone.squeeze(-1), 0.0)
     parts = total.reshape(shape[:-1]), moments.reshape(*shape, width), counts.reshape(shape)
     return parts[0].to(t.dtype), parts[1].to(t.dtype), parts[2].to(t.dtype)
 
