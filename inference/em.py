@@ -45,7 +45,8 @@ from inference.start import ascended, given_values, starting_values
 __all__ = ["EM", "EMInfo", "EMState"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
-_PILOT_ROWS = 10_000  # that pilots see of data with more than twice as many
+_PILOT_ROWS = 5_000  # that pilots see of data with more than twice as many
+_PILOT_CANDIDATES = 8  # draws that each of them then begins with the best of
 _STROLL = 20  # steps of Adam in one M-step on all rows
 _TRIAL = 0.5  # unconstrained distance at which a message must give the change of Q
 _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging of the last half
@@ -205,7 +206,8 @@ class EM(Backend[EMState, EMInfo]):
         if is_given and given:  # whether an M-step is closed is tried nearby
             values = _around(program, given, starting_values(program, pilots, None, most=1))
         else:
-            values = starting_values(program, pilots, None) if program.latents else {}
+            few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
+            values = starting_values(program, pilots, None, **few) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values)
         if program.finite:

@@ -155,9 +155,7 @@ class Known:
         return self._found[key]
 
 
-def gaussian(
-    node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known: Known | None = None
-) -> Rows | None:
+def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known: Known | None = None) -> Rows | None:
     """The rows of an observed normal statement of a trace; None if it is none, has few rows, or parameters of each row.
 
     Args:
@@ -247,9 +245,7 @@ def log_sum(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: boo
     return total
 
 
-def _log_sum(
-    statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_sum(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``log_sum`` (*), and its gradients in η (*, component, statistic) and c (*, component); chunk by chunk."""
     shape, width = constant.shape, statistics.shape[-1]
     components, lead = shape[-1], shape[:-1].numel()
@@ -333,8 +329,7 @@ class _LogSum(torch.autograd.Function):
         if in_dims[0] is None:
             return _LogSum.apply(statistics, natural, constant, maximise), (0, 0, 0)
         parts = [
-            _LogSum.apply(*part, maximise)
-            for part in zip(statistics.movedim(in_dims[0], 0), natural, constant, strict=True)
+            _LogSum.apply(*part, maximise) for part in zip(statistics.movedim(in_dims[0], 0), natural, constant, strict=True)
         ]
         return tuple(torch.stack(part) for part in zip(*parts, strict=True)), (0, 0, 0)
 

@@ -194,10 +194,10 @@ def main(smoke: bool = False, threads: int = 1) -> None:
                 used = memory(kind, name, rows)
                 print(f"{kind:13}{own:10.3f}{peer / own:8.2f}{difference:13.1e}{used:10}", flush=True)
             print(f"{'(data alone)':13}{'':31}{memory('', name, rows):10}")
-            print(f"{'':13}{f'{long} steps, s':>14}{'log-likelihood of a row':>26}")
-            for kind, (own, level) in zip(KINDS, fits(x, long), strict=False):
-                print(f"{kind:13}{own:14.1f}{level:26.4f}", flush=True)
             print()
+        print(f"{'whole fit':13}{f'{long} steps, s':>14}{'log-likelihood of a row':>26}")
+        for kind, (own, level) in zip(KINDS, fits(x, long), strict=False):
+            print(f"{kind:13}{own:14.1f}{level:26.4f}", flush=True)
 
 
 if __name__ == "__main__":
