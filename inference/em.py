@@ -401,6 +401,11 @@ class EM(Backend[EMState, EMInfo]):
             at = family.at(state.points[name])
             conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, ALL))
             mode = conditional.mode()
+            inside = mode.isfinite().all() & task.program.latents[name].support.check(mode).all()
+            if task.program.has_rows and not bool(inside):  # rounding may be all that the statistics of rows have left
+                exact = task.gradients(name, at, state.values, particles, weights, ALL, is_exact=True)
+                conditional = family.solve(at, exact)
+                mode = conditional.mode()
             state, reached = _take(state, {name: mode}, particles, weights, reached)
             usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
             merged = _merged(usable, _suggested(family, conditional), state.points[name])

@@ -170,9 +170,16 @@ class Completed:
         return staged(inputs, particles, weights.parts, batch.data, instead=exact)
 
     def gradients(
-        self, name: str, at: Tensor, values: Mapping[str, Tensor], particles: Values, weights: Weights, batch: Batch
+        self,
+        name: str,
+        at: Tensor,
+        values: Mapping[str, Tensor],
+        particles: Values,
+        weights: Weights,
+        batch: Batch,
+        is_exact: bool = False,
     ) -> Tensor:
-        """Gradient of Q in one site at the points ``at`` (point, restart, *site), same shape."""
+        """Gradient of Q in one site at the points ``at`` (point, restart, *site), same shape; row by row if ``is_exact``."""
         expected = self.q()
 
         def at_points(points: Tensor, theta: Values, p: Values, w: list[Part], data: list[Tensor]) -> Tensor:
@@ -182,6 +189,8 @@ class Completed:
         staged = self.density.stage(key, at_points, (True, True, True, True, False))
         points, theta = at.movedim(0, 1).contiguous(), self.theta(values)
         exact = lambda: (points, theta, particles, weights.tables, batch.data)  # noqa: E731
+        if is_exact:
+            return staged.row_by_row(*exact()).movedim(1, 0)
         return staged(points, theta, particles, weights.parts, batch.data, instead=exact).movedim(1, 0)
 
     def _key(self, batch: Batch) -> tuple[Any, ...]:
