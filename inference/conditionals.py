@@ -410,7 +410,8 @@ class WishartConditional(Conditional):
     def log_kernel(self, value: Tensor) -> Tensor:
         size = value.shape[-1]
         symmetric = 0.5 * (self.matrix + self.matrix.mT)
-        root = torch.linalg.cholesky(value)
+        root, failed = torch.linalg.cholesky_ex(value)
+        root = torch.where((failed > 0)[..., None, None], torch.nan, root)
         log_det = 2.0 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if self.is_inverse:
             trace = torch.cholesky_solve(symmetric, root).diagonal(dim1=-2, dim2=-1).sum(-1)

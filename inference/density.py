@@ -194,10 +194,17 @@ class Staged:
         variant.checks, variant.evaluations = checks, evaluations
         return variant
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, instead: Callable[[], tuple[Any, ...]] | None = None) -> Any:
+        """The value; ``instead`` gives inputs that take the place of ``inputs`` row by row."""
         found = self._evaluated(*inputs)
         if self.exact is None or self.has_rows is None or not self.has_rows() or not _has_nan(found):
             return found
+        return self.row_by_row(*(inputs if instead is None else instead()))
+
+    def row_by_row(self, *inputs: Any) -> Any:
+        """The value without matrix products of rows."""
+        if self.exact is None:
+            return self(*inputs)
         self.exact.evaluations = self.evaluations
         return self.exact(*inputs)
 

@@ -27,25 +27,27 @@ import torch
 from torch import Tensor
 
 from inference.blocks.block import Move, is_certified
-from inference.conditionals import Points
+from inference.conditionals import Conditional, Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density
 from inference.distributed import check_shards
-from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler
+from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler, Weights
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
-from inference.handlers import isolated
+from inference.handlers import isolated, reproducible
 from inference.information import WIDEST, standard_errors
 from inference.marginal import MarginalSampler
 from inference.maximisation import FEW, Adam, climb, stroll
 from inference.messages import Family, candidates
 from inference.plan import Plan, Update, assign
-from inference.program import Program
+from inference.program import Program, Site
 from inference.start import ASCENT, ascended, given_values, starting_values
 
 __all__ = ["EM", "EMInfo", "EMState"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
+_PILOT_ROWS = 5_000  # that pilots see of data with more than twice as many
+_PILOT_CANDIDATES = 8  # draws that each of them then begins with the best of
 _STROLL = 20  # steps of Adam in one M-step on all rows
 _TRIAL = 0.5  # unconstrained distance at which a message must give the change of Q
 _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging of the last half
@@ -180,20 +182,40 @@ class EM(Backend[EMState, EMInfo]):
         if program.weights and self.restarts > 1:
             raise Unsupported("EM trains the weights of the program in place, which allows for one restart only.")
         self._check_batches(program, averaged)
-        density = Density(program, rung="vmapped") if program.weights else program.density
-        task = Completed(program, density, maximised, self.objective == "mle", self.hard)
-        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
+        task = self._task(program, maximised)
         given = given_values(program, self.start, self.restarts)
+        seen = self._thinned(program, averaged, maximised)
+        if seen is program:
+            roles, values, points = self._piloted(program, task, averaged, given)
+        else:
+            with reproducible(seen.dtype, program.device):
+                wide = {name: _as(value, seen) for name, value in given.items()}
+                roles, values, points = self._piloted(seen, self._task(seen, maximised), averaged, wide)
+            values = {name: _as(value, program) for name, value in values.items()} | given
+            points = {name: Points(*(_as(part, program) for part in own)) for name, own in points.items()}
+            # labels of all rows, which the first step does not look at
+            values |= {name: _first(program.latents[name], self.restarts) for name in averaged}
+        restarts = len(next(iter(values.values()))) if values else self.restarts
+        state = _fresh(values, restarts, roles._replace(task=task))
+        return state._replace(points=points, memory=roles.expectation.init(values, task))
+
+    def _piloted(
+        self, program: Program, task: Completed, averaged: tuple[str, ...], given: dict[str, Tensor]
+    ) -> tuple[Roles, dict[str, Tensor], dict[str, Points]]:
+        """What is done with each site, and where each restart begins: values, and points of closed M-steps."""
+        maximised = task.maximised
+        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
         is_given = set(given) >= set(maximised)
         if is_given and given:  # whether an M-step is closed is tried nearby
             values = _around(program, given, starting_values(program, pilots, None, most=1, is_split=True))
         else:
-            values = starting_values(program, pilots, None, is_split=True) if program.latents else {}
+            few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
+            values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
         if program.continuous and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values, longest=ASCENT, is_split=True)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
-                density.certify(program.finite, values, "Use Gibbs().")
+                task.density.certify(program.finite, values, "Use Gibbs().")
         expectation = self._expectation(values, averaged, task)
         pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
         pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
@@ -207,11 +229,30 @@ class EM(Backend[EMState, EMInfo]):
             copies = torch.arange(pilots, device=program.device) % self.restarts
             chosen, given = chosen[copies], {name: value[copies] for name, value in given.items()}
         values = {name: value[chosen] for name, value in pilot.values.items()} | given
-        state = _fresh(values, len(chosen), pilot.roles)
         points = {n: Points(p.location[chosen], p.spread[chosen]) for n, p in pilot.points.items()}
         # where a start is given, the pilots were elsewhere
         points |= {n: f.initial(values[n]) for n, f in pilot.roles.families.items() if n in given}
-        return state._replace(points=points, memory=expectation.init(values, task))
+        return pilot.roles, values, points
+
+    def _task(self, program: Program, maximised: tuple[str, ...]) -> Completed:
+        density = Density(program, rung="vmapped") if program.weights else program.density
+        return Completed(program, density, maximised, self.objective == "mle", self.hard)
+
+    def _thinned(self, program: Program, averaged: tuple[str, ...], maximised: tuple[str, ...]) -> Program:
+        """What pilots see of the program: few rows of very many, in float64, where tables are all that is averaged over."""
+        rows = program.rows or 0
+        is_large = rows > 2 * _PILOT_ROWS and len(program.row_plates) > 0
+        if program.is_long or program.weights or self.batch_size is not None or not set(averaged) <= set(program.finite):
+            return program
+        if not is_large and program.dtype == torch.float64:
+            return program
+        index = torch.randperm(rows, device=program.device)[:_PILOT_ROWS].sort().values if is_large else torch.arange(rows)
+        try:
+            seen = program.thinned(index.to(program.device), torch.float64)
+            kept = [seen.latents[name].shape == program.latents[name].shape for name in maximised]
+        except Exception:  # whatever a program raises that was written for just these rows
+            return program
+        return seen if all(kept) and seen.latents.keys() == program.latents.keys() else program
 
     def _split(self, program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
         data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
@@ -304,7 +345,7 @@ class EM(Backend[EMState, EMInfo]):
                 for _ in range(2):
                     at = family.at(start)
                     conditional = family.solve(at, task.gradients(name, at, values, particles, weights, batch))
-                    start = conditional.points()
+                    start = _suggested(family, conditional)
                 # a function with a maximum need not be a density: a component of three rows has no Wishart, but a covariance
                 transform = site.transform
                 free = transform.inv(values[name])
@@ -367,7 +408,7 @@ class EM(Backend[EMState, EMInfo]):
         state = state._replace(objective=objective, step=state.step + 1)
         return state, EMInfo(objective, distance, torch.tensor(is_done))
 
-    def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: list[Tensor], batch: Batch) -> EMState:
+    def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
         """Raises Q, or leaves it."""
         roles, task = state.roles, state.roles.task
         reached = task.expected(state.values, particles, weights, batch)
@@ -375,9 +416,14 @@ class EM(Backend[EMState, EMInfo]):
             at = family.at(state.points[name])
             conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
             mode = conditional.mode()
+            inside = mode.isfinite().all() & task.program.latents[name].support.check(mode).all()
+            if task.program.has_rows and not bool(inside):  # rounding may be all that the statistics of rows have left
+                exact = task.gradients(name, at, state.values, particles, weights, batch, is_exact=True)
+                conditional = family.solve(at, exact)
+                mode = conditional.mode()
             state, reached = _take(state, {name: mode}, particles, weights, reached, batch)
             usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
-            merged = _merged(usable, conditional.points(), state.points[name])
+            merged = _merged(usable, _suggested(family, conditional), state.points[name])
             state = state._replace(points={**state.points, name: merged})
         trained = list(task.program.weights.values())
         if not roles.climbed and not trained:
@@ -399,7 +445,7 @@ class EM(Backend[EMState, EMInfo]):
         return state
 
     def _random_step(
-        self, state: EMState, particles: dict[str, Tensor], weights: list[Tensor], batch: Batch, gain: float
+        self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch, gain: float
     ) -> EMState:
         """Moves to the maximum of the averaged Q."""
         roles, task = state.roles, state.roles.task
@@ -495,6 +541,17 @@ class EM(Backend[EMState, EMInfo]):
         return Plan(tuple(updates))
 
 
+def _as(value: Tensor, program: Program) -> Tensor:
+    """A value in the floating type of a program."""
+    return value.to(program.dtype) if value.is_floating_point() else value
+
+
+def _first(site: Site, restarts: int) -> Tensor:
+    """The first choice of a finite site everywhere, (restart, *site)."""
+    assert site.choices is not None
+    return site.choices[0].expand(restarts, *site.shape)
+
+
 def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles) -> EMState:
     """A state that has taken no step."""
     program = roles.task.program
@@ -509,7 +566,7 @@ def _take(
     state: EMState,
     proposed: dict[str, Tensor],
     particles: dict[str, Tensor],
-    weights: list[Tensor],
+    weights: Weights,
     reached: Tensor,
     batch: Batch,
 ) -> tuple[EMState, Tensor]:
@@ -539,6 +596,12 @@ def _ranked(objective: Tensor) -> Tensor:
     finite = objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     unit = (1e-9 if finite.dtype == torch.float64 else 1e-4) * (1.0 + objective.abs().nan_to_num(posinf=0.0).amax())
     return (finite / unit).round().argsort(descending=True, stable=True)
+
+
+def _suggested(family: Family, conditional: Conditional) -> Points:
+    """Where to differentiate next; in float32 no closer together than values are large, or rounding is all there is."""
+    points = conditional.points()
+    return points if points.location.dtype == torch.float64 else family.initial(points.location)
 
 
 def _merged(good: Tensor, new: Points, old: Points) -> Points:

@@ -26,7 +26,7 @@ from torch import Tensor
 from inference.contract import Unsupported
 from inference.dependence import lanes, lifetimes
 from inference.program import Program
-from inference.rows import Rows
+from inference.rows import Rows, log_sum, weighted
 
 __all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
 
@@ -37,11 +37,15 @@ _SMALL = 4096  # entries of a table up to which sites with two neighbours are el
 Pick = Callable[[tuple[str, ...], Tensor], Tensor]
 
 
+Part = Tensor | tuple[Tensor, Tensor]
+
+
 class Factor(NamedTuple):
     """A table of log-values, or one row of a stack of tables of one shape.
 
     ``dims`` names the dimensions of ``table``; ``plates`` are those of them that it is multiplied over. ``rows`` is what a
-    table of many normal rows is a product of, with the dimensions ``full``, some of size 1.
+    table of many rows is a product of, with the dimensions ``full``, of which ``kept`` are the table's and the others of
+    size 1; the table of a lazy factor is not formed yet.
     """
 
     source: Tensor
@@ -51,13 +55,20 @@ class Factor(NamedTuple):
     row: int | None = None
     rows: Rows | None = None
     full: torch.Size = torch.Size()
+    kept: tuple[int, ...] = ()
+    is_lazy: bool = False
 
     @property
     def table(self) -> Tensor:
+        if self.is_lazy:
+            assert self.rows is not None
+            return self.rows.table.reshape(self.shape)
         return self.source if self.row is None else self.source[self.row]
 
     @property
     def shape(self) -> torch.Size:
+        if self.is_lazy:
+            return torch.Size([self.full[dim] for dim in self.kept])
         return self.source.shape if self.row is None else self.source.shape[1:]
 
     @property
@@ -65,15 +76,31 @@ class Factor(NamedTuple):
         return tuple(dim for dim in self.dims if dim not in self.plates)
 
     def with_table(self, table: Tensor) -> Factor:
-        return self._replace(source=table, row=None, rows=None)
+        return self._replace(source=table, row=None, rows=None, is_lazy=False)
 
-    def dot(self, weights: Tensor) -> Tensor:
-        """Sum of the table, weighted by a table of its shape; what has no weight may be infinite. A scalar."""
+    @property
+    def part(self) -> Part:
+        """What the log-joint is linear in: the table, or the natural parameters and constants of a lazy one."""
+        if not self.is_lazy:
+            return self.table
+        assert self.rows is not None
+        return self.rows.natural, self.rows.constant
+
+    def with_part(self, part: Part) -> Factor:
+        if isinstance(part, Tensor):
+            return self.with_table(part)
+        assert self.rows is not None
+        return self._replace(rows=self.rows._replace(natural=part[0], constant=part[1]))
+
+    def dot(self, weights: Part) -> Tensor:
+        """Sum of the table, weighted by a table of its shape or by derivatives in its part. A scalar.
+
+        What has no weight may be infinite.
+        """
         if self.rows is not None:
-            return self.rows.total(weights.reshape(self.full))
-        if not self.variables:
-            return (weights * self.table).sum()
-        return torch.where(weights > 0, weights * torch.where(weights > 0, self.table, 0.0), 0.0).sum()
+            return self.rows.total(weights.reshape(self.full) if isinstance(weights, Tensor) else weights)
+        assert isinstance(weights, Tensor)
+        return weighted(weights, self.table) if self.variables else (weights * self.table).sum()
 
 
 def _stack(group: Sequence[Factor]) -> Tensor:
@@ -136,7 +163,7 @@ def factors(
         values: Values of the other sites.
         enumerated: Names of finite sites.
         data: Tensors in place of those among the program's arguments.
-        is_lazy: Whether tables of many normal rows are left out: only ``dot`` is asked for.
+        is_lazy: Whether the tables of many rows are not formed before they are needed, which ``draw_back`` cannot have.
 
     Raises:
         Unsupported: If a site depends on an enumerated site of a plate that it is not in.
@@ -160,17 +187,19 @@ def factors(
     found = []
     for stack in stacks:
         names, rows, shape, sources = stack.names, stack.rows, stack.shape[1:], {}
+        is_left = rows is not None and is_lazy
         table = rows.constant if rows is not None and is_lazy else stack.table
         for row, name in enumerate(names):
             if name in program.batch_shapes and name not in program.deterministic:
                 dims = _dims(program, nodes[name], name, shape, alive[name])
                 kept = tuple(dims)  # one tensor for all rows that keep the same dimensions
-                if kept not in sources and rows is not None and is_lazy:
-                    sources[kept] = table
-                elif kept not in sources:
-                    sources[kept] = table.reshape(len(names), *(shape[dim] for dim in kept))
+                if kept not in sources:
+                    wanted = (len(names), *(shape[dim] for dim in kept))
+                    sources[kept] = table if is_left else table.reshape(wanted)
                 labels = tuple(dims.values())
-                found.append(Factor(sources[kept], labels, frozenset(labels) - lane.keys(), name, row, rows, shape))
+                own = None if is_left else row
+                plates = frozenset(labels) - lane.keys()
+                found.append(Factor(sources[kept], labels, plates, name, own, rows, shape, kept, is_left))
     number = {name: i for i, name in enumerate(statements)}
     return sorted(found, key=lambda factor: number[factor.site])
 
@@ -336,7 +365,8 @@ def eliminate(
         scales: Plate to a factor for the product over it, for plates of which only a sample of rows is seen.
 
     Returns:
-        The factors that are left, without variables, and the records for ``draw_back``, in order of elimination.
+        The factors that are left, without variables, and the records for ``draw_back``, in order of elimination; lazy
+        factors leave none.
 
     Raises:
         Unsupported: If variables of different plates are coupled, or a table would be too large.
@@ -354,6 +384,8 @@ def eliminate(
                     f"Site '{factor.site}' depends on '{min(outside)}', which lives in plates {sorted(leaf)} that the "
                     "first is not in: the elements of those plates are coupled."
                 )
+        inside, collapsed = _collapsed(inside, local, leaf, keep, maximise, scales or {})
+        done += collapsed
         group = _Group(inside, local)
         while group.local:
             forms: dict[_Form, list[tuple[str, list[Factor], tuple[str, ...]]]] = {}
@@ -380,6 +412,51 @@ def eliminate(
             else:
                 done.append(left)
     return done, records
+
+
+def _collapsed(
+    inside: list[Factor],
+    local: set[str],
+    leaf: frozenset[str],
+    keep: frozenset[str],
+    maximise: bool,
+    scales: Mapping[str, float],
+) -> tuple[list[Factor], list[Factor]]:
+    """The factors of one plate but those whose variable is summed out and product is taken at once, and what these become.
+
+    That is where all factors of a variable are lazy and of it alone. ``local`` loses the variable.
+    """
+    lazy = [factor for factor in inside if factor.is_lazy]
+    if not lazy or len(leaf) > 1 or leaf & keep:
+        return [_formed(factor) for factor in inside], []
+    (plate,) = leaf
+    taken: list[tuple[list[Factor], Tensor]] = []
+    for variable in sorted(local):
+        involved = [factor for factor in inside if variable in factor.variables]
+        is_own = all(f.is_lazy and f.variables == (variable,) and len(f.dims) == 2 for f in involved)
+        if is_own and any(f.rows is not None and f.rows.is_large for f in involved):
+            taken.append((involved, _log_sum([f.rows for f in involved if f.rows is not None], maximise)))
+            local.remove(variable)
+    taken += [([f], f.rows.total()) for f in lazy if f.rows is not None and not f.variables]
+    gone = {id(factor) for group, _ in taken for factor in group}
+    scale = scales.get(plate, 1.0)
+    made = [Factor(value * scale, (), frozenset(), group[0].site) for group, value in taken]
+    return [_formed(factor) for factor in inside if id(factor) not in gone], made
+
+
+def _formed(factor: Factor) -> Factor:
+    """A factor with its table."""
+    return factor.with_table(factor.table) if factor.is_lazy else factor
+
+
+def _log_sum(parts: list[Rows], maximise: bool) -> Tensor:
+    """Log-probability of rows under several components, one for each value of a variable; a scalar."""
+    choices = max(part.constant.numel() for part in parts)
+    constants = [part.constant.reshape(-1).expand(choices) for part in parts]
+    products = [part for part in parts if part.is_product]
+    naturals = [part.natural.reshape(-1, part.natural.shape[-1]).expand(choices, -1) for part in products]
+    statistics = torch.cat([part.statistics for part in products], -1) if len(products) > 1 else products[0].statistics
+    return log_sum(statistics, torch.cat(naturals, -1), torch.stack(constants).sum(0), maximise)
 
 
 def _multiplied(
@@ -437,7 +514,8 @@ def log_normalizer(
     """log Σ p(z, values, data) over all values z of the sites ``enumerated``; a scalar. For the rest see ``eliminate``."""
     if not enumerated and not scales:
         return program.log_joint(values, data)
-    return total(eliminate(factors(program, values, enumerated, data), plates_of(program, enumerated), scales=scales)[0])
+    found = factors(program, values, enumerated, data, is_lazy=True)
+    return total(eliminate(found, plates_of(program, enumerated), scales=scales)[0])
 
 
 def indices(program: Program, site: str, value: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ the enumerated density gives the posterior probability of every entry of every t
 
     w_i = ∂ log Z / ∂ log f_i,    log Z = log Σ_z exp Σ_i log f_i,    Q(θ) = Σ_i ⟨w_i, log f_i(θ)⟩.
 
+Where a table is linear in few numbers, as that of normal rows is in their natural parameters, the derivatives in those stand
+for the weights: the expected statistics are all that an M-step asks of the rows.
+
 u is replaced by points: sigma points, which are exact, where its conditional is Gaussian, and draws elsewhere.
 
 References:
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
+from torch.utils._pytree import tree_map
 
 from inference.blocks import Block, Current
 from inference.blocks.block import Move, is_certified
@@ -32,11 +36,12 @@ from inference.chains import LAGS, Chain, ChainConditional
 from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.density import Density, Unconstrained
 from inference.distributed import ALONE, Processes
-from inference.enumeration import Factor, draw_back, eliminate, factors, plates_of, total
+from inference.enumeration import Factor, Part, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
 
-__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler"]
+__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler",
+           "Weights"]  # fmt: skip
 
 Values = dict[str, Tensor]
 _LEAST_CHAIN = 16  # sites end to end that are tried as a chain
@@ -54,6 +59,28 @@ class Batch(NamedTuple):
 
 
 ALL = Batch([], 1.0)
+
+
+class Weights:
+    """The weights of all factors at each point, (restart, particle, ...).
+
+    Args:
+        parts: For each factor those of its table, or of the natural parameters that its table is linear in.
+        tables: Gives those of all tables.
+    """
+
+    def __init__(self, parts: list[Part], tables: Callable[[], list[Part]]) -> None:
+        self.parts = parts
+        self._tables = tables
+
+    @cached_property
+    def tables(self) -> list[Part]:
+        return self._tables()
+
+    @property
+    def first(self) -> list[Part]:
+        """Those of the only restart, (particle, ...)."""
+        return tree_map(lambda weight: weight[0], self.parts)
 
 
 @dataclass(frozen=True)
@@ -83,8 +110,8 @@ class Completed:
         count = len(next(iter(theta.values()))) if theta else 1
         return theta, torch.zeros(count, dtype=self.program.dtype, device=self.program.device)
 
-    def factors(self, values: Mapping[str, Tensor], data: list[Tensor], is_lazy: bool = False) -> list[Factor]:
-        found = factors(self.program, values, self.program.finite, data or None, is_lazy)
+    def factors(self, values: Mapping[str, Tensor], data: list[Tensor]) -> list[Factor]:
+        found = factors(self.program, values, self.program.finite, data or None, is_lazy=True)
         return [f for f in found if not (self.is_likelihood and f.site in self.maximised)]
 
     def log_z(self, values: Mapping[str, Tensor], batch: Batch = ALL) -> Tensor:
@@ -97,67 +124,82 @@ class Completed:
         left, _ = eliminate(found, places, maximise=self.is_hard, scales=scales)
         return total(left)
 
-    def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, Weights]:
         """log Z at each point, (restart, particle), and the weights of all factors there."""
 
-        def expect(inputs: tuple[Values, Tensor], particles: Values, data: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def expect(inputs: tuple[Values, Tensor], particles: Values, data: list[Tensor]) -> tuple[Tensor, list[Part]]:
             theta, _ = inputs
 
-            def one(particle: Values) -> tuple[Tensor, list[Tensor]]:
+            def one(particle: Values) -> tuple[Tensor, list[Part]]:
                 found = self.factors({**theta, **particle}, data)
 
-                def log_z(tables: list[Tensor]) -> Tensor:
-                    replaced = [f.with_table(t) for f, t in zip(found, tables, strict=True)]
+                def log_z(parts: list[Part]) -> Tensor:
+                    replaced = [f.with_part(part) for f, part in zip(found, parts, strict=True)]
                     return self._eliminated(replaced, batch.scale)
 
-                weights, value = grad_and_value(log_z)([f.table for f in found])
+                weights, value = grad_and_value(log_z)([f.part for f in found])
                 return value, weights
 
             if particles:
                 return vmap(one)(particles)
             value, weights = one({})
-            return value[None], [weight[None] for weight in weights]
+            return value[None], tree_map(lambda weight: weight[None], weights)
 
         staged = self.density.stage(("expect", self._key(batch)), expect, (True, True, False))
-        return staged(self.batched(values), particles, batch.data)
+        inputs = self.batched(values), particles, batch.data
+        value, parts = staged(*inputs)
+        return value, Weights(parts, lambda: staged.row_by_row(*inputs)[1])
 
     def q(self) -> Callable[..., Tensor]:
         """Q(θ) of one restart: a function of θ, particles, weights and data."""
 
-        def expected(theta: Values, particles: Values, weights: list[Tensor], data: list[Tensor]) -> Tensor:
-            def one(particle: Values, at: list[Tensor]) -> Tensor:
-                found = self.factors({**theta, **particle}, data, is_lazy=True)
+        def expected(theta: Values, particles: Values, weights: list[Part], data: list[Tensor]) -> Tensor:
+            def one(particle: Values, at: list[Part]) -> Tensor:
+                found = self.factors({**theta, **particle}, data)
                 return torch.stack([f.dot(w) for f, w in zip(found, at, strict=True)]).sum()
 
             if particles:
                 return vmap(one)(particles, weights).mean()
-            return one({}, [weight[0] for weight in weights])
+            return one({}, tree_map(lambda weight: weight[0], weights))
 
         return expected
 
-    def expected(self, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch) -> Tensor:
+    def expected(self, values: Mapping[str, Tensor], particles: Values, weights: Weights, batch: Batch) -> Tensor:
         """Q at ``values``, (restart,)."""
         expected = self.q()
 
-        def at(inputs: tuple[Values, Tensor], particles: Values, weights: list[Tensor], data: list[Tensor]) -> Tensor:
+        def at(inputs: tuple[Values, Tensor], particles: Values, weights: list[Part], data: list[Tensor]) -> Tensor:
             return expected(inputs[0], particles, weights, data)
 
         staged = self.density.stage(("Q", self._key(batch)), at, (True, True, True, False))
-        return batch.processes.mean(staged(self.batched(values), particles, weights, batch.data))
+        inputs = self.batched(values)
+        exact = lambda: (inputs, particles, weights.tables, batch.data)  # noqa: E731
+        return batch.processes.mean(staged(inputs, particles, weights.parts, batch.data, instead=exact))
 
     def gradients(
-        self, name: str, at: Tensor, values: Mapping[str, Tensor], particles: Values, weights: list[Tensor], batch: Batch
+        self,
+        name: str,
+        at: Tensor,
+        values: Mapping[str, Tensor],
+        particles: Values,
+        weights: Weights,
+        batch: Batch,
+        is_exact: bool = False,
     ) -> Tensor:
-        """Gradient of Q in one site at the points ``at`` (point, restart, *site), same shape."""
+        """Gradient of Q in one site at the points ``at`` (point, restart, *site), same shape; row by row if ``is_exact``."""
         expected = self.q()
 
-        def at_points(points: Tensor, theta: Values, p: Values, w: list[Tensor], data: list[Tensor]) -> Tensor:
+        def at_points(points: Tensor, theta: Values, p: Values, w: list[Part], data: list[Tensor]) -> Tensor:
             return vmap(grad(lambda value: expected({**theta, name: value}, p, w, data)))(points)
 
         key = ("Q message", name, self._key(batch))
         staged = self.density.stage(key, at_points, (True, True, True, True, False))
-        points = at.movedim(0, 1).contiguous()
-        found = staged(points, self.theta(values), particles, weights, batch.data)
+        points, theta = at.movedim(0, 1).contiguous(), self.theta(values)
+        exact = lambda: (points, theta, particles, weights.tables, batch.data)  # noqa: E731
+        if is_exact:
+            found = staged.row_by_row(*exact())
+        else:
+            found = staged(points, theta, particles, weights.parts, batch.data, instead=exact)
         return batch.processes.mean(found).movedim(1, 0)
 
     def _key(self, batch: Batch) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from inference.density import Unconstrained
-from inference.expectation import Batch, Completed, Values
+from inference.enumeration import Part
+from inference.expectation import Batch, Completed, Values, Weights
 
 __all__ = ["FEW", "Adam", "climb", "stroll"]
 
@@ -57,7 +58,7 @@ class _Slope:
         sites: tuple[str, ...],
         values: Values,
         particles: Values,
-        weights: list[Tensor],
+        weights: Weights,
         batch: Batch,
     ) -> None:
         self.task, self.particles, self.weights, self.batch = task, particles, weights, batch
@@ -65,10 +66,10 @@ class _Slope:
         self.fixed = {name: value for name, value in task.theta(values).items() if name not in sites}
         expected = task.q()
 
-        def at(position: Tensor, others: Values, p: Values, w: list[Tensor], data: list[Tensor]) -> Tensor:
+        def at(position: Tensor, others: Values, p: Values, w: list[Part], data: list[Tensor]) -> Tensor:
             return expected({**others, **self.coordinates.values(position)}, p, w, data)
 
-        def slope(position: Tensor, others: Values, p: Values, w: list[Tensor], data: list[Tensor]) -> Any:
+        def slope(position: Tensor, others: Values, p: Values, w: list[Part], data: list[Tensor]) -> Any:
             return grad_and_value(lambda x: at(x, others, p, w, data))(position)
 
         self.at = at
@@ -81,17 +82,19 @@ class _Slope:
             row = {name: value[0] for name, value in self.fixed.items()}
             particles = {name: value[0] for name, value in self.particles.items()}
             with torch.enable_grad():
-                loss = -self.at(position[0], row, particles, [weight[0] for weight in self.weights], self.batch.data)
+                loss = -self.at(position[0], row, particles, self.weights.first, self.batch.data)
                 loss.backward()
             return self.batch.processes.average(loss.detach(), [position, *trained], list)
-        found = self.staged(position.detach(), self.fixed, self.particles, self.weights, self.batch.data)
+        free, data = position.detach(), self.batch.data
+        exact = lambda: (free, self.fixed, self.particles, self.weights.tables, data)  # noqa: E731
+        found = self.staged(free, self.fixed, self.particles, self.weights.parts, data, instead=exact)
         gradient, value = (self.batch.processes.mean(part) for part in found)
         position.grad = -gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return -value.sum().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def climb(
-    task: Completed, sites: tuple[str, ...], values: Values, particles: Values, weights: list[Tensor], batch: Batch
+    task: Completed, sites: tuple[str, ...], values: Values, particles: Values, weights: Weights, batch: Batch
 ) -> Values:
     """L-BFGS on Q; weights are trained in place.
 
@@ -118,7 +121,7 @@ def stroll(
     sites: tuple[str, ...],
     values: Values,
     particles: Values,
-    weights: list[Tensor],
+    weights: Weights,
     batch: Batch,
     count: int,
     rate: float,

@@ -24,6 +24,7 @@ from inference.contract import Guided, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.rows import Known
 from inference.stacking import Stack, log_probs
 
 if TYPE_CHECKING:
@@ -317,6 +318,7 @@ class Program:
         if isinstance(self.owner, nn.Module):
             self.owner.to(self.device)
         self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        self._known = Known(self.data)
         self.weights: dict[str, Tensor] = {}
         self._look()
         self.weights = self._used_weights(self.owner)
@@ -388,8 +390,8 @@ class Program:
             try:
                 nodes = poutine.trace(self.handled(values)).get_trace(*args, **kwargs).nodes
                 self._writes = self._writes or arithmetic.has_written
-                stacks = log_probs(nodes, arithmetic.origin)
-                self.has_rows = self.has_rows or any(stack.rows is not None for stack in stacks)
+                stacks = log_probs(nodes, arithmetic.origin, self._known)
+                self.has_rows = self.has_rows or any(stack.is_product for stack in stacks)
                 return nodes, stacks
             except Unsupported as refusal:  # without the table of shapes that Pyro adds
                 raise Unsupported(str(refusal).split("\nTrace Shapes")[0]) from None
@@ -424,6 +426,37 @@ class Program:
         if groups != self.groups:
             other.__dict__.pop("density", None)  # blocks ask its program how many groups there are
         other._replicated, other.groups = dict(observed), groups
+        return other
+
+    def thinned(self, index: Tensor, dtype: torch.dtype) -> Program:
+        """The same program in another type, with only the rows ``index`` of its data; its prior is what it was.
+
+        Raises:
+            Exception: Whatever the program raises that was written for just these rows.
+        """
+        other = copy.copy(self)
+        for name in (
+            "density",
+            "shard",
+            "_grown",
+            "row_plates",
+            "row_loops",
+            "constants",
+            "dims",
+            "coords",
+            "finite",
+            "continuous",
+        ):
+            other.__dict__.pop(name, None)
+        if isinstance(self.owner, nn.Module) and dtype != self.dtype:
+            other.owner = copy.deepcopy(self.owner).to(dtype)
+            other.call = other.owner if self.call is self.owner else getattr(other.owner, self.call.__name__)
+        other.dtype = dtype
+        other.data = [other._cast(leaf) for leaf in self.minibatch(index)]
+        tensors = iter(other.data)
+        other._leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        other._known, other.rows = Known(other.data), len(index)
+        other._look()
         return other
 
     def chain_data(self, chains: int) -> dict[str, Tensor]:
@@ -630,6 +663,7 @@ class Program:
         with isolated(0), reproducible(self.dtype):
             if not hasattr(self, "data"):
                 self.data = [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
+                self._known = Known(self.data)
                 self.nesting = 0
             if not named and not self._table:
                 return {}

@@ -15,7 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from inference.rows import Rows, gaussian
+from inference.rows import FEWEST, Known, Rows, gaussian, is_rewritten
 
 __all__ = ["Stack", "log_probs"]
 
@@ -58,6 +58,11 @@ class Stack(NamedTuple):
     @property
     def rows(self) -> Rows | None:
         return self.values if isinstance(self.values, Rows) else None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its table is a product of matrices, which may have to be done row by row."""
+        return self.rows is not None and self.rows.is_product
 
     @property
     def table(self) -> Tensor:
@@ -128,13 +133,16 @@ def _stacked(nodes: list[Mapping[str, Any]], form: _Form) -> Tensor:
 
 
 def log_probs(
-    nodes: Mapping[str, Mapping[str, Any]], origin: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    nodes: Mapping[str, Mapping[str, Any]],
+    origin: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    known: Known | None = None,
 ) -> list[Stack]:
     """Log-probabilities of the statements of a trace, as ``poutine.trace`` computes them one by one.
 
     Args:
         nodes: Name to node of a Pyro trace; sub-samples of plates are left out.
         origin: What a tensor was before it was expanded.
+        known: Statistics of rows from earlier traces.
 
     Returns:
         Stacks that together hold every statement once, in the order of their first statements.
@@ -154,13 +162,40 @@ def log_probs(
         if key in forms and len(names) >= _FEWEST:
             stacks.append(Stack(tuple(names), _stacked([nodes[name] for name in names], forms[key])))
         else:
-            stacks += [_alone(name, nodes[name], origin) for name in names]
+            stacks += [_alone(name, nodes[name], forms.get(key), origin, known) for name in names]
     return stacks
 
 
-def _alone(name: str, node: Mapping[str, Any], origin: Callable[[Tensor], Tensor]) -> Stack:
-    rows = gaussian(node, origin)
+def _alone(
+    name: str,
+    node: Mapping[str, Any],
+    form: _Form | None,
+    origin: Callable[[Tensor], Tensor],
+    known: Known | None,
+) -> Stack:
+    rows = gaussian(node, origin, known)
+    if rows is None and form is not None and is_rewritten():
+        rows = _repeated(node, form, origin)
     return Stack((name,), _log_prob(node, origin).unsqueeze(0) if rows is None else rows)
+
+
+def _repeated(node: Mapping[str, Any], form: _Form, origin: Callable[[Tensor], Tensor]) -> Rows | None:
+    """A statement that has the same log-probability in all of many rows, such as that of a label over all its values."""
+    fn, value = node["fn"], node["value"]
+    batch = value.shape[: value.dim() - len(fn.event_shape)]
+    axes = [axis for axis in range(-len(fn.batch_shape), 0) if fn.batch_shape[axis] >= FEWEST]
+    if form.reinterpreted or len(axes) != 1:
+        return None
+    (axis,) = axes
+    events = next(option for option in _PARAMETERS[form.family] if tuple(option) == form.names)
+    parameters = {name: origin(getattr(fn, name)) for name in form.names}
+    shapes = [batch, *(shape[: len(shape) - events[name]] for name, shape in ((n, p.shape) for n, p in parameters.items()))]
+    if any(len(shape) >= -axis and shape[axis] != 1 for shape in shapes):
+        return None
+    full = list(torch.broadcast_shapes(fn.batch_shape, batch))
+    count, full[axis] = full[axis], 1
+    constant = form.scale * form.family(**parameters).log_prob(value).expand(full).squeeze(axis)
+    return Rows(constant.new_empty(count, 0), constant.new_zeros(*constant.shape, 0), constant, axis)
 
 
 def _log_prob(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor]) -> Tensor:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.func import grad, grad_and_value, jacrev, vmap
 
+import inference.rows
 from inference import EM, HMC
 from inference.density import Density, Unconstrained
 from inference.handlers import isolated
 from inference.program import Program
-from inference.rows import Rows
+from inference.rows import Rows, log_sum
 from pyro_genmodels import GMM
 from pyro_genmodels.classical.mixture import COVARIANCES
 
@@ -91,6 +93,138 @@ def test_products_have_the_log_density_and_gradient_of_rows_one_by_one(name: str
     assert program.has_rows
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+def switched(x: Tensor) -> None:
+    """One label for all rows beside one for each."""
+    with pyro.plate("components", 2):
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+    which = pyro.sample("which", dist.Bernoulli(x.new_tensor(0.3)))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(x.new_tensor([0.3, 0.7])))
+        pyro.sample("x", dist.Normal(mean[z], 2.0), obs=x[:, 1])
+        pyro.sample("y", dist.Normal(mean[which.long()], 3.0), obs=x[:, 2])
+
+
+def paired(x: Tensor) -> None:
+    """Two statements of rows with one label."""
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_ones(2)))
+    with pyro.plate("components", 2):
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+        spread = pyro.sample("spread", dist.LogNormal(x.new_tensor(0.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(mean[z], spread[z]), obs=x[:, 1])
+        pyro.sample("y", dist.Normal(spread[z], 2.0), obs=x[:, 2])
+
+
+def counted(x: Tensor) -> None:
+    """A label whose probability differs from row to row, and a table of counts."""
+    with pyro.plate("components", 2):
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 100.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(torch.sigmoid(x[:, 0])))
+        pyro.sample("x", dist.Normal(mean[z.long()], 2.0), obs=x[:, 1])
+        pyro.sample("n", dist.Poisson(1.0 + z), obs=x[:, 2].abs().round())
+
+
+SUMMED = {"labelled": labelled, "switched": switched, "paired": paired, "counted": counted,
+          **{covariance: GMM(3, covariance) for covariance in COVARIANCES}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_rows_summed_out_in_chunks_have_the_log_density_and_gradient_of_rows_one_by_one(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(inference.rows, "_LEAST_TABLE", 1)
+    monkeypatch.setattr(inference.rows, "_CHUNK", 1)
+    monkeypatch.setattr(inference.rows, "_LEAST_CHUNK", 256)
+    program, staged, position = densities(SUMMED[name], X.to(device))
+    gradient, value = staged._evaluated(position, {})
+    expected_gradient, expected = staged.exact(position, {})
+    assert program.has_rows
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("maximise", [False, True])
+def test_a_sum_over_components_has_the_derivatives_of_its_table(maximise: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    t, eta, c = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((900, 5), (3, 4, 5), (3, 4)))
+
+    def of_table(t: Tensor, eta: Tensor, c: Tensor) -> Tensor:
+        table = eta @ t.T + c[:, None]
+        return (table.amax(0) if maximise else table.logsumexp(0)).sum()
+
+    def chunked(t: Tensor, eta: Tensor, c: Tensor) -> Tensor:
+        return log_sum(t, eta, c, maximise)
+
+    for of in (
+        lambda f: vmap(f, (None, 0, 0))(t, eta, c),
+        lambda f: vmap(grad(f, (0, 1, 2)), (None, 0, 0))(t, eta, c),
+        lambda f: vmap(jacrev(grad(f, (1, 2)), (1, 2)), (None, 0, 0))(t, eta, c),
+        lambda f: vmap(f)(t.expand(3, -1, -1), eta, c),
+    ):
+        torch.testing.assert_close(of(chunked), of(of_table), rtol=1e-9, atol=1e-9)
+
+
+def test_a_component_without_weight_has_no_share_of_the_rows() -> None:
+    t, eta = torch.randn(300, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    c = torch.tensor([0.0, -torch.inf, 1.0], dtype=torch.float64)
+    shares, value = grad_and_value(lambda c: log_sum(t, eta, c))(c)
+    torch.testing.assert_close(shares, 300.0 * c.softmax(0))
+    torch.testing.assert_close(value, 300.0 * c.logsumexp(0))
+    assert shares[1] == 0.0
+    assert log_sum(t, eta, torch.full_like(c, -torch.inf)) == -torch.inf
+    assert log_sum(t, eta, torch.full_like(c, torch.nan)).isnan()
+
+
+def spots(x: Tensor) -> None:
+    """Two components of one width; the second may be far narrower than the rows are wide."""
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_ones(2)))
+    with pyro.plate("components", 2):
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(3), 100.0).to_event(1))
+        spread = pyro.sample("spread", dist.LogNormal(x.new_zeros(3), 5.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(mean[z], spread[z]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("width", [1.0, 1e-7])
+def test_em_from_expected_statistics_is_em_from_the_weights_of_rows(
+    hard: bool, width: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a component becomes so narrow that products would not do."""
+    x = torch.cat([X, torch.tensor([40.0, 10.0, 7.0]) + width * NOISE[:300]]).double()
+    start = {"mean": torch.stack([x[0], x[-1]]), "spread": torch.full((2, 3), 5.0), "weights": torch.full((2,), 0.5)}
+    backend = EM(start=start, steps=15, tolerance=0.0, hard=hard, objective="mle", seed=0, progress=False)
+    monkeypatch.setattr(inference.rows, "_LEAST_TABLE", 1)
+    point = backend.fit(spots, x).point()
+    monkeypatch.setattr(inference.rows, "FEWEST", 10_000)
+    monkeypatch.setattr("inference.stacking.FEWEST", 10_000)
+    expected = backend.fit(spots, x).point()
+    for name in start:
+        torch.testing.assert_close(point[name], expected[name], rtol=1e-8, atol=0.0)
+    torch.testing.assert_close(point["spread"][1], x[700:].std(0, correction=0), rtol=1e-6, atol=0.0)
+
+
+def test_em_in_float32_is_em_in_float64_but_for_rounding() -> None:
+    x = X[:, [0, 2]]
+    start = {"means": x[[0, -1]], "covariances": torch.eye(2).double().expand(2, 2, 2), "weights": torch.full((2,), 0.5)}
+    options = {"start": start, "steps": 10, "tolerance": 0.0, "seed": 0, "progress": False}
+    expected = EM(**options).fit(GMM(2), x)
+    single = EM(dtype=torch.float32, **options).fit(GMM(2), x)
+    assert str(single.plan) == str(expected.plan)
+    for name in start:
+        torch.testing.assert_close(single.point()[name].double(), expected.point()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_pilots_that_see_some_rows_start_em_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference.em._PILOT_ROWS", 200)
+    posterior = EM(seed=0, progress=False).fit(GMM(2), X)
+    sizes = posterior.draws["z"].flatten().bincount()
+    assert sorted(sizes.tolist()) == [300, 400]
 
 
 def regression(x: Tensor) -> None:
