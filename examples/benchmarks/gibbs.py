@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,14 +244,13 @@ def dumped(values: dict[str, Any]) -> str:
 
 
 def run_jags(model: str, draws: int) -> tuple[float, float, Values]:
-    """Runs JAGS twice, without and with sweeps: the first tells how long it takes to start."""
+    """JAGS writes a file after its first sweep: what it took of the processor until then is its start."""
     parts: dict[str, Any] = {**data(model)}
     parts["N"] = len(next(iter(parts.values())))
     if model == "mixture":
         parts["one"] = np.ones(COMPONENTS)
     elif model == "regression":
         parts["D"] = parts["x"].shape[1]
-    seconds = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "model.bug").write_text(JAGS[model])
@@ -262,21 +262,26 @@ def run_jags(model: str, draws: int) -> tuple[float, float, Values]:
             (place / f"start{chain}.R").write_text(dumped(own).replace("'", '"'))
             script.append(f'parameters in "start{chain}.R", chain({chain + 1})')
         script.append("initialize")
-        monitors = [f"monitor {site}" for site in SITES[model]]
-        for more in ([], [f"update {draws}", *monitors, f"update {draws}", "coda *"]):
-            (place / "script.txt").write_text("\n".join([*script, *more, "exit", ""]))
-            start = seconds_of_processor()
-            done = subprocess.run(["jags", "script.txt"], cwd=place, capture_output=True, text=True)
-            seconds.append(seconds_of_processor() - start)
-            if done.returncode:
-                raise RuntimeError(done.stdout + done.stderr)
+        script += [f"monitor {SITES[model][0]}", "update 1", "coda *, stem(begun)", f"monitor clear {SITES[model][0]}"]
+        script += [f"update {draws}", *(f"monitor {site}" for site in SITES[model]), f"update {draws}", "coda *", "exit", ""]
+        (place / "script.txt").write_text("\n".join(script))
+        before = seconds_of_processor()
+        with subprocess.Popen(["jags", "script.txt"], cwd=place, stdout=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and not (place / "begunindex.txt").exists():
+                time.sleep(0.005)
+            ticks = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+            start = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+            said, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(said)
+        seconds = seconds_of_processor() - before - start
         index = [line.split() for line in (place / "CODAindex.txt").read_text().splitlines()]
         chains = [np.loadtxt(place / f"CODAchain{chain + 1}.txt")[:, 1] for chain in range(CHAINS)]
     values = np.stack(chains)
     found: dict[str, list[np.ndarray]] = {}
     for name, first_row, last_row in index:
         found.setdefault(name.split("[")[0], []).append(values[:, int(first_row) - 1 : int(last_row)])
-    return seconds[0], seconds[1] - seconds[0], {
+    return start, seconds, {
         site: np.stack(parts, -1) if len(parts) > 1 else parts[0] for site, parts in found.items()
     }  # fmt: skip
 
@@ -336,14 +341,14 @@ def sweeps(model: str, warmup: int, blocks: int, block: int) -> tuple[float, flo
             state, _ = backend.step(state, program)
             by_hand = sweep(by_hand)
         for _ in range(blocks):
-            start = seconds_of_processor()
+            start = time.process_time()
             for _ in range(block):
                 state, _ = backend.sample(state, program)
-            middle = seconds_of_processor()
+            middle = time.process_time()
             for _ in range(block):
                 by_hand = sweep(by_hand)
             times[0].append((middle - start) / block * 1e3)
-            times[1].append((seconds_of_processor() - middle) / block * 1e3)
+            times[1].append((time.process_time() - middle) / block * 1e3)
         plan = ", ".join(f"{update.update}: {' '.join(update.sites)}" for update in backend.plan(state, program).updates)
     return statistics.median(times[0]), statistics.median(times[1]), plan
 
@@ -357,19 +362,21 @@ def child(*arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(smoke: bool = False, rounds: int = 3) -> None:
+def main(smoke: bool = False, rounds: int = 3, only: str = "") -> None:
+    models = [model for model in PROGRAMS if only in model]
     draws, blocks = (20, 1) if smoke else (1000, 20)
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "pyro-ppl", "arviz"))
     lines = [
-        f"python examples/benchmarks/{os.path.basename(__file__)}{' --smoke' * smoke} --rounds {rounds}",
+        f"python examples/benchmarks/{os.path.basename(__file__)}{' --smoke' * smoke} --rounds {rounds}"
+        + (f" --only {only!r}" if only else ""),
         f"{datetime.date.today()}, {os.cpu_count()} cores, shared; one core and thread a process, float64, {CHAINS} chains, "
         f"medians of {rounds} processes\nPython {platform.python_version()}, {versions}, JAGS 4.3\n",
         f"{'':13}{'':9}{'sweeps':>13}{'start':>7}{'seconds':>9}{'least ESS':>11}{'ESS / s':>10}{'/ JAGS':>8}{'target':>8}"
         f"{'cold / JAGS':>13}{'/ by hand':>11}",
     ]
     checks, missed = [], []
-    for model in PROGRAMS:
-        mine, theirs = (3 * draws // 10, draws // 50 or 5) if model == "mixture" else (draws, draws)
+    for model in models:
+        mine, theirs = (3 * draws // 10, draws // 10 or 5) if model == "mixture" else (draws, draws)
         found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         for i in range(rounds):
             for method in METHODS:
@@ -393,7 +400,7 @@ def main(smoke: bool = False, rounds: int = 3) -> None:
             z = np.subtract(one["mean"], two["mean"]) / np.hypot(one["error"], two["error"])
             checks.append(f"{model} {m} {np.abs(z).max():.1f} of {len(z)}")
     lines.append(f"\n{'sweep, ms':13}{'ours':>9}{'by hand':>9}{'ratio':>7}{'target':>8}  plan")
-    for model in PROGRAMS:
+    for model in models:
         own, hand, plan = child("sweeps", model, min(draws, 300), blocks, 20)
         lines.append(f"{model:13}{own:9.2f}{hand:9.2f}{own / hand:7.2f}{2:8}  {plan}")
         if own > 2.0 * hand:
@@ -401,13 +408,14 @@ def main(smoke: bool = False, rounds: int = 3) -> None:
     lines += ["", *("Missed: " + line for line in missed)]
     lines.append("\nWorst |z| of the difference from the means of JAGS: " + ", ".join(checks) + ".")
     print("\n".join(lines))
-    if not smoke:
+    if not smoke and not only:
         (Path(__file__).parent / "results" / f"{Path(__file__).stem}.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--only", default="", help="part of the name of a model")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -415,4 +423,4 @@ if __name__ == "__main__":
         kind, *rest = json.loads(arguments.run)
         print(json.dumps(run(*rest) if kind == "run" else sweeps(*rest)))
     else:
-        main(arguments.smoke, 1 if arguments.smoke else arguments.rounds)
+        main(arguments.smoke, 1 if arguments.smoke else arguments.rounds, arguments.only)
