@@ -117,8 +117,9 @@ class EM(Backend[EMState, EMInfo]):
     """Expectation-maximisation; the result is a point.
 
     Finite discrete sites and sites in a plate over the rows of the data (``Program.row_plates``; if there is none, in any
-    plate of the data) are averaged; all others, such as a mean of each column, and the weights are maximised, on the scale
-    on which the program samples them (no Jacobian). The objective never falls if the E-step is exact, as it is for finite
+    plate of the data) or in a Python loop over them (``Program.row_loops``, unless there is nothing else) are averaged; all
+    others, such as a mean of each column, and the weights are maximised, on the scale on which the program samples them (no
+    Jacobian). The objective never falls if the E-step is exact, as it is for finite
     sites, chains of them included, and for jointly Gaussian ones; others are averaged over draws.
 
     ``posterior.stats["standard_error_<site>"]`` holds standard errors of the maximised sites, from the observed information
@@ -268,12 +269,14 @@ class EM(Backend[EMState, EMInfo]):
                     )
             chosen = set(self.maximise)
         else:
-            looped = set(program.row_loops)
-            chosen = {
+            alone = {
                 name
                 for name, site in program.latents.items()
-                if site.is_continuous and not local_plates & {plate.name for plate in site.plates} and name not in looped
+                if site.is_continuous and not local_plates & {plate.name for plate in site.plates}
             }
+            chosen = alone - set(program.row_loops)
+            if not chosen and not program.weights:
+                chosen = alone
         averaged = tuple(name for name in program.latents if name not in chosen)
         return averaged, tuple(name for name in program.latents if name in chosen)
 

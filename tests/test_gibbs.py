@@ -157,7 +157,10 @@ def test_blocks_override_the_plan(device: torch.device) -> None:
     ("blocks", "sentence"),
     [
         ({"mean": Enumerate()}, "needs sites with finitely many values, but 'mean' is not one"),
-        ({("mean", "variance"): Conjugate()}, "updates one site, but was given mean, variance"),
+        (
+            {("mean", "variance"): Conjugate()},
+            "updates one site, or several of one shape and support, but was given mean, variance",
+        ),
     ],
     ids=["Enumerate", "Conjugate"],
 )

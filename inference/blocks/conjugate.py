@@ -173,14 +173,14 @@ class Conjugate(Block):
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
         latents = density.program.latents
         site = latents[sites[0]]
-        if any(not latents[name].is_continuous for name in sites):
-            raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
         kinds = {(latents[name].shape, kind_of(latents[name].support)) for name in sites}
         if len(kinds) > 1 or (len(sites) > 1 and None in next(iter(kinds))):
             raise Unsupported(
                 f"Conjugate() updates one site, or several of one shape and support, but was given {', '.join(sites)}. "
                 "Gaussian() draws real ones jointly."
             )
+        if any(not latents[name].is_continuous for name in sites):
+            raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
         if len(sites) > 1:
             families = [*candidates(site.support, torch.Size([len(sites), *site.shape]))]
         else:
