@@ -46,7 +46,7 @@ METROPOLIS_THIN = {
     "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 100,
     "gaussian_process": 15, "hmm": 10,
 }  # fmt: skip
-HMC_THIN = {"hmm": 2}
+HMC_THIN = {"hmm": 2, "horseshoe": 4}
 # Chains where one evaluation is dear: the change-point has a table of years by years.
 CHAINS = {"coal": 16}
 
