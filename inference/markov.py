@@ -42,6 +42,7 @@ __all__ = [
 
 _ROUNDING = 1e-9
 _EDGE = 1e-13  # an entry below is what is left of 1 minus a sum, and no way from state to state
+_SQUARES = 50  # 2⁵⁰ steps, by which the rounding of one step has become a tenth
 
 
 def _check(transitions: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def _classes(edges: np.ndarray) -> list[list[int]]:
 def _is_closed(edges: np.ndarray, states: list[int]) -> bool:
     outside = np.ones(len(edges), dtype=bool)
     outside[states] = False
-    return not edges[np.ix_(states, np.flatnonzero(outside))].any()
+    return not edges[states][:, outside].any()
 
 
 def _period(edges: np.ndarray, states: list[int]) -> int:
@@ -306,6 +307,9 @@ def mixing_time(transitions: Tensor, tolerance: float = 0.25) -> float:
     Returns:
         A whole number, or infinity.
 
+    Raises:
+        ValueError: If the tolerance is out of range, or 2⁵⁰ steps do not suffice.
+
     References:
         D. Levin, Y. Peres and E. Wilmer, Markov chains and mixing times (2009), section 4.5.
 
@@ -334,6 +338,8 @@ def mixing_time(transitions: Tensor, tolerance: float = 0.25) -> float:
         return 0.0
     powers = [product(matrix.clamp(min=0.0), current)]
     while not is_mixed(powers[-1]):
+        if len(powers) > _SQUARES:
+            raise ValueError("The chain mixes so slowly that float64 cannot tell its parts from closed ones.")
         powers.append(product(powers[-1], powers[-1]))
     steps = 0
     for k in range(len(powers) - 2, -1, -1):
