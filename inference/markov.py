@@ -297,8 +297,9 @@ def mixing_time(transitions: Tensor, tolerance: float = 0.25) -> float:
 
         d(t) = max_i ½ Σ_j |P^t_ij - π_j|
 
-    d never increases, so that t is found by doubling and then by bisection, with exact powers of P. It is infinite if the
-    recurrent states have a period above 1, or fall into parts; transient states alone do no harm.
+    d never increases, so that t is found by doubling and then by bisection, with powers of P, to the step unless rounding
+    counts (from about 10¹⁰ steps on). It is infinite if the recurrent states have a period above 1, or fall into parts;
+    transient states alone do no harm.
 
     Args:
         transitions: P, (state, state).
@@ -339,7 +340,9 @@ def mixing_time(transitions: Tensor, tolerance: float = 0.25) -> float:
     powers = [product(matrix.clamp(min=0.0), current)]
     while not is_mixed(powers[-1]):
         if len(powers) > _SQUARES:
-            raise ValueError("The chain mixes so slowly that float64 cannot tell its parts from closed ones.")
+            raise ValueError(
+                "The chain moves so slowly that float64 does not carry it to this tolerance. Raise the tolerance."
+            )
         powers.append(product(powers[-1], powers[-1]))
     steps = 0
     for k in range(len(powers) - 2, -1, -1):
