@@ -6,7 +6,7 @@ Pyro program.
 Start reading at ``inference.contract``.
 """
 
-from inference import calibration, markov, relabel
+from inference import calibration, markov, relabel, sampling
 from inference.blocks import (
     AdaptiveWalk,
     Conjugate,
@@ -60,4 +60,5 @@ __all__ = [
     "calibration",
     "markov",
     "relabel",
+    "sampling",
 ]

@@ -109,6 +109,124 @@ def test_a_chain_visits_its_states_as_often_as_it_should() -> None:
     assert bool(((share - LAW).abs() < 5 * (LAW * (1 - LAW) / 4000).sqrt()).all())
 
 
+def blocks(sizes: list[int], periods: list[int], seed: int) -> tuple[Tensor, list[list[int]]]:
+    """A random chain of closed classes of known sizes and periods, in shuffled order, and the classes.
+
+    A class of the period d goes round d groups of states; from one group to the next, every probability is positive.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(sum(sizes), generator=generator)
+    matrix = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+    classes, first = [], 0
+    for size, d in zip(sizes, periods, strict=True):
+        states = order[first : first + size]
+        group = torch.arange(size) % d
+        weights = torch.rand(size, size, generator=generator, dtype=torch.float64) + 0.1
+        weights = torch.where(group.unsqueeze(0) == (group.unsqueeze(1) + 1) % d, weights, 0.0)
+        matrix[states.unsqueeze(1), states] = weights / weights.sum(1, keepdim=True)
+        classes.append(sorted(states.tolist()))
+        first += size
+    return matrix, sorted(classes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_and_periods_are_those_by_which_a_chain_was_built(seed: int) -> None:
+    sizes, periods = [4, 6, 1, 9, 5], [2, 3, 1, 4, 1]
+    matrix, classes = blocks(sizes, periods, seed)
+    assert markov.communicating_classes(matrix) == classes
+    assert bool(markov.is_recurrent(matrix).all())
+    expected = dict(zip(sizes, periods, strict=True))
+    found = markov.period(matrix)
+    assert all(set(found[states].tolist()) == {expected[len(states)]} for states in classes)
+    assert markov.mixing_time(matrix) == math.inf
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_with_a_way_out_is_transient(seed: int) -> None:
+    """The class of 4 leaks into that of 6; periods and classes stay, and the stationary law is that of the class of 6."""
+    matrix, classes = blocks([4, 6], [2, 1], seed)
+    leaking, closed = sorted(classes, key=len)
+    i, j = leaking[0], closed[0]
+    matrix[i] *= 0.9
+    matrix[i, j] += 0.1
+    assert markov.communicating_classes(matrix) == classes
+    assert [state for state, stays in enumerate(markov.is_recurrent(matrix).tolist()) if stays] == closed
+    assert markov.period(matrix)[leaking].tolist() == [2] * 4
+    law = markov.stationary(matrix)
+    assert law[leaking].tolist() == [0.0] * 4
+    assert float((law @ matrix - law).abs().max()) < EXACT
+    assert math.isfinite(markov.mixing_time(matrix))  # once it has left, it forgets
+
+
+def test_a_state_that_is_never_seen_again_has_no_period() -> None:
+    assert markov.period(tensor([[0.0, 1.0], [0.0, 1.0]])).tolist() == [0, 1]
+
+
+def test_the_stationary_law_keeps_its_digits_where_parts_hardly_meet() -> None:
+    """A birth-and-death chain: π_{i+1} / π_i = b_i / d_{i+1}, from 1 down to 10⁻³⁰, over a bridge of 10⁻¹¹."""
+    births, deaths = tensor([0.3, 1e-11, 0.2, 1e-10]), tensor([0.4, 3e-11, 0.5, 0.5])
+    matrix = torch.diag(births, 1) + torch.diag(deaths, -1)
+    matrix += torch.diag(1.0 - matrix.sum(1))
+    law = torch.cat([tensor([1.0]), (births / deaths).cumprod(0)])
+    assert torch.allclose(markov.stationary(matrix), law / law.sum(), rtol=1e-12, atol=0.0)
+
+
+def test_reversible_chains_are_told_from_those_that_go_round() -> None:
+    """Kolmogorov: on a cycle of three, the products of the probabilities of both directions are equal or not."""
+    proposals = torch.rand(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    proposals /= proposals.sum(1, keepdim=True)
+    assert markov.is_reversible(markov.metropolis(proposals, LAW)) and markov.is_reversible(
+        markov.metropolis(proposals, LAW), LAW
+    )
+    assert not markov.is_reversible(markov.metropolis(proposals, LAW), torch.ones(5))
+    for q in (0.3, 0.2, 0.3 + 1e-9):
+        there, back = 0.3, q
+        matrix = tensor([[1 - there - back, there, back], [back, 1 - there - back, there], [there, back, 1 - there - back]])
+        assert markov.is_reversible(matrix) == (there**3 == back**3)
+        assert markov.is_reversible(matrix, tolerance=1e-6) == (q != 0.2)
+
+
+@pytest.mark.parametrize("tolerance", [0.25, 0.01, 1e-6])
+@pytest.mark.parametrize(("there", "back"), [(0.1, 0.1), (0.013, 0.002), (0.9, 0.8), (1e-7, 3e-7)])
+def test_the_mixing_time_of_two_states_is_their_formula(there: float, back: float, tolerance: float) -> None:
+    """d(t) = max(π) |1 - a - b|ᵗ."""
+    matrix = tensor([[1 - there, there], [back, 1 - back]])
+    largest = max(there, back) / (there + back)
+    expected = math.ceil(math.log(tolerance / largest) / math.log(abs(1 - there - back)))
+    assert markov.mixing_time(matrix, tolerance) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("dimension", [1, 3, 6])
+def test_the_mixing_time_of_the_lazy_walk_on_the_cube_is_that_of_its_spectrum(dimension: int) -> None:
+    """P^t(0, x) depends on the weight k of x: 2⁻ⁿ Σ_j K_k(j) (1 - j/n)ᵗ, K the Krawtchouk polynomials."""
+    n, states = dimension, 2**dimension
+    matrix = 0.5 * torch.eye(states, dtype=torch.float64)
+    for i in range(states):
+        for bit in range(n):
+            matrix[i, i ^ (1 << bit)] += 0.5 / n
+
+    def distance(t: int) -> float:
+        total = 0.0
+        for k in range(n + 1):
+            krawtchouk = [
+                sum((-1) ** i * math.comb(k, i) * math.comb(n - k, j - i) for i in range(min(j, k) + 1) if j - i <= n - k)
+                for j in range(n + 1)
+            ]
+            p = sum(krawtchouk[j] * (1 - j / n) ** t for j in range(n + 1)) / states
+            total += 0.5 * math.comb(n, k) * abs(p - 1 / states)
+        return total
+
+    for tolerance in (0.3, 0.25, 0.011):
+        expected = next(t for t in range(1000) if distance(t) <= tolerance)
+        assert markov.mixing_time(matrix, tolerance) == expected
+    assert markov.mixing_time(2.0 * matrix - torch.eye(states)) == math.inf  # not lazy: of period 2
+
+
+def test_a_chain_that_draws_its_law_mixes_in_one_step_and_one_state_in_none() -> None:
+    assert markov.mixing_time(LAW.expand(5, 5)) == 1.0
+    assert markov.mixing_time(torch.ones(1, 1)) == 0.0
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -117,8 +235,17 @@ def test_a_chain_visits_its_states_as_often_as_it_should() -> None:
         (lambda: markov.stationary(torch.eye(2, dtype=torch.float64)), "more than one stationary law"),
         (lambda: markov.imbalance(torch.eye(2), tensor([0.2, 0.3, 0.5])), "2 states has 2 entries"),
         (lambda: markov.metropolis(torch.eye(2), tensor([-0.2, 1.2])), "no negative entries"),
+        (lambda: markov.communicating_classes(torch.ones(2, 3) / 3), "is square"),
+        (lambda: markov.period(torch.ones(3)), "is square"),
+        (lambda: markov.is_recurrent(tensor([[0.5, 0.6], [0.5, 0.5]])), "every row of it sums to 1"),
+        (lambda: markov.is_reversible(torch.eye(2)), "more than one stationary law"),
+        (lambda: markov.mixing_time(torch.eye(2), 0.5), "above 0 and below 1/2, but this one is 0.5"),
+        (lambda: markov.mixing_time(torch.ones(1, 2) / 2), "is square"),
     ],
-    ids=["rows", "shape", "parts", "law", "negative"],
+    ids=[
+        *("rows", "shape", "parts", "law", "negative"),
+        *("classes", "period", "recurrent", "reversible", "tolerance", "mixing"),
+    ],
 )
 def test_what_is_no_markov_chain_is_refused(call: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
