@@ -47,7 +47,7 @@ METROPOLIS_THIN = {
     "gaussian_process": 15, "hmm": 10,
 }  # fmt: skip
 HMC_THIN = {"hmm": 2, "horseshoe": 4}
-# Far out, its curvature is two hundred times what it is elsewhere, and a chain that strays there in warm-up takes long to leave.
+# Far out its curvature is two hundred times as large, and a chain that strays there in warm-up takes long to leave.
 HMC_WARMUP = {"horseshoe": 300}
 # Chains where one evaluation is dear: the change-point has a table of years by years.
 CHAINS = {"coal": 16}
