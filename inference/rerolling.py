@@ -45,6 +45,7 @@ from inference.sums import gather, placed, sum_of
 __all__ = ["reroll"]
 
 _FEWEST = 8  # nodes that are alike; fewer stay as they are
+_LARGEST_STACK = 2**25  # numbers in the results of alike nodes; larger ones are better not held at once
 _RADIUS = 4  # operations back to which what is recurrent looks the same in every step
 
 _aten = torch.ops.aten
@@ -136,7 +137,12 @@ class _Likeness:
             is_operation = node.op == "call_function" and node.target is not sum_of
             if is_operation and node not in self.recurrent and node not in self.unsteady:
                 members[classes[node]].append(node)
-        return {number: alike for number, alike in members.items() if len(alike) >= _FEWEST}
+        return {number: alike for number, alike in members.items() if len(alike) >= _FEWEST and self._fits(alike)}
+
+    @staticmethod
+    def _fits(alike: list[fx.Node]) -> bool:
+        known = alike[0].meta.get("val")
+        return known is None or len(alike) * known.shape.numel() <= _LARGEST_STACK
 
     def _dependent(self, classes: dict[fx.Node, int]) -> set[int]:
         """Classes with a member that depends on another one."""
@@ -318,7 +324,14 @@ class _Rolled:
         placed = defaultdict(list)
         for node in nodes:
             placed[self.group_of.get(node, (-1, 0))[0]].append(node)
-        parts = [self.stack(members).sum(0) if len(members) > 1 else self.value(members[0]) for members in placed.values()]
+        parts = []
+        for group, members in placed.items():
+            known = meta(self.graph, members[0])
+            is_small = known is None or len(members) * known.shape.numel() <= _LARGEST_STACK
+            if len(members) > 1 and (group >= 0 or is_small):
+                parts.append(self.stack(members).sum(0))
+            else:
+                parts += [self.value(node) for node in members]
         total = parts[0]
         for part in parts[1:]:
             total = total + part

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from inference import rerolling
 from inference.density import Unconstrained
 from inference.graphs import fold, functional, merge
 from inference.handlers import isolated, quiet, reproducible
@@ -182,6 +183,22 @@ def test_one_element_of_many_inputs_is_picked_at_once(device: torch.device) -> N
 
     rows = [torch.rand(2, 4, dtype=torch.float64, device=device) for _ in range(STEPS)]
     assert rolled(function, *rows) < STEPS + 15
+
+
+def test_large_results_are_not_held_at_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each step makes of a large table is added up one after the other, as the program does it."""
+    monkeypatch.setattr(rerolling, "_LARGEST_STACK", 1000)
+
+    def total(x: Tensor, table: Tensor) -> Tensor:
+        found = table * 0.0
+        for t in range(STEPS):
+            found = found + (table * x[t]).exp()
+        return found
+
+    x, table = (torch.rand(n, dtype=torch.float64, device=device) for n in (STEPS, 100))
+    rolled(total, x, table)
+    graph = reroll(fold(merge(draft(total, [x, table]))), [x, table])
+    assert max(node.meta["val"].shape.numel() for node in graph.graph.nodes if "val" in node.meta) == 100
 
 
 def test_a_sum_goes_before_what_is_linear(device: torch.device) -> None:
