@@ -26,8 +26,9 @@ from torch import Tensor
 from inference.conditionals import Conditional, Points
 from inference.messages import Family
 
-__all__ = ["LAGS", "Chain", "ChainConditional", "Tridiagonal"]
+__all__ = ["FEWEST", "LAGS", "Chain", "ChainConditional", "Tridiagonal"]
 
+FEWEST = 16  # sites in a row that are tried together
 LAGS = (1, 2, 4)  # sites back to which a site of a chain may be coupled
 
 

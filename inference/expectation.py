@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map
 
 from inference.blocks import Block, Current
 from inference.blocks.block import Move, is_certified
-from inference.chains import LAGS, Chain, ChainConditional
+from inference.chains import FEWEST, LAGS, Chain, ChainConditional
 from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
 from inference.density import Density, Unconstrained
 from inference.distributed import ALONE, Processes
@@ -44,7 +44,6 @@ __all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLa
            "Weights"]  # fmt: skip
 
 Values = dict[str, Tensor]
-_LEAST_CHAIN = 16  # sites end to end that are tried as a chain
 
 
 class Batch(NamedTuple):
@@ -350,7 +349,7 @@ class Stack:
         if len(self.names) == 1:
             yield from (f for f in candidates(support, self.shape) if f.name in ("Normal", "Gaussian"))
             return
-        if len(self.names) >= _LEAST_CHAIN and len(set(self.sizes)) == 1 and not self.shape[:-1].numel() > 1:
+        if len(self.names) >= FEWEST and len(set(self.sizes)) == 1 and not self.shape[:-1].numel() > 1:
             yield from (Chain(self.shape, lags * self.sizes[0]) for lags in LAGS)
         last = len(self.shape) - 1
         for axes in dict.fromkeys([(last,), tuple(range(len(self.shape)))]):

@@ -32,7 +32,6 @@ _TRIALS = 8  # settings of all sites at which an update is tried before it is tr
 _DRAWN = 8  # draws from the prior for each of them
 _WIDEST_JOINT = 200  # elements of sites that are joined without being asked to: each costs a gradient, and their cube a draw
 _MOST_LISTED = 12  # names of sites in a row of a plan
-_LEAST_LOOP = 16  # sites of a loop that are tried together
 _LEAST_ELLIPTICAL = 8  # elements of a correlated normal prior that are worth an elliptical slice
 _MOST_COLOURS = 100  # coordinates that slices take in turn
 
@@ -289,9 +288,10 @@ class _Ladder:
     def _loops(self) -> None:
         """Exact draws of the sites of each long loop, all at once; the others of them are not tried one by one."""
         from inference.blocks import Conjugate, GaussianChain
+        from inference.chains import FEWEST
         from inference.program import loops
 
-        for group in loops([name for name in self.left if self.program.latents[name].is_continuous], _LEAST_LOOP):
+        for group in loops([name for name in self.left if self.program.latents[name].is_continuous], FEWEST):
             is_real = len(self._real(group)) == len(group)
             block = self.bound(GaussianChain(), group) if is_real else None
             block = block or self.bound(Conjugate(), group)

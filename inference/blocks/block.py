@@ -12,7 +12,18 @@ from torch import Tensor
 
 from inference.density import Density
 
-__all__ = ["Block", "Current", "Move", "averaged", "failed", "handed_out", "is_certified", "metropolised", "where_proper"]
+__all__ = [
+    "Block",
+    "Current",
+    "Move",
+    "averaged",
+    "failed",
+    "handed_out",
+    "holds",
+    "is_certified",
+    "metropolised",
+    "where_proper",
+]
 
 
 class Current(NamedTuple):
@@ -154,6 +165,16 @@ def is_certified(move: Move, *log_joints: Tensor) -> bool:
     size = sum(log_joint.abs() for log_joint in log_joints)
     precision = 1e-10 if move.log_ratio.dtype == torch.float64 else 1e-4
     return bool((move.log_ratio.abs() <= precision * (100.0 + size)).all())
+
+
+def holds(block: Block, density: Density, trials: Current) -> bool:
+    """Whether the certificate of a block's moves holds at some settings of all sites, and again from where it learnt."""
+    state = block.init(density, trials)
+    for _ in range(2):
+        state, moved, move = block.step(state, density, trials, 0)
+        if not is_certified(move, trials.log_joint, moved.log_joint):
+            return False
+    return True
 
 
 def averaged(values: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from inference.blocks.block import Current, is_certified
+from inference.blocks.block import Current, holds
 from inference.blocks.conjugate import Joined
 from inference.blocks.gaussian import Gaussian, check_real
 from inference.chains import LAGS, Chain, ChainConditional
@@ -46,12 +46,7 @@ class GaussianChain(Gaussian):
             raise Unsupported(f"GaussianChain() needs several sites of one shape, but was given {', '.join(sites)}.")
         for lags in (self.lags,) if self.lags else LAGS:
             bound = replace(self, sites=tuple(sites), lags=lags)
-            points = bound.init(density, trials)
-            for _ in range(2):
-                points, moved, move = bound.step(points, density, trials, 0)
-                if not is_certified(move, trials.log_joint, moved.log_joint):
-                    break
-            else:
+            if holds(bound, density, trials):
                 return bound
         raise Unsupported(
             f"The joint conditional of {sites[0]}, …, {sites[-1]} is not Gaussian, or couples sites that are more than "

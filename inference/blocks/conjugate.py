@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from inference.blocks.block import Block, Current, Move, is_certified, metropolised, where_proper
+from inference.blocks.block import Block, Current, Move, holds, metropolised, where_proper
 from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
@@ -34,7 +34,7 @@ def message(
     if len(sites) == 1:
         staged = density.gradients(sites[0])
     else:
-        stacked = Stacked(sites).gradients(lambda values: density.program.log_joint(values))
+        stacked = Stacked(density.program, sites).gradients(lambda values: density.program.log_joint(values))
         staged = density.stage(("stacked gradients", *sites), stacked, (True, True))
     gradients = staged(at.movedim(0, 1).contiguous(), values)
     conditional = family.solve(at, gradients.movedim(1, 0))
@@ -114,35 +114,21 @@ class Joined:
         return at_points
 
 
-class Stacked:
-    """Sites of one shape as one, (…, *shape) of a single site, (…, site, *shape) of several.
+class Stacked(Joined):
+    """Sites of one shape as one: a single site keeps its shape, several become one with an axis more, (site, *shape)."""
 
-    Args:
-        sites: Their names.
-    """
-
-    def __init__(self, sites: Sequence[str]) -> None:
-        self.sites = tuple(sites)
+    def __init__(self, program: Program, sites: Sequence[str]) -> None:
+        super().__init__(program, sites)
+        if len(self.sites) > 1:
+            self.shape = torch.Size([len(self.sites), *self.shapes[0]])
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Site to value (chain, *shape) -> stacked."""
-        if len(self.sites) == 1:
-            return values[self.sites[0]]
-        return torch.stack([values[site] for site in self.sites], 1)
+        joined = super().join(values)
+        return joined.reshape(len(joined), *self.shape)
 
-    def split(self, value: Tensor, dim: int = 1) -> dict[str, Tensor]:
-        """Stacked, along ``dim``, -> site to value."""
-        if len(self.sites) == 1:
-            return {self.sites[0]: value}
-        return dict(zip(self.sites, value.unbind(dim), strict=True))
-
-    def gradients(self, log_density: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """(points (point, *stack), values) -> gradient in the stacked value of ``log_density(values)``."""
-
-        def at_points(points: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-            return vmap(grad(lambda value: log_density({**values, **self.split(value, 0)})))(points)
-
-        return at_points
+    def split(self, value: Tensor) -> dict[str, Tensor]:
+        lead = value.dim() - len(self.shape)
+        return super().split(value if len(self.sites) == 1 else value.flatten(lead))
 
 
 @dataclass(frozen=True)
@@ -182,17 +168,12 @@ class Conjugate(Block):
         if any(not latents[name].is_continuous for name in sites):
             raise Unsupported(f"Conjugate() needs a continuous site, but '{site.name}' is {site.family}.")
         if len(sites) > 1:
-            families = [*candidates(site.support, torch.Size([len(sites), *site.shape]))]
+            families = [*candidates(site.support, Stacked(density.program, sites).shape)]
         else:
             families = self._families(site, density, trials)
         for family in [self.family] if self.family else families:
             bound = replace(self, sites=tuple(sites), family=family)
-            points = bound.init(density, trials)
-            for _ in range(2):
-                points, moved, move = bound.step(points, density, trials, 0)
-                if not is_certified(move, trials.log_joint, moved.log_joint):
-                    break
-            else:
+            if holds(bound, density, trials):
                 return bound
         where = kind_of(site.support) or str(site.support)
         raise Unsupported(f"The conditional of '{site.name}' is in no known family on its support ({where}).")
@@ -208,7 +189,7 @@ class Conjugate(Block):
 
     def init(self, density: Density, current: Current) -> Points:
         assert self.family is not None
-        points = self.family.initial(Stacked(self.sites).join(current.values))
+        points = self.family.initial(Stacked(density.program, self.sites).join(current.values))
         for _ in range(2):
             conditional = message(self.family, self.sites, points, density, current.values)
             points = merged(conditional, points)
@@ -219,12 +200,12 @@ class Conjugate(Block):
     ) -> tuple[Points, dict[str, Tensor], Tensor]:
         assert self.family is not None
         conditional = message(self.family, self.sites, state, density, values)
-        found = where_proper(conditional.is_proper, Stacked(self.sites).split(conditional.sample()), values)
+        found = where_proper(conditional.is_proper, Stacked(density.program, self.sites).split(conditional.sample()), values)
         return merged(conditional, state) if warmup else state, *found
 
     def step(self, state: Points, density: Density, current: Current, warmup: int) -> tuple[Points, Current, Move]:
         assert self.family is not None
-        stacked = Stacked(self.sites)
+        stacked = Stacked(density.program, self.sites)
         conditional = message(self.family, self.sites, state, density, current.values)
         proposal = conditional.sample()
         log_q, log_q_present = conditional.log_prob(proposal), conditional.log_prob(stacked.join(current.values))

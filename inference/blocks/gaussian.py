@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from inference.blocks.block import Block, Current, Move, is_certified, metropolised, where_proper
+from inference.blocks.block import Block, Current, Move, holds, metropolised, where_proper
 from inference.blocks.conjugate import Joined, merged
 from inference.conditionals import Conditional, GaussianConditional, Points
 from inference.contract import Unsupported
@@ -58,11 +58,8 @@ class Gaussian(Block):
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
         check_real("Gaussian", sites, density)
         bound = replace(self, sites=tuple(sites))
-        points = bound.init(density, trials)
-        for _ in range(2):
-            points, moved, move = bound.step(points, density, trials, 0)
-            if not is_certified(move, trials.log_joint, moved.log_joint):
-                raise Unsupported(f"The joint conditional of {', '.join(sites)} is not Gaussian.")
+        if not holds(bound, density, trials):
+            raise Unsupported(f"The joint conditional of {', '.join(sites)} is not Gaussian.")
         return bound
 
     def conditional(self, points: Points, density: Density, values: dict[str, Tensor]) -> Conditional:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference import polya_gamma
-from inference.blocks.block import Block, Current, Move, is_certified, metropolised, where_proper
+from inference.blocks.block import Block, Current, Move, holds, metropolised, where_proper
 from inference.blocks.conjugate import Joined, merged
 from inference.blocks.gaussian import check_real
 from inference.conditionals import Conditional, GaussianConditional, Points
@@ -69,11 +69,7 @@ class PolyaGamma(Block):
         joint = [Gaussian(shape, (0,))] if len(sites) > 1 else candidates(density.program.latents[sites[0]].support, shape)
         for family in [self.family] if self.family else joint:
             bound = replace(self, sites=tuple(sites), family=family, statements=statements)
-            points, is_good = bound.init(density, trials), True
-            for _ in range(2):
-                points, moved, move = bound.step(points, density, trials, 0)
-                is_good = is_good and is_certified(move, trials.log_joint, moved.log_joint)
-            if is_good:
+            if holds(bound, density, trials):
                 return bound
         raise Unsupported(
             f"Given Pólya-Gamma variables for {', '.join(statements)}, the conditional of {', '.join(sites)} is not normal."
