@@ -34,6 +34,7 @@ from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
 from inference.graphs import elements, fold, merge
 from inference.program import Program
+from inference.projection import project
 from inference.recording import Draft, draft, quicken
 from inference.rerolling import reroll
 from inference.rows import rewritten
@@ -90,7 +91,10 @@ def _translated(error: Exception, name: str) -> Exception:
 
 @dataclass
 class _Variant:
-    """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for."""
+    """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for.
+
+    A graph that is plain does what the program does, operation by operation.
+    """
 
     calls: int = 0
     checks: int = 0
@@ -99,6 +103,7 @@ class _Variant:
     run: Callable[..., Any] | None = None
     strides: list[list[int]] | None = None
     is_compiled: bool = False
+    is_plain: bool = False
 
     @property
     def rung(self) -> str:
@@ -162,7 +167,7 @@ class Staged:
     def calls(self) -> dict[str, Any]:
         """For each shape of the inputs, how often it was called and on which rung it is: what json can hold."""
         now = {
-            repr(key): [v.calls, v.checks, v.evaluations, v.rung, v.strides, self.evaluations]
+            repr(key): [v.calls, v.checks, v.evaluations, v.rung, v.strides, v.is_plain, self.evaluations]
             for key, v in self._variants.items()
         }
         exact = {} if self.exact is None else self.exact.calls
@@ -182,9 +187,9 @@ class Staged:
         """What is known of inputs of this shape from an earlier run, with its graph."""
         if repr(key) not in self._past:
             return _Variant()
-        calls, checks, evaluations, rung, strides, asked = self._past[repr(key)]
+        calls, checks, evaluations, rung, strides, is_plain, asked = self._past[repr(key)]
         self.evaluations = max(self.evaluations, asked)
-        variant = _Variant(calls)
+        variant = _Variant(calls, is_plain=is_plain)
         if rung:
             pairs = zip(leaves, strides, strict=True)
             alike = [torch.empty_strided(leaf.shape, s, dtype=leaf.dtype, device=leaf.device) for leaf, s in pairs]
@@ -229,7 +234,7 @@ class Staged:
             else:
                 variant.checks -= 1
                 if not _equal(variant.run(*leaves), expected):
-                    self._step_down(variant)
+                    self._step_down(variant, leaves, tree_flatten(inputs)[1])
             return expected
 
     def _reference(self, *inputs: Any) -> Any:
@@ -261,7 +266,7 @@ class Staged:
             return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
 
         try:
-            graph = self._drafted(flat, leaves)
+            graph = self._drafted(flat, leaves, variant.is_plain)
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
@@ -272,9 +277,13 @@ class Staged:
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
-    def _drafted(self, flat: Callable[..., Any], leaves: list[Tensor]) -> Draft:
-        """The graph of ``flat``, with its loops rolled up if it is long."""
+    def _drafted(self, flat: Callable[..., Any], leaves: list[Tensor], is_plain: bool) -> Draft:
+        """The graph of ``flat``; its rows projected and, if it is long, its loops rolled up, unless it is to be plain."""
         graph = fold(merge(draft(flat, leaves)))
+        if is_plain:
+            return graph
+        if project(graph):
+            graph = fold(merge(graph))
         if len(graph.graph.nodes) < _LONG:
             return graph
         try:
@@ -300,11 +309,14 @@ class Staged:
         variant.run, variant.is_compiled, variant.checks, self.rung = compiled, True, _CHECKS, "compiled"
         variant.evaluations = _ENOUGH
 
-    def _step_down(self, variant: _Variant) -> None:
+    def _step_down(self, variant: _Variant, leaves: list[Tensor], structure: Any) -> None:
         _log.info("%s: a %s graph gave other values than the program; running without it.", self.name, self.rung)
         if variant.is_compiled:
             variant.interpret()
             variant.checks, self.rung = _CHECKS, "staged"
+        elif not variant.is_plain:
+            variant.is_plain = True
+            self._stage(variant, leaves, structure)
         else:
             variant.graph = variant.run = None
             self.rung = "vmapped"
