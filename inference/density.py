@@ -35,7 +35,7 @@ from inference.enumeration import draw_back, eliminate, factors, indices, log_no
 from inference.graphs import elements, fold, merge
 from inference.program import Program
 from inference.projection import project
-from inference.recording import Draft, draft, quicken
+from inference.recording import Draft, assuming, draft, is_assuming, quicken, unlikely
 from inference.rerolling import reroll
 from inference.rows import rewritten
 
@@ -56,6 +56,7 @@ _COMPILER: dict[str, Any] = {
     "cpp.vec_isa_ok": True,  # trusts the processor's flags; asking the compiler takes ten seconds
     "size_asserts": False,  # inputs are checked here, once for all rungs
     "alignment_asserts": False,
+    "fallback_random": True,  # the random numbers that an uncompiled graph draws
     "use_joint_graph_passes": False,  # they look for attention and paddings, and loading their patterns takes a second
 }
 
@@ -93,13 +94,14 @@ def _translated(error: Exception, name: str) -> Exception:
 class _Variant:
     """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for.
 
-    A graph that is plain does what the program does, operation by operation.
+    ``plain`` is the graph before its rows were projected, while that is on trial.
     """
 
     calls: int = 0
     checks: int = 0
     evaluations: int = -1
     graph: fx.GraphModule | None = None
+    plain: Draft | None = None
     run: Callable[..., Any] | None = None
     strides: list[list[int]] | None = None
     is_compiled: bool = False
@@ -201,8 +203,8 @@ class Staged:
 
     def __call__(self, *inputs: Any, instead: Callable[[], tuple[Any, ...]] | None = None) -> Any:
         """The value; ``instead`` gives inputs that take the place of ``inputs`` row by row."""
-        found = self._evaluated(*inputs)
-        if self.exact is None or self.has_rows is None or not self.has_rows() or not _has_nan(found):
+        found = self._reference(*inputs) if is_assuming() else self._evaluated(*inputs)
+        if self.exact is None or self.has_rows is None or not self.has_rows() or not unlikely(_has_nan(found)):
             return found
         return self.row_by_row(*(inputs if instead is None else instead()))
 
@@ -233,8 +235,10 @@ class Staged:
                 self.rung = RUNGS[min(self.limit, 1)]
             else:
                 variant.checks -= 1
-                if not _equal(variant.run(*leaves), expected):
-                    self._step_down(variant, leaves, tree_flatten(inputs)[1])
+                if not self._is_alike(variant.run, leaves, expected):
+                    self._step_down(variant, leaves, expected)
+                elif not variant.checks:
+                    variant.plain = None
             return expected
 
     def _reference(self, *inputs: Any) -> Any:
@@ -244,6 +248,14 @@ class Staged:
             return vmap(self.function, in_dims=self.in_dims)(*inputs)
         except Exception as error:
             raise _translated(error, self.name) from error
+
+    def _is_alike(self, run: Callable[..., Any], leaves: list[Tensor], expected: Any) -> bool:
+        """Whether a graph gives what the function gave."""
+        return _equal(run(*leaves), expected)
+
+    def _flat(self, leaves: Sequence[Tensor], structure: Any) -> Any:
+        """What is recorded."""
+        return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(leaves), structure))
 
     def _looped(self, *inputs: Any) -> Any:
         leaves = tree_flatten([i for i, dim in zip(inputs, self.in_dims, strict=True) if dim == 0])[0]
@@ -261,37 +273,33 @@ class Staged:
     def _stage(self, variant: _Variant, leaves: list[Tensor], structure: Any) -> None:
         if self.limit < RUNGS.index("staged"):
             return
-
-        def flat(*flat_leaves: Tensor) -> Any:
-            return vmap(self.function, in_dims=self.in_dims)(*tree_unflatten(list(flat_leaves), structure))
-
         try:
-            graph = self._drafted(flat, leaves, variant.is_plain)
+            graph, plain = self._drafted(lambda *flat: self._flat(flat, structure), leaves, variant.is_plain)
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
         self.nodes, self.elements = len(graph.graph.nodes), elements(graph)
         if self.nodes <= _LARGEST_STAGED:
-            variant.graph = graph.written()
+            variant.graph, variant.plain, variant.is_plain = graph.written(), plain, plain is None
             variant.interpret()
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
-    def _drafted(self, flat: Callable[..., Any], leaves: list[Tensor], is_plain: bool) -> Draft:
-        """The graph of ``flat``; its rows projected and, if it is long, its loops rolled up, unless it is to be plain."""
-        graph = fold(merge(draft(flat, leaves)))
-        if is_plain:
-            return graph
-        if project(graph):
-            graph = fold(merge(graph))
+    def _drafted(self, flat: Callable[..., Any], leaves: list[Tensor], is_plain: bool) -> tuple[Draft, Draft | None]:
+        """The graph of ``flat``, with its loops rolled up if it is long; and the same before its rows were projected."""
+        graph, plain = fold(merge(draft(flat, leaves))), None
+        if not is_plain:
+            before = Draft(dict(graph.named_buffers()), copy.deepcopy(graph.graph))
+            if project(graph):
+                graph, plain = fold(merge(graph)), before
         if len(graph.graph.nodes) < _LONG:
-            return graph
+            return graph, plain
         try:
             rolled = fold(merge(reroll(graph, leaves)))
         except Exception as error:
             _log.info("The loops of %s stay as they are (%s).", self.name, error)
-            return fold(merge(draft(flat, leaves)))
-        return min(rolled, graph, key=lambda found: len(found.graph.nodes))
+            return fold(merge(draft(flat, leaves))), None
+        return min(rolled, graph, key=lambda found: len(found.graph.nodes)), plain
 
     def _compile(self, variant: _Variant, leaves: list[Tensor]) -> None:
         variant.evaluations = self.evaluations
@@ -309,16 +317,17 @@ class Staged:
         variant.run, variant.is_compiled, variant.checks, self.rung = compiled, True, _CHECKS, "compiled"
         variant.evaluations = _ENOUGH
 
-    def _step_down(self, variant: _Variant, leaves: list[Tensor], structure: Any) -> None:
+    def _step_down(self, variant: _Variant, leaves: list[Tensor], expected: Any) -> None:
+        plain = None if variant.is_compiled or variant.plain is None else variant.plain.written()
         _log.info("%s: a %s graph gave other values than the program; running without it.", self.name, self.rung)
         if variant.is_compiled:
             variant.interpret()
             variant.checks, self.rung = _CHECKS, "staged"
-        elif not variant.is_plain:
-            variant.is_plain = True
-            self._stage(variant, leaves, structure)
+        elif plain is not None and self._is_alike(plain, leaves, expected):
+            variant.graph, variant.plain, variant.is_plain, variant.checks = plain, None, True, _CHECKS
+            variant.interpret()
         else:
-            variant.graph = variant.run = None
+            variant.graph = variant.run = variant.plain = None
             self.rung = "vmapped"
 
     def _pays_to_compile(self) -> bool:
@@ -332,6 +341,57 @@ class Staged:
             self.said.add(_NO_COMPILER)
             _log.warning("%s %s", self.name, _NO_COMPILER)
         return False
+
+
+class Random(Staged):
+    """A function of all chains that draws random numbers, and decides on nothing but what is ``unlikely``.
+
+    A graph draws the same numbers in the same order. Where something unlikely has happened, the function is called again
+    from where the random numbers were.
+
+    Args:
+        function: Takes trees of tensors with a chain axis, returns a tree of tensors.
+        device: Whose random numbers it draws.
+        rest: Those of ``Staged``.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device, **rest: Any) -> None:
+        super().__init__(function, (), **rest)
+        self.device = device
+
+    def __call__(self, *inputs: Any, instead: Any = None) -> Any:
+        before = self._numbers()
+        found, has_happened = self._evaluated(*inputs)
+        if has_happened is None or not bool(has_happened):
+            return found
+        self._rewind(before)
+        return self.function(*inputs)
+
+    def _numbers(self) -> Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _rewind(self, numbers: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(numbers, self.device)
+        else:
+            torch.set_rng_state(numbers)
+
+    def _reference(self, *inputs: Any) -> Any:
+        self._before = self._numbers()
+        return self.function(*inputs), None
+
+    def _is_alike(self, run: Callable[..., Any], leaves: list[Tensor], expected: Any) -> bool:
+        after = self._numbers()
+        self._rewind(self._before)
+        found, has_happened = run(*leaves)
+        is_alike = _equal((found, self._numbers()), (expected[0], after))
+        self._rewind(after)
+        return is_alike or (has_happened is not None and bool(has_happened))
+
+    def _flat(self, leaves: Sequence[Tensor], structure: Any) -> Any:
+        with assuming() as conditions:
+            found = self.function(*tree_unflatten(list(leaves), structure))
+        return found, torch.stack(conditions).any() if conditions else None
 
 
 def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -417,8 +477,9 @@ def _laid_out(leaves: Sequence[Tensor], strides: list[tuple[int, ...]]) -> list[
     ]
 
 
-def _has_nan(tree: Any) -> bool:
-    return any(bool(leaf.isnan().any()) for leaf in tree_flatten(tree)[0] if leaf.is_floating_point())
+def _has_nan(tree: Any) -> Tensor:
+    found = [leaf.isnan().any() for leaf in tree_flatten(tree)[0] if leaf.is_floating_point()]
+    return found[0] if len(found) == 1 else torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool)
 
 
 def highest_rung(rung: str | None = None) -> int:
@@ -530,6 +591,22 @@ class Density:
             self.functions[key].recall(self._past.get(repr(key), {}))
         staged = self.functions[key]
         staged.evaluations = max(staged.evaluations, self.evaluations if evaluations is None else evaluations)
+        return staged
+
+    def random(self, key: Hashable, function: Callable[..., Any]) -> Staged:
+        """``function`` of all chains, that draws random numbers; the same ``key`` gives the same again."""
+        if key not in self.functions:
+            self.functions[key] = Random(
+                function,
+                self.program.device,
+                name=self.program.name,
+                rung=self.limit,
+                is_long=self.program.is_long,
+                said=self.said,
+            )
+            self.functions[key].recall(self._past.get(repr(key), {}))
+        staged = self.functions[key]
+        staged.evaluations = max(staged.evaluations, self.evaluations)
         return staged
 
     @cached_property

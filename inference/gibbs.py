@@ -8,9 +8,11 @@ References:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from inference.blocks import Block, Current
 from inference.blocks.block import failed
 from inference.contract import Backend, Draw, Unsupported
+from inference.density import Density
 from inference.fit import Sample
 from inference.plan import Plan, Update, assign, demoted
 from inference.program import Program
@@ -72,6 +75,72 @@ def _is_due(block: Block, trust: float) -> bool:
     A function of the number of sweeps alone, so that a run that goes on takes it where one long run would.
     """
     return block.has_certificate and (trust < _HELD or trust % _EVERY == 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some blocks of a sweep, one after the other.
+
+    Args:
+        blocks: The blocks.
+        due: Whether the certificate of each is to be taken.
+        warmup: Length of the warm-up while it lasts, then 0.
+        is_straight: Whether all of them do the same operations at every sweep.
+    """
+
+    blocks: tuple[Block, ...]
+    due: tuple[bool, ...]
+    warmup: int
+    is_straight: bool
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What tells one part from another."""
+        return "part", tuple((block.update, block.sites) for block in self.blocks), self.due, bool(self.warmup)
+
+    def __call__(
+        self, density: Density, values: dict[str, Tensor], log_joint: Tensor, memories: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+        """Moves every chain.
+
+        Args:
+            density: The densities of the program.
+            values: Where the chains are.
+            log_joint: Of the values, (chain,).
+            memories: The state of each block.
+
+        Returns:
+            The states, values and log-joint after it; for each block its acceptance (block, chain), its largest |log ratio|
+            (block,), -1 where it was not taken, and whether it has failed (block,).
+        """
+        known: Tensor | None = log_joint  # None where a block has moved without
+        states, rates, ratios, fails = [], [], [], []
+        for block, memory, is_due in zip(self.blocks, memories, self.due, strict=True):
+            drawn = None if is_due else block.drawn(memory, density, values, self.warmup)
+            if drawn is not None:
+                memory, moved, rate = drawn
+                values, known, ratio = {**values, **moved}, None, None
+            else:
+                current = Current(values, density.joint(values) if known is None else known)
+                memory, (values, known), (rate, ratio) = block.step(memory, density, current, self.warmup)
+                ratio = torch.zeros_like(rate) if ratio is None else ratio
+            states.append(memory)
+            rates.append(rate)
+            ratios.append(-torch.ones_like(rate[0]) if ratio is None else ratio.abs().amax())
+            fails.append(
+                torch.zeros_like(rate[0]) if ratio is None or known is None else failed(ratio, known).to(rate.dtype)
+            )
+        known = density.joint(values) if known is None else known
+        return tuple(states), values, known, torch.stack(rates), torch.stack(ratios), torch.stack(fails)
+
+
+def _parts(blocks: tuple[Block, ...], trust: list[float], warmup: int, is_long: bool) -> Iterator[Part]:
+    """The blocks of a sweep in their order, those together that one graph serves."""
+    due = [_is_due(block, since) for block, since in zip(blocks, trust, strict=True)]
+    for is_straight, group in itertools.groupby(range(len(blocks)), lambda i: blocks[i].is_straight and not is_long):
+        members = [*group]
+        own = tuple(blocks[i] for i in members)
+        yield Part(own, tuple(due[i] for i in members), warmup, is_straight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,42 +247,33 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         return state._replace(current=Current(values, program.density.joint(values)))
 
     def _sweep(self, state: GibbsState, program: Program, warmup: int) -> tuple[GibbsState, GibbsInfo]:
-        density, values = program.density, state.current.values
-        log_joint: Tensor | None = state.current.log_joint  # None where a block has moved without
-        zero = state.current.log_joint.new_zeros(())
-        states, rates, ratios, fails = [], [], [], []
-        parts = zip(state.blocks, state.states, state.trust.tolist(), state.certificate, strict=True)
-        for block, memory, trust, certificate in parts:
-            drawn = None if _is_due(block, trust) else block.drawn(memory, density, values, warmup)
-            if drawn is not None:
-                memory, moved, rate = drawn
-                values, log_joint = {**values, **moved}, None
-                ratios.append(certificate)
-                fails.append(zero)
-            else:
-                current = Current(values, density.joint(values) if log_joint is None else log_joint)
-                memory, (values, log_joint), move = block.step(memory, density, current, warmup)
-                rate = move.acceptance
-                ratio = torch.zeros_like(rate) if move.log_ratio is None else move.log_ratio
-                ratios.append(
-                    ratio.abs().amax() if warmup else torch.maximum(certificate * (state.sweeps > 0), ratio.abs().amax())
-                )
-                fails.append(failed(ratio, log_joint).to(zero.dtype))
-            states.append(memory)
-            rates.append(rate)
-        current = Current(values, density.joint(values) if log_joint is None else log_joint)
-        rate, has_failed = torch.stack(rates), torch.stack(fails)
-        state = state._replace(
-            current=current,
-            states=tuple(states),
-            certificate=torch.stack(ratios),
-            trust=torch.where(has_failed > 0, -math.inf, state.trust + 1),
-        )
+        density, (values, log_joint) = program.density, state.current
+        memories: list[Any] = []
+        found, first = [], 0
+        for part in _parts(state.blocks, state.trust.tolist(), warmup, program.is_long):
+            memory = state.states[first : first + len(part.blocks)]
+            move = density.random(part.name, partial(part, density)) if part.is_straight else partial(part, density)
+            memory, values, log_joint, *achieved = move(values, log_joint, memory)
+            memories += memory
+            found.append(achieved)
+            first += len(part.blocks)
+        rates, ratios, fails = found[0] if len(found) == 1 else [torch.cat(same) for same in zip(*found, strict=True)]
         if warmup:
-            state = state._replace(strikes=state.strikes + has_failed)
+            state = state._replace(
+                strikes=state.strikes + fails, certificate=torch.where(ratios < 0, state.certificate, ratios)
+            )
         else:
-            state = state._replace(acceptance=state.acceptance + rate.mean(1), sweeps=state.sweeps + 1)
-        return state, GibbsInfo(current.log_joint, rate.mean(0))
+            state = state._replace(
+                acceptance=state.acceptance + rates.mean(1),
+                certificate=torch.maximum(state.certificate * (state.sweeps > 0), ratios),
+                sweeps=state.sweeps + 1,
+            )
+        state = state._replace(
+            current=Current(values, log_joint),
+            states=tuple(memories),
+            trust=torch.where(fails > 0, -math.inf, state.trust + 1),
+        )
+        return state, GibbsInfo(log_joint, rates.mean(0))
 
     def plan(self, state: GibbsState, program: Program) -> Plan:
         updates = []

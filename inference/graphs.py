@@ -77,6 +77,8 @@ def merge(graph: Graph) -> Graph:
             continue
         same = _renamed(node)
         if same is None and node not in unsteady:
+            same = _unchanged(graph, node)
+        if same is None and node not in unsteady:
             key = node.target, signature((node.args, dict(node.kwargs)), lambda source: source)
             same = seen.setdefault(key, node)
         if same is not None and same is not node:
@@ -118,7 +120,7 @@ def unite(graph: Graph) -> Graph:
     return _written_anew(graph)
 
 
-def meta(graph: Draft, node: fx.Node) -> Meta | None:
+def meta(graph: Draft | fx.GraphModule, node: fx.Node) -> Meta | None:
     """What is known of a node's value; None if it is no tensor."""
     if node.op == "get_attr":
         value = constant(graph, node)
@@ -173,6 +175,29 @@ def _renamed(node: fx.Node) -> fx.Node | None:
         return source
     is_returned = node.target is aten.t.default and source.target is aten.t.default
     return source.args[0] if is_returned else None  # type: ignore[return-value]
+
+
+def _unchanged(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """The argument of a node, if that is its value: a view in the same shape, times 1, to the power of 1."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or node.kwargs:
+        return None
+    before: Meta | None = meta(graph, source)
+    if before is None:
+        return None
+    rest, order = node.args[1:], [*range(len(before.shape))]
+    if meta(graph, node) != before:
+        return None
+    is_view = node.target in _RESHAPED or (node.target is _aten.permute.default and rest == (order,))
+    is_one = node.target in _SCALED and len(rest) == 1 and type(rest[0]) in (int, float) and rest[0] == 1
+    return source if is_view or is_one else None
+
+
+_aten = torch.ops.aten
+_RESHAPED = {_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.reshape.default}
+_SCALED = {
+    _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar, _aten.pow.Tensor_Scalar
+}  # fmt: skip
 
 
 def changing(graph: Graph) -> set[fx.Node]:

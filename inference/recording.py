@@ -6,9 +6,11 @@ long programs. Operations are recorded below ``vmap`` and ``grad``, so that the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,35 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Draft", "Meta", "draft", "is_random", "quicken", "record"]
+__all__ = ["Draft", "Meta", "assuming", "draft", "is_assuming", "is_random", "quicken", "record", "unlikely"]
+
+_assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assuming() -> Iterator[list[Tensor]]:
+    """Takes what is unlikely for false, and collects the conditions: what is recorded holds where none is true."""
+    token = _assumed.set([])
+    try:
+        held = _assumed.get()
+        assert held is not None
+        yield held
+    finally:
+        _assumed.reset(token)
+
+
+def is_assuming() -> bool:
+    """Whether what is unlikely is taken for false."""
+    return _assumed.get() is not None
+
+
+def unlikely(condition: Tensor) -> bool:
+    """Whether a condition (), on which a function branches, is true."""
+    held = _assumed.get()
+    if held is None:
+        return bool(condition)
+    held.append(condition)
+    return False
 
 
 class Meta(NamedTuple):

@@ -66,6 +66,11 @@ class Block(abc.ABC):
         return self.is_exact
 
     @property
+    def is_straight(self) -> bool:
+        """Whether it does the same operations at every sweep, but for what is ``unlikely``: one graph is for all."""
+        return False
+
+    @property
     def claim(self) -> str:
         """What the certificate is about: "exact", or "independent" if elements are decided on one by one."""
         return "exact"

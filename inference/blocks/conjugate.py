@@ -156,6 +156,10 @@ class Conjugate(Block):
     def is_exact(self) -> bool:
         return True
 
+    @property
+    def is_straight(self) -> bool:
+        return not isinstance(self.family, Pareto)  # whose beginning is searched for
+
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
         latents = density.program.latents
         site = latents[sites[0]]

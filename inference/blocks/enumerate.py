@@ -46,6 +46,10 @@ class Enumerate(Block):
         return True
 
     @property
+    def is_straight(self) -> bool:
+        return not self.by_element
+
+    @property
     def claim(self) -> str:
         return "independent" if self.by_element else "exact"
 

@@ -16,6 +16,7 @@ from inference.contract import Unsupported
 from inference.density import Density
 from inference.messages import WIDEST_GAUSSIAN, kind_of
 from inference.messages import Gaussian as Family
+from inference.recording import unlikely
 
 __all__ = ["Gaussian", "check_real", "refined"]
 
@@ -53,6 +54,10 @@ class Gaussian(Block):
 
     @property
     def is_exact(self) -> bool:
+        return True
+
+    @property
+    def is_straight(self) -> bool:
         return True
 
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
@@ -132,7 +137,7 @@ def refined(conditional: GaussianConditional, gradients: Callable[[Tensor], Tens
     """
     factor, is_good = conditional._factor()
     shares = factor.diagonal(dim1=-2, dim2=-1).square() / factor.square().sum(-1)
-    if not bool((shares < _SHARED).any()):
+    if not unlikely((shares < _SHARED).any()):
         return conditional
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     basis = torch.linalg.solve_triangular(factor.mT, eye.expand_as(factor), upper=True)

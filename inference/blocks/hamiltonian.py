@@ -18,6 +18,7 @@ __all__ = ["Hamiltonian", "misled"]
 
 _PIECES, _ROUNDS, _PATHS = 16, 5, 4  # 16⁻⁵ of a path is a millionth of it
 _STEPS = 8  # evaluations of a trajectory, about
+_DENSE = 16  # numbers, up to which correlations are learnt: sites that one loop or plate hangs on often move together
 _CLIFF = 50.0  # below the highest point of a path, where the density ends unnoticed
 
 
@@ -62,7 +63,9 @@ class Hamiltonian(Block):
         one = position.new_ones(())
         kernel = HamiltonianKernel(one, one, position.new_ones(coordinates.size), one)
         start = kernel.init(position, gradient)
-        return HamiltonianBlockState(HamiltonianAdaptation.start(start, gradient, density.program.groups))
+        return HamiltonianBlockState(
+            HamiltonianAdaptation.start(start, gradient, density.program.groups, coordinates.size <= _DENSE)
+        )
 
     def step(
         self, state: HamiltonianBlockState, density: Density, current: Current, warmup: int
