@@ -177,17 +177,15 @@ def _renamed(node: fx.Node) -> fx.Node | None:
     return source.args[0] if is_returned else None  # type: ignore[return-value]
 
 
-def _unchanged(graph: Graph, node: fx.Node) -> fx.Node | None:
+def _unchanged(graph: Draft | fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The argument of a node, if that is its value: a view in the same shape, times 1, to the power of 1."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or node.kwargs:
         return None
-    before: Meta | None = meta(graph, source)
-    if before is None:
+    before = meta(graph, source)
+    if before is None or meta(graph, node) != before:
         return None
     rest, order = node.args[1:], [*range(len(before.shape))]
-    if meta(graph, node) != before:
-        return None
     is_view = node.target in _RESHAPED or (node.target is _aten.permute.default and rest == (order,))
     is_one = node.target in _SCALED and len(rest) == 1 and type(rest[0]) in (int, float) and rest[0] == 1
     return source if is_view or is_one else None
