@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from inference.posterior import Posterior
     from inference.program import Program
 
-__all__ = ["Backend", "Draw", "Fitted", "Guided", "Independent", "Movable", "Prepared", "Programmed", "Unsupported"]
+__all__ = [
+    "Augmented", "Backend", "Draw", "Fitted", "Guided", "Independent", "Movable", "Prepared", "Programmed", "Started",
+    "Unsupported",
+]  # fmt: skip
 
 S = TypeVar("S")
 I = TypeVar("I", bound=NamedTuple)  # noqa: E741
@@ -87,6 +90,40 @@ class Prepared(Protocol):
     """A model whose prior is scaled to the data: every fit calls ``prepare`` once, with all the data, before it looks."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@runtime_checkable
+class Started(Protocol):
+    """A model that knows where an ascent may start: site to value, another one at every call. EM takes the best of several."""
+
+    def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class Augmented(Protocol):
+    """A distribution p(x) = ∫ p(x, h) dh that hides something inside: missing entries of a row, the component of a mixture.
+
+    Its log-density is that of x. EM fills h in, at the parameters of the E-step: what it then maximises may have closed forms
+    where ``log_prob`` has none, and raises ``log_prob`` at least as much.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor: ...
+
+    def summary(self, value: Tensor, weights: Tensor) -> Any:
+        """What is expected of x and h at these parameters: tensors in tuples or dicts, best of all sums over the rows.
+
+        Args:
+            value: x, (…, *event).
+            weights: How much each entry of ``log_prob(value)`` counts, in its shape.
+        """
+
+    def expected_log_prob(self, value: Tensor, summary: Any) -> Tensor:
+        """Σ_n w_n E log p(x_n, h_n) at other parameters, up to a constant; a scalar.
+
+        Args:
+            value: x.
+            summary: What ``summary`` found at the parameters of the E-step.
+        """
 
 
 @runtime_checkable

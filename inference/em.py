@@ -41,7 +41,7 @@ from inference.maximisation import FEW, Adam, climb, stroll
 from inference.messages import Family, candidates
 from inference.plan import Plan, Update, assign
 from inference.program import Program, Site
-from inference.start import ASCENT, ascended, given_values, starting_values
+from inference.start import ASCENT, ascended, given_values, starting_values, suggested_values
 
 __all__ = ["EM", "EMInfo", "EMState"]
 
@@ -206,13 +206,15 @@ class EM(Backend[EMState, EMInfo]):
         """What is done with each site, and where each restart begins: values, and points of closed M-steps."""
         maximised = task.maximised
         pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
-        is_given = set(given) >= set(maximised)
+        is_given, suggested = set(given) >= set(maximised), {}
         if is_given and given:  # whether an M-step is closed is tried nearby
             values = _around(program, given, starting_values(program, pilots, None, most=1, is_split=True))
         else:
             few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
             values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
-        if program.continuous and not program.weights and not is_given and not self._is_batched(program):
+            suggested = {} if program.weights else suggested_values(program, pilots)
+            values |= suggested
+        if program.continuous and not suggested and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values, longest=ASCENT, is_split=True)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing

@@ -45,7 +45,7 @@ class Factor(NamedTuple):
 
     ``dims`` names the dimensions of ``table``; ``plates`` are those of them that it is multiplied over. ``rows`` is what a
     table of many rows is a product of, with the dimensions ``full``, of which ``kept`` are the table's and the others of
-    size 1; the table of a lazy factor is not formed yet.
+    size 1; the table of a lazy factor is not formed yet. ``node`` is the statement of an ``Augmented`` distribution.
     """
 
     source: Tensor
@@ -57,6 +57,7 @@ class Factor(NamedTuple):
     full: torch.Size = torch.Size()
     kept: tuple[int, ...] = ()
     is_lazy: bool = False
+    node: Mapping[str, Any] | None = None
 
     @property
     def table(self) -> Tensor:
@@ -101,6 +102,20 @@ class Factor(NamedTuple):
             return self.rows.total(weights.reshape(self.full) if isinstance(weights, Tensor) else weights)
         assert isinstance(weights, Tensor)
         return weighted(weights, self.table) if self.variables else (weights * self.table).sum()
+
+    def summary(self, weights: Part) -> Any:
+        """What an ``Augmented`` statement expects of what it hides, its table weighted."""
+        assert self.node is not None and isinstance(weights, Tensor)
+        scale, mask = self.node["scale"], self.node["mask"]
+        counts = weights.reshape(self.full) * scale
+        counts = counts if mask is None else torch.where(torch.as_tensor(mask, device=counts.device), counts, 0.0)
+        return self.node["fn"].summary(self.node["value"], counts)
+
+    def expected(self, summary: Any) -> Tensor:
+        """The weighted sum of the table with what is hidden filled in, by a summary from other parameters; a scalar."""
+        assert self.node is not None
+        found: Tensor = self.node["fn"].expected_log_prob(self.node["value"], summary)
+        return found
 
 
 def _stack(group: Sequence[Factor]) -> Tensor:
@@ -199,7 +214,8 @@ def factors(
                 labels = tuple(dims.values())
                 own = None if is_left else row
                 plates = frozenset(labels) - lane.keys()
-                found.append(Factor(sources[kept], labels, plates, name, own, rows, shape, kept, is_left))
+                node = nodes[name] if name in program.augmented else None
+                found.append(Factor(sources[kept], labels, plates, name, own, rows, shape, kept, is_left, node))
     number = {name: i for i, name in enumerate(statements)}
     return sorted(found, key=lambda factor: number[factor.site])
 

@@ -40,7 +40,7 @@ from inference.enumeration import Factor, Part, draw_back, eliminate, factors, p
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
 
-__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler",
+__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler",
            "Weights"]  # fmt: skip
 
 Values = dict[str, Tensor]
@@ -60,6 +60,18 @@ class Batch(NamedTuple):
 ALL = Batch([], 1.0)
 
 
+class Evidence(NamedTuple):
+    """What an E-step knows of one point, or of many, with leading axes.
+
+    Attributes:
+        weights: For each factor the weights of its table, or of the natural parameters that its table is linear in.
+        hidden: Name of an ``Augmented`` statement to the summary of what it hides.
+    """
+
+    weights: list[Part]
+    hidden: dict[str, Any]
+
+
 class Weights:
     """The weights of all factors at each point, (restart, particle, ...).
 
@@ -68,16 +80,16 @@ class Weights:
         tables: Gives those of all tables.
     """
 
-    def __init__(self, parts: list[Part], tables: Callable[[], list[Part]]) -> None:
+    def __init__(self, parts: Evidence, tables: Callable[[], Evidence]) -> None:
         self.parts = parts
         self._tables = tables
 
     @cached_property
-    def tables(self) -> list[Part]:
+    def tables(self) -> Evidence:
         return self._tables()
 
     @property
-    def first(self) -> list[Part]:
+    def first(self) -> Evidence:
         """Those of the only restart, (particle, ...)."""
         return tree_map(lambda weight: weight[0], self.parts)
 
@@ -117,6 +129,10 @@ class Completed:
         """log Σ_z p(data, z, values), or the maximum over z; a scalar."""
         return self._eliminated(self.factors(values, batch.data), batch.scale)
 
+    def _is_filled(self, factor: Factor) -> bool:
+        """Whether what a statement hides is filled in. Weights are trained in place: there is no E-step at earlier ones."""
+        return factor.node is not None and not self.program.weights
+
     def _eliminated(self, found: list[Factor], scale: float) -> Tensor:
         scales = dict.fromkeys(self.program.row_plates, scale) if scale != 1.0 else None
         places = plates_of(self.program, self.program.finite)
@@ -126,10 +142,10 @@ class Completed:
     def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, Weights]:
         """log Z at each point, (restart, particle), and the weights of all factors there."""
 
-        def expect(inputs: tuple[Values, Tensor], particles: Values, data: list[Tensor]) -> tuple[Tensor, list[Part]]:
+        def expect(inputs: tuple[Values, Tensor], particles: Values, data: list[Tensor]) -> tuple[Tensor, Evidence]:
             theta, _ = inputs
 
-            def one(particle: Values) -> tuple[Tensor, list[Part]]:
+            def one(particle: Values) -> tuple[Tensor, Evidence]:
                 found = self.factors({**theta, **particle}, data)
 
                 def log_z(parts: list[Part]) -> Tensor:
@@ -137,12 +153,13 @@ class Completed:
                     return self._eliminated(replaced, batch.scale)
 
                 weights, value = grad_and_value(log_z)([f.part for f in found])
-                return value, weights
+                hidden = {f.site: f.summary(w) for f, w in zip(found, weights, strict=True) if self._is_filled(f)}
+                return value, Evidence(weights, hidden)
 
             if particles:
                 return vmap(one)(particles)
-            value, weights = one({})
-            return value[None], tree_map(lambda weight: weight[None], weights)
+            value, evidence = one({})
+            return value[None], tree_map(lambda part: part[None], evidence)
 
         staged = self.density.stage(("expect", self._key(batch)), expect, (True, True, False))
         inputs = self.batched(values), particles, batch.data
@@ -152,10 +169,14 @@ class Completed:
     def q(self) -> Callable[..., Tensor]:
         """Q(θ) of one restart: a function of θ, particles, weights and data."""
 
-        def expected(theta: Values, particles: Values, weights: list[Part], data: list[Tensor]) -> Tensor:
-            def one(particle: Values, at: list[Part]) -> Tensor:
+        def expected(theta: Values, particles: Values, weights: Evidence, data: list[Tensor]) -> Tensor:
+            def one(particle: Values, at: Evidence) -> Tensor:
                 found = self.factors({**theta, **particle}, data)
-                return torch.stack([f.dot(w) for f, w in zip(found, at, strict=True)]).sum()
+                terms = [
+                    f.expected(at.hidden[f.site]) if self._is_filled(f) else f.dot(w)
+                    for f, w in zip(found, at.weights, strict=True)
+                ]
+                return torch.stack(terms).sum()
 
             if particles:
                 return vmap(one)(particles, weights).mean()
@@ -167,7 +188,7 @@ class Completed:
         """Q at ``values``, (restart,)."""
         expected = self.q()
 
-        def at(inputs: tuple[Values, Tensor], particles: Values, weights: list[Part], data: list[Tensor]) -> Tensor:
+        def at(inputs: tuple[Values, Tensor], particles: Values, weights: Evidence, data: list[Tensor]) -> Tensor:
             return expected(inputs[0], particles, weights, data)
 
         staged = self.density.stage(("Q", self._key(batch)), at, (True, True, True, False))
@@ -188,7 +209,7 @@ class Completed:
         """Gradient of Q in one site at the points ``at`` (point, restart, *site), same shape; row by row if ``is_exact``."""
         expected = self.q()
 
-        def at_points(points: Tensor, theta: Values, p: Values, w: list[Part], data: list[Tensor]) -> Tensor:
+        def at_points(points: Tensor, theta: Values, p: Values, w: Evidence, data: list[Tensor]) -> Tensor:
             return vmap(grad(lambda value: expected({**theta, name: value}, p, w, data)))(points)
 
         key = ("Q message", name, self._key(batch))

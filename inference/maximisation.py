@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from inference.density import Unconstrained
-from inference.enumeration import Part
-from inference.expectation import Batch, Completed, Values, Weights
+from inference.expectation import Batch, Completed, Evidence, Values, Weights
 
 __all__ = ["FEW", "Adam", "climb", "stroll"]
 
@@ -66,10 +65,10 @@ class _Slope:
         self.fixed = {name: value for name, value in task.theta(values).items() if name not in sites}
         expected = task.q()
 
-        def at(position: Tensor, others: Values, p: Values, w: list[Part], data: list[Tensor]) -> Tensor:
+        def at(position: Tensor, others: Values, p: Values, w: Evidence, data: list[Tensor]) -> Tensor:
             return expected({**others, **self.coordinates.values(position)}, p, w, data)
 
-        def slope(position: Tensor, others: Values, p: Values, w: list[Part], data: list[Tensor]) -> Any:
+        def slope(position: Tensor, others: Values, p: Values, w: Evidence, data: list[Tensor]) -> Any:
             return grad_and_value(lambda x: at(x, others, p, w, data))(position)
 
         self.at = at

@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Guided, Prepared, Programmed, Unsupported
+from inference.contract import Augmented, Guided, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -507,6 +507,7 @@ class Program:
             self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
             self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
             self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
+            self.augmented = tuple(name for name in self.observed_sites if isinstance(nodes[name]["fn"], Augmented))
             self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
             self.deterministic = {
                 name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"

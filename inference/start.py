@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from inference.contract import Unsupported
+from inference.contract import Started, Unsupported
 from inference.density import Density, Unconstrained
 from inference.distributed import cut
 from inference.enumeration import log_normalizer
@@ -18,7 +18,7 @@ from inference.posterior import Posterior
 from inference.program import Program
 from inference.simulation import simulate
 
-__all__ = ["ASCENT", "ascended", "given_values", "starting_values"]
+__all__ = ["ASCENT", "ascended", "given_values", "starting_values", "suggested_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
 _LEAST, _MOST = 4, 64  # and for each chain
@@ -67,6 +67,16 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
             raise ValueError(f"start= gives '{name}' a value outside its support {site.support}, or at its edge.")
         values[name] = value.clone()
     return values
+
+
+def suggested_values(program: Program, chains: int) -> dict[str, Tensor]:
+    """What the model itself says of the start, as site to (chain, *site); empty if it says nothing."""
+    if not isinstance(program.owner, Started):
+        return {}
+    args, kwargs = program.arguments()
+    calls = [program.owner.start(*args, **kwargs) for _ in range(chains)]
+    found = {name: torch.stack([call[name] for call in calls]) for name in calls[0] if name in program.latents}
+    return given_values(program, found, chains)
 
 
 def _candidates(program: Program, count: int) -> dict[str, Tensor]:

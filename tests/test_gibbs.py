@@ -19,7 +19,7 @@ from inference.messages import Normal
 from inference.plan import assign
 from inference.program import Program
 from pyro_genmodels import GMM, datasets
-from pyro_genmodels.classical.mixture import COVARIANCES
+from pyro_genmodels.classical.gmm import COVARIANCES
 from zoo import BY_NAME, ZOO, Instance
 
 CERTIFICATE = 1e-8  # of float64, as DESIGN.md has it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference import EM, Gibbs, Posterior
 from pyro_genmodels import GMM, datasets
-from pyro_genmodels.classical.mixture import COVARIANCES
+from pyro_genmodels.classical.gmm import COVARIANCES
 
 mixture = pytest.importorskip("sklearn.mixture")
 

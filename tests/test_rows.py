@@ -20,7 +20,7 @@ from inference.handlers import isolated
 from inference.program import Program
 from inference.rows import Rows, log_sum
 from pyro_genmodels import GMM
-from pyro_genmodels.classical.mixture import COVARIANCES
+from pyro_genmodels.classical.gmm import COVARIANCES
 
 GENERATOR = torch.Generator().manual_seed(0)
 NOISE = torch.randn(700, 3, generator=GENERATOR, dtype=torch.float64)

@@ -1,5 +1,5 @@
 """Classical models: mixtures, regressions, factor models."""
 
-from pyro_genmodels.classical.mixture import GMM
+from pyro_genmodels.classical.gmm import GMM
 
 __all__ = ["GMM"]
