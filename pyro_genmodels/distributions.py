@@ -25,7 +25,8 @@ class Classwise(TorchDistribution):
 
     Args:
         given: Distributions of columns, batch shape (K, D); or a ``Multinomial``, batch shape (K,), of which only the
-            probabilities are used.
+            probabilities are used: its counts have the log-probability of their words in some order, Σ_j x_j log θ_kj,
+            without the multinomial coefficient, which depends on no parameter.
         index: Class of each row, (*batch).
         is_seen: Which entries count, (*batch, D); None: all.
         lengths: Number of words of each row that is drawn from a multinomial, (*batch).
@@ -63,16 +64,15 @@ class Classwise(TorchDistribution):
     def table(given: TorchDistribution, value: Tensor, is_seen: Tensor | None = None) -> Tensor:
         """log p(x | k) of every row under every class, (*batch, K)."""
         if isinstance(given, dist.Multinomial):
-            log_coefficient = torch.lgamma(value.sum(-1) + 1.0) - torch.lgamma(value + 1.0).sum(-1)
-            return value @ given.logits.mT + log_coefficient.unsqueeze(-1)
+            return _product(value, given.logits)
         if isinstance(given, dist.Bernoulli):
             seen = torch.ones_like(value) if is_seen is None else is_seen.to(value)
-            return (seen * value) @ given.logits.mT - seen @ torch.nn.functional.softplus(given.logits).mT
+            return _product(seen * value, given.logits) - _product(seen, torch.nn.functional.softplus(given.logits))
         if isinstance(given, dist.Poisson):
             seen = torch.ones_like(value) if is_seen is None else is_seen.to(value)
             rate = given.rate.clamp(min=torch.finfo(value.dtype).tiny)  # 0 log 0 = 0
             constant = (seen * torch.lgamma(value + 1.0)).sum(-1, keepdim=True)
-            return (seen * value) @ rate.log().mT - seen @ rate.mT - constant
+            return _product(seen * value, rate.log()) - _product(seen, rate) - constant
         terms = given.log_prob(value.unsqueeze(-2))
         return (terms if is_seen is None else torch.where(is_seen.unsqueeze(-2), terms, 0.0)).sum(-1)
 
@@ -95,6 +95,15 @@ class Classwise(TorchDistribution):
         words = torch.multinomial(probs.reshape(-1, probs.shape[-1]), longest, replacement=True).reshape(*shape, longest)
         is_word = torch.arange(longest, device=probs.device) < lengths.unsqueeze(-1)
         return torch.zeros_like(probs).scatter_add(-1, words, is_word.to(probs))
+
+
+def _product(value: Tensor, parameters: Tensor) -> Tensor:
+    """Products of rows (*batch, D) with those of every class (K, D), (*batch, K).
+
+    With the rows on the right: where chains have parameters of their own, a product of matrices, and no copies of the rows.
+    """
+    flat = value.reshape(-1, value.shape[-1])
+    return (parameters @ flat.mT).mT.reshape(*value.shape[:-1], -1)
 
 
 def _floating(given: TorchDistribution) -> torch.dtype:

@@ -122,9 +122,9 @@ class NaiveBayes(GenerativeModel):
         self._check(x, y)
         is_seen = ~x.isnan()
         numbers = is_seen.sum(0).clamp(min=1)
-        filled = x.nan_to_num(nan=0.0)
+        filled = x if bool(is_seen.all()) else x.nan_to_num(nan=0.0)
         location = filled.sum(0) / numbers
-        scale = (torch.where(is_seen, x - location, 0.0).nan_to_num(nan=0.0).square().sum(0) / numbers).sqrt()
+        scale = (torch.where(is_seen, filled - location, 0.0).square().sum(0) / numbers).sqrt()
         levels = {
             j: max(2, 1 + int(filled[:, j].max())) for j, k in enumerate(self._kinds(x.shape[1])) if k == "categorical"
         }
