@@ -235,6 +235,11 @@ class PowerGammaConditional(Conditional):
         return Points(location, location * gamma.concentration.rsqrt() / abs(self.power))
 
 
+_LEAST_MIDDLE = (
+    1e-8  # √(a b) of an inverse Gaussian below which b is taken for small, and its share of rounding for a is 1e-8
+)
+
+
 @dataclass(frozen=True)
 class InverseGaussianConditional(Conditional):
     """Density ∝ z^(order − 1) exp(−(a z + b / z) / 2): inverse Gaussian for order −½, its reciprocal for order ½.
@@ -290,11 +295,10 @@ class InverseGaussianConditional(Conditional):
         return (b / a).sqrt() + 1.0 / a if self.order > 0 else (a / b).sqrt()
 
     def points(self) -> Points:
+        """Where a z and b / z are of one size, so that the gradient shows both."""
         a, b = self._rates()
-        if self.order > 0:
-            return Points(self.mean(), ((b / a).sqrt() / a + 2.0 / a.square()).sqrt())
-        mean = self.mean()
-        return Points(mean, (mean**3 / a).sqrt())
+        location = torch.maximum((b / a).sqrt(), _LEAST_MIDDLE / a).pow(math.copysign(1.0, self.order))
+        return Points(location, location)
 
 
 @dataclass(frozen=True)

@@ -485,6 +485,9 @@ class GaussianLatents(Expectation):
         return log_joint(mode.squeeze(0)) - conditional.log_prob(mode).squeeze(0)
 
 
+_FLATTEST = 1e-8  # least ratio of the two points of an element: the weights of an M-step have to leave each other digits
+
+
 @dataclass(frozen=True)
 class PositiveLatents(Expectation):
     """The averaged site has independent elements, Gamma (or a power of it) or inverse Gaussian given θ: two points each.
@@ -576,7 +579,7 @@ class PositiveLatents(Expectation):
             square = ((torch.digamma(conditional.concentration) - conditional.rate.log()) * 2.0).exp()
             power = 1.0 / conditional.power
         large = mean + (mean.square() - square).clamp(min=0.0).sqrt()
-        small = (square / large).clamp(min=torch.finfo(mean.dtype).tiny)  # a scale of 0 has no density
+        small = torch.maximum(square / large, _FLATTEST * large)
         return torch.stack([large, small], 1).pow(power)
 
     def marginal(self, theta: Values, memory: Points, task: Completed) -> Tensor:

@@ -224,8 +224,8 @@ class InverseGaussian(_Positive):
         a = 2.0 * (first - second) / (at[1].square() - at[0].square())
         b = 2.0 * first + a * at[0].square()
         # what is 0 but for rounding
-        small = 64.0 * torch.finfo(at.dtype).eps
-        b = torch.where(b.abs() <= small * (a * at[0].square()).abs(), b.clamp(min=0.0), b)
+        small = 8.0 * torch.finfo(at.dtype).eps
+        b = torch.where(b.abs() <= small * at[0] * (1.0 + (a * at[0]).abs()), b.clamp(min=0.0), b)
         return InverseGaussianConditional(a, b, self.order)
 
 
