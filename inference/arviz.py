@@ -341,8 +341,9 @@ def _reduce(statistic: str, values: np.ndarray, **options: Any) -> np.ndarray:
     if values.shape[1] < _FEWEST_DRAWS or not values.size:
         return np.full(values.shape[2:], np.nan)
     data = xr.Dataset({"x": (("chain", "draw", "element"), values.reshape(*values.shape[:2], -1))})
-    with _quiet():
-        return np.asarray(getattr(_import(), statistic)(data, **options)["x"]).reshape(values.shape[2:])
+    az = _import()
+    with _quiet(), _without_numba(az):
+        return np.asarray(getattr(az, statistic)(data, **options)["x"]).reshape(values.shape[2:])
 
 
 def _others(found: Mapping[str, float], what: str) -> str:
@@ -359,6 +360,20 @@ def _import() -> Any:
 
 def _is_tree(az: Any) -> bool:
     return int(az.__version__.split(".")[0]) >= 1
+
+
+@contextmanager
+def _without_numba(az: Any) -> Iterator[None]:
+    """ArviZ 0.x takes Numba where it is installed, and its standard error of a deviation then fails under NumPy 2.4."""
+    switch = getattr(az, "Numba", None)
+    if switch is None:
+        yield
+        return
+    before, switch.numba_flag = switch.numba_flag, False
+    try:
+        yield
+    finally:
+        switch.numba_flag = before
 
 
 @contextmanager

@@ -31,7 +31,18 @@ from inference.conditionals import Conditional, Points
 from inference.contract import Backend, Draw, Unsupported
 from inference.density import Density
 from inference.distributed import check_shards
-from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, GaussianLatents, Sampled, Sampler, Weights
+from inference.expectation import (
+    ALL,
+    Batch,
+    Completed,
+    Enumerated,
+    Expectation,
+    GaussianLatents,
+    PositiveLatents,
+    Sampled,
+    Sampler,
+    Weights,
+)
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
 from inference.handlers import isolated, reproducible
@@ -119,8 +130,9 @@ class EM(Backend[EMState, EMInfo]):
     Finite discrete sites and sites in a plate over the rows of the data (``Program.row_plates``; if there is none, in any
     plate of the data) or in a Python loop over them (``Program.row_loops``, unless there is nothing else) are averaged; all
     others, such as a mean of each column, and the weights are maximised, on the scale on which the program samples them (no
-    Jacobian). The objective never falls if the E-step is exact, as it is for finite
-    sites, chains of them included, and for jointly Gaussian ones; others are averaged over draws.
+    Jacobian). The objective never falls if the E-step is exact, as it is for finite sites, chains of them included, for
+    jointly Gaussian ones, and for a positive one whose conditional is Gamma or inverse Gaussian; others are averaged over
+    draws.
 
     ``posterior.stats["standard_error_<site>"]`` holds standard errors of the maximised sites, from the observed information
     at given weights; NaN along a ridge of the density, or where the point is no maximum inside the support.
@@ -313,7 +325,7 @@ class EM(Backend[EMState, EMInfo]):
                 raise ValueError("e_step= samples continuous averaged sites, but there are none: the E-step is exact.")
             return Enumerated()
         if self.e_step is None and not program.finite:
-            found = GaussianLatents(others).bind(values, task)
+            found = GaussianLatents(others).bind(values, task) or PositiveLatents(others).bind(values, task)
             if found is not None:
                 return found
         if self._is_cut(program):

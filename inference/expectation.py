@@ -8,7 +8,8 @@ the enumerated density gives the posterior probability of every entry of every t
 Where a table is linear in few numbers, as that of normal rows is in their natural parameters, the derivatives in those stand
 for the weights: the expected statistics are all that an M-step asks of the rows.
 
-u is replaced by points: sigma points, which are exact, where its conditional is Gaussian, and draws elsewhere.
+u is replaced by points: sigma points, which are exact, where its conditional is Gaussian; two points with the expected
+statistics, exact too, where it is positive with conditionals of a known family; and draws elsewhere.
 
 References:
     A. Darwiche, A differential approach to inference in Bayesian networks (2003).
@@ -33,15 +34,22 @@ from torch.utils._pytree import tree_map
 from inference.blocks import Block, Current
 from inference.blocks.block import Move, is_certified
 from inference.chains import FEWEST, LAGS, Chain, ChainConditional
-from inference.conditionals import Conditional, GaussianConditional, NormalConditional, Points
+from inference.conditionals import (
+    Conditional,
+    GaussianConditional,
+    InverseGaussianConditional,
+    NormalConditional,
+    Points,
+    PowerGammaConditional,
+)
 from inference.density import Density, Unconstrained
 from inference.distributed import ALONE, Processes
 from inference.enumeration import Factor, Part, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
 
-__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler",
-           "Weights"]  # fmt: skip
+__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "GaussianLatents", "Moved",
+           "PositiveLatents", "Sampled", "Sampler", "Weights"]  # fmt: skip
 
 Values = dict[str, Tensor]
 
@@ -496,6 +504,116 @@ class GaussianLatents(Expectation):
         conditional = _occupied(family.solve(at, vmap(grad(log_joint))(at.squeeze(1)).unsqueeze(1)))
         mode = conditional.mode()
         return log_joint(mode.squeeze(0)) - conditional.log_prob(mode).squeeze(0)
+
+
+_FLATTEST = 1e-8  # least ratio of the two points of an element: the weights of an M-step have to leave each other digits
+
+
+@dataclass(frozen=True)
+class PositiveLatents(Expectation):
+    """The averaged site has independent elements, Gamma (or a power of it) or inverse Gaussian given θ: two points each.
+
+    Two equally likely values have the same expectations of two statistics: with A = E z and 1 / H = E 1 / z those of an
+    inverse Gaussian are A ± √(A² − A H); with G = exp E log z those of a Gamma are A ± √(A² − G²). As log p(data, u, θ) is
+    linear in the statistics, Q and, with the density of the points, log p(data, θ) are exact up to rounding. These are the
+    scales of Student's t, of Laplace and asymmetric Laplace errors, of the lasso and of support vector machines.
+
+    Args:
+        sites: Its name.
+        family: The family of its conditional; filled in by ``bind``.
+
+    References:
+        D. Andrews and C. Mallows, Scale mixtures of normal distributions (1974).
+    """
+
+    family: Family | None = None
+
+    @property
+    def update(self) -> str:
+        assert self.family is not None
+        return self.family.name
+
+    def bind(self, values: Values, task: Completed) -> PositiveLatents | None:
+        """The E-step with its family, if there is one: the message must give the differences of the log-joint."""
+        if len(self.sites) != 1:
+            return None
+        (name,) = self.sites
+        before = task.density.joint(values)
+        for family in candidates(task.program.latents[name].support, task.program.latents[name].shape):
+            bound = dataclasses.replace(self, family=family)
+            conditional = bound._solved(family.initial(values[name]), values, task)
+            if not isinstance(conditional, (PowerGammaConditional, InverseGaussianConditional)):
+                continue
+            conditional = bound._solved(conditional.points(), values, task)
+            proposal = conditional.sample()
+            after = task.density.joint({**values, name: proposal})
+            ratio = (after - before) - (conditional.log_prob(proposal) - conditional.log_prob(values[name]))
+            ratio = ratio.nan_to_num(nan=math.inf)
+            if bool(conditional.is_proper.all()) and is_certified(Move(ratio, ratio), after, before):
+                return bound
+        return None
+
+    def _solved(self, points: Points, values: Values, task: Completed, batch: Batch = ALL) -> Conditional:
+        (name,) = self.sites
+        assert self.family is not None
+
+        def gradients(points: Tensor, others: Values, data: list[Tensor]) -> Tensor:
+            return vmap(grad(lambda value: task.program.log_joint({**others, name: value}, data or None)))(points)
+
+        at = self.family.at(points)
+        others = {other: value for other, value in values.items() if other != name}
+        if not others:
+            found = vmap(lambda p: gradients(p, {}, batch.data))(at.movedim(0, 1))
+        else:
+            staged = task.density.stage(("scales", name, batch.scale), gradients, (True, True, False))
+            found = staged(at.movedim(0, 1).contiguous(), others, batch.data)
+        return self.family.solve(at, found.movedim(1, 0))
+
+    def init(self, values: Values, task: Completed) -> Points:
+        assert self.family is not None
+        return self._solved(self.family.initial(values[self.sites[0]]), values, task).points()
+
+    def step(self, memory: Points, values: Values, task: Completed, batch: Batch = ALL, adapts: int = 0) -> Moved:
+        (name,) = self.sites
+        points = memory
+        if batch.data:  # other rows in every step: the points cannot be remembered
+            stack = Stack([task.program.latents[name]], len(batch.data[0]), task.program.row_plates)
+            like = torch.ones(len(memory.location), *stack.shape, dtype=memory.location.dtype, device=memory.location.device)
+            points = self._solved(Points(like, like), values, task, batch).points()
+        conditional = self._solved(points, values, task, batch)
+        particles = self._matched(conditional)
+        log_q = torch.stack([conditional.log_prob(particles[:, i]) for i in range(2)], 1)
+        kept = memory if batch.data else conditional.points()
+        last = {} if batch.data else {name: kept.location}
+        return Moved(kept, {name: particles}, log_q, last)
+
+    @staticmethod
+    def _matched(conditional: Conditional) -> Tensor:
+        """Two points for every element, (restart, 2, *site)."""
+        if isinstance(conditional, InverseGaussianConditional):
+            other = dataclasses.replace(conditional, a=conditional.b, b=conditional.a, order=-conditional.order)
+            mean, square = conditional.mean(), conditional.mean() / other.mean()
+            power = 1.0
+        else:
+            assert isinstance(conditional, PowerGammaConditional)
+            mean = conditional.concentration / conditional.rate
+            square = ((torch.digamma(conditional.concentration) - conditional.rate.log()) * 2.0).exp()
+            power = 1.0 / conditional.power
+        large = mean + (mean.square() - square).clamp(min=0.0).sqrt()
+        small = torch.maximum(square / large, _FLATTEST * large)
+        return torch.stack([large, small], 1).pow(power)
+
+    def marginal(self, theta: Values, memory: Points, task: Completed) -> Tensor:
+        assert self.family is not None
+        (name,) = self.sites
+        at = self.family.at(memory)
+
+        def log_joint(value: Tensor) -> Tensor:
+            return task.log_z({**theta, name: value})
+
+        conditional = self.family.solve(at, vmap(grad(log_joint))(at.squeeze(1)).unsqueeze(1))
+        location = memory.location
+        return log_joint(location.squeeze(0)) - conditional.log_prob(location).squeeze(0)
 
 
 _IDLE = 2.0 * math.pi * math.e  # precision of a normal without entropy

@@ -11,6 +11,7 @@ at once. The families of one kind of support share their points, so the program 
     real                Normal, element by element or jointly over some axes   g = h − P z
     positive            z^p ~ Gamma for p in {1, −1, −2, 2}                     z g = A − B p z^p
                         (Gamma, InverseGamma, standard deviation, square root) or LogNormal
+                        InverseGaussian, z or 1 / z                         z g = p − 1 − a z / 2 + b / 2 z, p = ∓ ½
     above a number      Pareto                                                  z g = A
     unit interval       Beta                                                    z (1 − z) g = a − (a + b) z
     simplex             Dirichlet                                               z g = m − N z
@@ -42,6 +43,7 @@ from inference.conditionals import (
     Coupling,
     DirichletConditional,
     GaussianConditional,
+    InverseGaussianConditional,
     LogNormalConditional,
     NormalConditional,
     ParetoConditional,
@@ -206,6 +208,27 @@ class LogNormal(_Positive):
         return LogNormalConditional(Normal().solve(at.log(), at * gradients + 1.0))
 
 
+class InverseGaussian(_Positive):
+    """z g = order − 1 − a z / 2 + b / (2 z), of given order: scales of Laplace errors, of the lasso, of support vectors.
+
+    Args:
+        order: −½ (inverse Gaussian) or ½ (its reciprocal).
+        name: What a plan calls it.
+    """
+
+    def __init__(self, order: float, name: str) -> None:
+        self.order, self.name = order, name
+
+    def solve(self, at: Tensor, gradients: Tensor) -> InverseGaussianConditional:
+        first, second = at * (at * gradients - (self.order - 1.0))  # (b − a z²) / 2
+        a = 2.0 * (first - second) / (at[1].square() - at[0].square())
+        b = 2.0 * first + a * at[0].square()
+        # what is 0 but for rounding
+        small = 8.0 * torch.finfo(at.dtype).eps
+        b = torch.where(b.abs() <= small * at[0] * (1.0 + (a * at[0]).abs()), b.clamp(min=0.0), b)
+        return InverseGaussianConditional(a, b, self.order)
+
+
 class Pareto(Family):
     """z g = −alpha − 1, wherever it begins: here at the bound of the support.
 
@@ -321,6 +344,8 @@ def candidates(support: Any, shape: torch.Size) -> Iterator[Family]:
         yield PowerGamma(-2.0, "InverseGamma of the square")
         yield PowerGamma(2.0, "Gamma of the square")
         yield LogNormal()
+        yield InverseGaussian(0.5, "InverseGaussian of the reciprocal")
+        yield InverseGaussian(-0.5, "InverseGaussian")
     elif kind == "unit interval":
         yield BetaFamily()
     elif kind == "simplex":

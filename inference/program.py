@@ -16,7 +16,6 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform, Unit
 from torch import Tensor, nn
-from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
@@ -26,6 +25,7 @@ from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.rows import Known
 from inference.stacking import Stack, log_probs
+from inference.transforms import bijection
 
 if TYPE_CHECKING:
     from inference.density import Density
@@ -97,7 +97,7 @@ class Site:
     def transform(self) -> Any:
         """Bijection from unconstrained values to the support."""
         try:
-            return biject_to(self.support)
+            return bijection(self.support)
         except NotImplementedError:
             raise Unsupported(
                 f"Site '{self.name}' is {self.family}, whose support {self.support} has no unconstrained coordinates. "

@@ -1,8 +1,24 @@
 """A zoo of generative models, each a Pyro program that every back-end of ``inference`` can run."""
 
 from pyro_genmodels.base import GenerativeModel, StochasticModule
-from pyro_genmodels.classical import GMM
+from pyro_genmodels.classical import (
+    GMM,
+    LinearRegression,
+    LogisticRegression,
+    MarginClassifier,
+    NaiveBayes,
+    SoftmaxRegression,
+)
 
-__all__ = ["GMM", "GenerativeModel", "StochasticModule"]
+__all__ = [
+    "GMM",
+    "GenerativeModel",
+    "LinearRegression",
+    "LogisticRegression",
+    "MarginClassifier",
+    "NaiveBayes",
+    "SoftmaxRegression",
+    "StochasticModule",
+]
 
 __version__ = "0.1.0"

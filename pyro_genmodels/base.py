@@ -20,8 +20,11 @@ class GenerativeModel(nn.Module, abc.ABC):
     """How the data came about, as a Pyro program."""
 
     @abc.abstractmethod
-    def model(self, x: Tensor | None = None, size: int | None = None) -> Any:
-        """The program: conditions on ``x`` (rows, …), or draws ``size`` rows if ``x`` is None."""
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """The program, ``model(x=None, size=None)``: conditions on ``x`` (rows, …), or draws ``size`` rows if ``x`` is None.
+
+        Responses and labels come after the data, ``model(x, y)``; without them they are drawn.
+        """
 
 
 class StochasticModule(nn.Module, abc.ABC):

@@ -1,5 +1,8 @@
 """Classical models: mixtures, regressions, factor models."""
 
 from pyro_genmodels.classical.gmm import GMM
+from pyro_genmodels.classical.margin import MarginClassifier
+from pyro_genmodels.classical.naive_bayes import NaiveBayes
+from pyro_genmodels.classical.regression import LinearRegression, LogisticRegression, SoftmaxRegression
 
-__all__ = ["GMM"]
+__all__ = ["GMM", "LinearRegression", "LogisticRegression", "MarginClassifier", "NaiveBayes", "SoftmaxRegression"]

@@ -189,7 +189,9 @@ class GMM(GenerativeModel):
                 self.guesses["log_concentration"].fill_(math.log(total / self.components))
             elif self.weights == "stick-breaking":
                 left = total * torch.arange(self.components - 1, 0, -1) / self.components
-                self.guesses["log_sticks"].copy_(torch.stack([torch.full_like(left, total / self.components), left], -1).log())
+                self.guesses["log_sticks"].copy_(
+                    torch.stack([torch.full_like(left, total / self.components), left], -1).log()
+                )
 
     def _check(self, x: Tensor, row_weights: Tensor | None = None) -> None:
         if x.dim() != 2:
