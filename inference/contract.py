@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "Augmented", "Backend", "Draw", "Fitted", "Guided", "Independent", "Movable", "Prepared", "Programmed", "Started",
-    "Unsupported",
+    "Augmented", "Backend", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared", "Programmed",
+    "Started", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -94,7 +94,7 @@ class Prepared(Protocol):
 
 @runtime_checkable
 class Started(Protocol):
-    """A model that knows where an ascent may start: site to value, another one at every call. EM takes the best of several."""
+    """A model that knows where an ascent may start: site to value, others at every call. EM takes the best of several."""
 
     def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
 
@@ -103,8 +103,8 @@ class Started(Protocol):
 class Augmented(Protocol):
     """A distribution p(x) = ∫ p(x, h) dh that hides something inside: missing entries of a row, the component of a mixture.
 
-    Its log-density is that of x. EM fills h in, at the parameters of the E-step: what it then maximises may have closed forms
-    where ``log_prob`` has none, and raises ``log_prob`` at least as much.
+    Its log-density is that of x. EM fills h in, at the parameters of the E-step: what it then maximises may have closed
+    forms where ``log_prob`` has none, and raises ``log_prob`` at least as much.
     """
 
     def log_prob(self, value: Tensor) -> Tensor: ...
@@ -124,6 +124,20 @@ class Augmented(Protocol):
             value: x.
             summary: What ``summary`` found at the parameters of the E-step.
         """
+
+
+@runtime_checkable
+class Linked(Protocol):
+    """A distribution over sequences of finitely many states, (T,), each of which depends on the one before it alone.
+
+    Such a site is summed out and drawn as one: forward filtering and backward sampling, in logarithmic depth. A statement
+    may depend on it element by element, in a plate of the same length.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor: ...
+
+    def links(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the first state (K,), and of each state after the one before it, (T − 1, K, K)."""
 
 
 @runtime_checkable

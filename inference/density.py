@@ -720,7 +720,14 @@ class Density:
             if is_blind:
                 return drawn
 
-            def present(sites: tuple[str, ...], logits: Tensor) -> Tensor:
+            def present(sites: tuple[str, ...], logits: Tensor, positions: Tensor | None = None) -> Tensor:
+                if positions is not None:
+                    joint = torch.zeros_like(positions)
+                    for site in sites:
+                        choices = self.program.latents[site].choices
+                        assert choices is not None
+                        joint = joint * len(choices) + values[site].long()[positions]
+                    return joint
                 found = [indices(self.program, site, values[site]).reshape(logits.shape[1:-1]) for site in sites]
                 return torch.stack(found)
 
@@ -740,10 +747,13 @@ class Density:
             offsets[site] = first
             first += latents[site].batch_shape.numel()
 
-        def pick(group: tuple[str, ...], logits: Tensor) -> Tensor:
+        def pick(sites: tuple[str, ...], logits: Tensor, positions: Tensor | None = None) -> Tensor:
             cumulative = logits.exp().cumsum(-1)
+            if positions is not None:
+                level = uniforms[offsets[sites[0]] + positions].unsqueeze(-1) * cumulative[..., -1:]
+                return (cumulative < level).sum(-1)
             own = torch.arange(logits.shape[1:-1].numel(), device=logits.device)
-            where = torch.tensor([offsets[site] for site in group], device=logits.device)[:, None] + own
+            where = torch.tensor([offsets[site] for site in sites], device=logits.device)[:, None] + own
             level = uniforms[where].reshape(logits.shape[:-1]).unsqueeze(-1) * cumulative[..., -1:]
             return (cumulative < level).sum(-1)
 

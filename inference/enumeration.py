@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,14 +28,30 @@ from inference.contract import Unsupported
 from inference.dependence import lanes, lifetimes
 from inference.program import Program
 from inference.rows import Rows, log_sum, weighted
+from inference.sequences import Passage, drawn_back, passage
 
 __all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
 
 WIDEST = 2**20  # entries of one table, per chain; 8 MiB in float64
 _SMALL = 4096  # entries of a table up to which sites with two neighbours are eliminated together
 
-# Takes sites of one batch shape and their log-probabilities (site, *batch without gaps, K), returns indices (site, *batch).
-Pick = Callable[[tuple[str, ...], Tensor], Tensor]
+_LINK = "link"  # stands for a plate: from each state of a sequence to the next
+
+
+class Pick(Protocol):
+    """How to choose."""
+
+    def __call__(self, sites: tuple[str, ...], logits: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Chooses values of finite sites.
+
+        Args:
+            sites: Sites of one batch shape; or, with positions, sequences of states that are chosen jointly.
+            logits: Their log-probabilities (site, *batch without gaps, K), or (position, K), of joint states.
+            positions: Elements of sequences, (position,).
+
+        Returns:
+            Indices, (site, *batch) or (position,).
+        """
 
 
 Part = Tensor | tuple[Tensor, Tensor]
@@ -127,6 +144,15 @@ def _stack(group: Sequence[Factor]) -> Tensor:
     return source if picked == list(range(len(source))) else source[torch.tensor(picked, device=source.device)]
 
 
+class Walk(NamedTuple):
+    """What is needed to draw sequences of states back, coupled element by element: the passage of their joint states."""
+
+    sites: tuple[str, ...]
+    sizes: tuple[int, ...]
+    passage: Passage
+    batch: tuple[str, ...]
+
+
 class Record(NamedTuple):
     """What is needed to draw ``sites`` back, all at once: their log-weights given their neighbours.
 
@@ -161,6 +187,8 @@ def _spread(program: Program, lane: Mapping[str, int]) -> dict[str, Tensor]:
         choices = program.latents[site].choices
         assert choices is not None
         spread[site] = choices.reshape(len(choices), *(1,) * (program.nesting + number), *choices.shape[1:])
+        if program.latents[site].is_linked:  # as long as it is, for who takes it apart
+            spread[site] = spread[site].expand(*spread[site].shape[:-1], program.latents[site].shape[-1])
     return spread
 
 
@@ -205,7 +233,9 @@ def factors(
         is_left = rows is not None and is_lazy
         table = rows.constant if rows is not None and is_lazy else stack.table
         for row, name in enumerate(names):
-            if name in program.batch_shapes and name not in program.deterministic:
+            if name in lane and program.latents[name].is_linked:
+                found += _links(program, nodes[name], name)
+            elif name in program.batch_shapes and name not in program.deterministic:
                 dims = _dims(program, nodes[name], name, shape, alive[name])
                 kept = tuple(dims)  # one tensor for all rows that keep the same dimensions
                 if kept not in sources:
@@ -218,6 +248,21 @@ def factors(
                 found.append(Factor(sources[kept], labels, plates, name, own, rows, shape, kept, is_left, node))
     number = {name: i for i, name in enumerate(statements)}
     return sorted(found, key=lambda factor: number[factor.site])
+
+
+def _links(program: Program, node: Mapping[str, Any], name: str) -> list[Factor]:
+    """The factors of a sequence of states: its first state, and its steps."""
+    initial, steps = node["fn"].links()
+    if node["mask"] is not None and node["mask"] is not True:
+        raise Unsupported(
+            f"Site '{name}' is a sequence of states under a mask. Mask the statements that depend on it instead."
+        )
+    initial, steps = initial * node["scale"], steps * node["scale"]
+    rest = initial.new_zeros(program.latents[name].shape[-1] - 1, len(initial))
+    (along,) = place(program, name) or (f"dimension {-1}",)
+    states = Factor(torch.cat([initial.unsqueeze(0), rest]), (along, name), frozenset([along]), name)
+    then = f"{name}′"  # no variable of its own
+    return [states, Factor(steps, (_LINK, name, then), frozenset([_LINK, then]), name)]
 
 
 def _dims(
@@ -370,7 +415,7 @@ def eliminate(
     keep: frozenset[str] = frozenset(),
     maximise: bool = False,
     scales: Mapping[str, float] | None = None,
-) -> tuple[list[Factor], list[Record]]:
+) -> tuple[list[Factor], list[Record | Walk]]:
     """Sums (or maximises) all variables out of a product of plated factors.
 
     Args:
@@ -387,7 +432,10 @@ def eliminate(
     Raises:
         Unsupported: If variables of different plates are coupled, or a table would be too large.
     """
-    done, pending, records = [], list(found), []
+    done: list[Factor] = []
+    records: list[Record | Walk] = []
+    links = {factor.site: factor for factor in found if _LINK in factor.plates}
+    pending = [factor for factor in found if _LINK not in factor.plates]
     while pending:
         leaf = max((factor.plates for factor in pending), key=lambda plates: (len(plates), sorted(plates)))
         inside = [factor for factor in pending if factor.plates == leaf]
@@ -400,6 +448,8 @@ def eliminate(
                     f"Site '{factor.site}' depends on '{min(outside)}', which lives in plates {sorted(leaf)} that the "
                     "first is not in: the elements of those plates are coupled."
                 )
+        linked = local & links.keys()
+        local -= linked
         inside, collapsed = _collapsed(inside, local, leaf, keep, maximise, scales or {})
         done += collapsed
         group = _Group(inside, local)
@@ -414,20 +464,76 @@ def eliminate(
                 records.append(record)
                 for factor in made:
                     group.add(factor)
+        left, walks = _walked([*group.factors.values()], linked, links, leaf, maximise, scales or {})
+        records += walks
         products: dict[Hashable, Tensor] = {}
-        for factor in group.factors.values():
+        for factor in left:
+            if not factor.dims:
+                done.append(factor)
+                continue
             target = frozenset().union(*(plates_of[v] for v in factor.variables)) | (leaf & keep)
             if factor.variables and not target < leaf:
                 raise Unsupported(
                     f"Finite sites {', '.join(sorted(factor.variables))} are coupled across the plates {sorted(leaf)}, so "
                     "that they cannot be summed out jointly. Update one of them at a time."
                 )
-            left = _multiplied(factor, target, scales or {}, products)
-            if left.variables or target - keep:
-                pending.append(left)
+            product = _multiplied(factor, target, scales or {}, products)
+            if product.variables or target - keep:
+                pending.append(product)
             else:
-                done.append(left)
+                done.append(product)
     return done, records
+
+
+def _walked(
+    found: list[Factor],
+    linked: set[str],
+    links: Mapping[str, Factor],
+    leaf: frozenset[str],
+    maximise: bool,
+    scales: Mapping[str, float],
+) -> tuple[list[Factor], list[Walk]]:
+    """Factors of one plate with the sequences of states along it summed out: those that these are not in, and scalars.
+
+    Sequences that one factor couples element by element are one sequence of joint states.
+    """
+    rest, walks, order = [], [], [name for name in links if name in linked]
+    groups: list[set[str]] = [{name} for name in order]
+    for factor in found:
+        joined = [group for group in groups if group & set(factor.variables)]
+        if len(joined) > 1:
+            groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    for group in groups:
+        sites = tuple(name for name in order if name in group)
+        own = [factor for factor in found if group & set(factor.variables)]
+        outside = sorted({v for factor in own for v in factor.variables} - group)
+        if outside or len(leaf) != 1 or any(factor.plates != leaf for factor in own):
+            raise Unsupported(
+                f"The sequence of states '{sites[0]}' is coupled with {', '.join(outside) or 'several plates'}, element by "
+                "element, which cannot be summed out jointly. Update one of them at a time."
+            )
+        (along,) = leaf
+        if scales.get(along, 1.0) != 1.0:
+            raise Unsupported(f"The sequence of states '{sites[0]}' cannot be cut into mini-batches. Leave batch_size out.")
+        sizes = tuple(links[site].table.shape[-1] for site in sites)
+        width, length = math.prod(sizes), 1 + len(links[sites[0]].table)
+        if length * width**2 > WIDEST * 64:
+            raise Unsupported(
+                f"Summing out {', '.join(sites)} jointly needs a table of {length * width**2:,} entries (at most "
+                f"{WIDEST * 64:,}). Update these sites one at a time."
+            )
+        states = torch.stack(
+            [_aligned(factor.table.unsqueeze(0), factor.dims, (along, *sites))[0].expand(length, *sizes) for factor in own]
+        ).sum(0)
+        steps = links[sites[0]].table
+        for site in sites[1:]:
+            more = links[site].table
+            steps = steps[:, :, None, :, None] + more[:, None, :, None, :]
+            steps = steps.reshape(len(more), steps.shape[1] * steps.shape[2], -1)
+        found_now = passage(states.reshape(length, width), steps, maximise)
+        rest.append(Factor(found_now.log_z, (), frozenset(), sites[0]))
+        walks.append(Walk(sites, sizes, found_now, (along,)))
+    return [factor for factor in found if not set(factor.variables) & linked] + rest, walks
 
 
 def _collapsed(
@@ -545,7 +651,7 @@ def indices(program: Program, site: str, value: Tensor) -> Tensor:
     return matches.to(torch.uint8).argmax(-1)
 
 
-def draw_back(program: Program, records: list[Record], pick: Pick) -> tuple[dict[str, Tensor], Tensor]:
+def draw_back(program: Program, records: list[Record | Walk], pick: Pick) -> tuple[dict[str, Tensor], Tensor]:
     """Fixes the eliminated variables in reverse order.
 
     Args:
@@ -559,7 +665,17 @@ def draw_back(program: Program, records: list[Record], pick: Pick) -> tuple[dict
     pools: dict[tuple[str, ...], Tensor] = {}  # batch dimensions -> indices picked so far, (site, *batch)
     rows: dict[str, int] = {}
     log_q: Tensor | float = 0.0
-    for sites, table, batch, neighbours in reversed(records):
+    for record in reversed(records):
+        if isinstance(record, Walk):
+            states, log_p = drawn_back(record.passage, partial(pick, record.sites))
+            log_q = log_q + log_p
+            for site, size in zip(reversed(record.sites), reversed(record.sizes), strict=True):
+                first = len(pools[record.batch]) if record.batch in pools else 0
+                index, states = (states % size).unsqueeze(0), states // size
+                pools[record.batch] = torch.cat([pools[record.batch], index]) if first else index
+                rows[site] = first
+            continue
+        sites, table, batch, neighbours = record
         for j in reversed(range(len(neighbours[0]))):
             names = [row[j] for row in neighbours]
             order = place(program, names[0])

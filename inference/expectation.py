@@ -240,7 +240,7 @@ class Completed:
         def best(others: Values) -> Values:
             found = factors(program, others, program.finite)
             _, records = eliminate(found, plates_of(program, program.finite), maximise=True)
-            picked, _ = draw_back(program, records, lambda site, logits: logits.argmax(-1))
+            picked, _ = draw_back(program, records, lambda sites, logits, positions=None: logits.argmax(-1))
             result = {}
             for site in program.finite:
                 choices = program.latents[site].choices

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Guided, Prepared, Programmed, Unsupported
+from inference.contract import Augmented, Guided, Linked, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -61,6 +61,8 @@ class Site:
         dtype: Type of its values.
         choices: For a finite discrete site all values of one event, (K, *event); else None.
         is_flat: Whether its prior is improper.
+        is_linked: Whether it is a sequence of states, each of which depends on the one before: its elements are those of a
+            batch, but not independent.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Site:
     dtype: torch.dtype
     choices: Tensor | None
     is_flat: bool
+    is_linked: bool = False
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -121,6 +124,15 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         except NotImplementedError:
             choices = None
     plates = [Plate(frame.name, frame.dim, frame.size) for frame in node["cond_indep_stack"] if frame.vectorized]
+    if not node["is_observed"] and isinstance(node["fn"], Linked):
+        if node["fn"].batch_shape:
+            raise Unsupported(
+                f"Site '{name}' is {type(distribution).__name__} in a plate, or has parameters of a batch, but one sequence "
+                "of states is one site. Sample each sequence in a Python loop."
+            )
+        states = torch.arange(len(distribution.links()[0]), device=value.device)
+        support, family = node["fn"].support, type(distribution).__name__
+        return Site(name, family, support, _shape(node), 0, (), value.dtype, states, False, True)
     return Site(
         name=name,
         family=type(base(distribution)).__name__,
@@ -158,6 +170,8 @@ def _extent(node: Mapping[str, Any]) -> tuple[int, int]:
 def _batch_shape(node: Mapping[str, Any]) -> torch.Size:
     """The batch shape of a statement; data without a plate may be wider than their distribution."""
     own, value = node["fn"].batch_shape, node["value"]
+    if not node["is_observed"] and isinstance(node["fn"], Linked):
+        return torch.Size(value.shape)
     if not node["is_observed"] or not isinstance(value, Tensor):
         return own
     return torch.broadcast_shapes(own, value.shape[: value.dim() - node["fn"].event_dim])
@@ -523,6 +537,21 @@ class Program:
             statements = [name for name in nodes if name not in self.deterministic]
             is_followed = self.finite and not self.is_changing
             self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
+            for name in [name for name, site in self.latents.items() if site.is_linked]:
+                self.latents[name] = replace(self.latents[name], plates=self._along(name, nodes))
+
+    def _along(self, site: str, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[Plate, ...]:
+        """The plate of the statements that depend on a sequence of states, along which its elements lie; () if none is."""
+        size = self.latents[site].shape[-1]
+        depending = [nodes[name] for name, sites in self.dependence.items() if site in sites and name != site]
+        frames = {frame for node in depending for frame in node["cond_indep_stack"] if frame.vectorized and frame.dim == -1}
+        found = sorted({frame.name for frame in frames if frame.size == size})
+        if len(found) > 1:
+            raise Unsupported(
+                f"The elements of '{site}' are used in the plates {', '.join(found)}, but a sequence of states lies along "
+                "one plate. Use the same pyro.plate object."
+            )
+        return tuple(Plate(name, -1, size) for name in found)
 
     def _is_read(self, trace: poutine.Trace) -> bool:
         """Whether Python reads the value of a latent site, so that rare sites may hang on it that no look has shown."""
