@@ -298,6 +298,7 @@ def check_shards(
             f"Several processes split rows, but no plate of {program.name} has the size of its first tensor argument "
             f"({program.rows}). Fit it in one process (inference.distributed.alone), or by a sampler: those split chains."
         )
+    program.check_rows("A run on several processes")
     for name in local:
         if not {plate.name for plate in program.latents[name].plates} & set(program.row_plates):
             raise Unsupported(

@@ -257,7 +257,13 @@ class EM(Backend[EMState, EMInfo]):
         """What pilots see of the program: few rows of very many, in float64, where tables are all that is averaged over."""
         rows = program.rows or 0
         is_large = rows > 2 * _PILOT_ROWS and len(program.row_plates) > 0
-        if program.is_long or program.weights or self.batch_size is not None or not set(averaged) <= set(program.finite):
+        if (
+            program.is_long
+            or program.is_sequence
+            or program.weights
+            or self.batch_size is not None
+            or not set(averaged) <= set(program.finite)
+        ):
             return program
         if not is_large and program.dtype == torch.float64:
             return program
@@ -304,11 +310,7 @@ class EM(Backend[EMState, EMInfo]):
     def _check_batches(self, program: Program, averaged: tuple[str, ...]) -> None:
         if self.batch_size is None:
             return
-        if not program.row_plates:
-            raise Unsupported(
-                f"batch_size needs rows, but no plate of {program.name} has the size of its first tensor argument "
-                f"({program.rows})."
-            )
+        program.check_rows("batch_size")
         for name in averaged:
             if not {plate.name for plate in program.latents[name].plates} & set(program.row_plates):
                 raise Unsupported(

@@ -259,7 +259,7 @@ def _links(program: Program, node: Mapping[str, Any], name: str) -> list[Factor]
         )
     initial, steps = initial * node["scale"], steps * node["scale"]
     rest = initial.new_zeros(program.latents[name].shape[-1] - 1, len(initial))
-    (along,) = place(program, name) or (f"dimension {-1}",)
+    (along,) = place(program, name)
     states = Factor(torch.cat([initial.unsqueeze(0), rest]), (along, name), frozenset([along]), name)
     then = f"{name}′"  # no variable of its own
     return [states, Factor(steps, (_LINK, name, then), frozenset([_LINK, then]), name)]
@@ -464,7 +464,7 @@ def eliminate(
                 records.append(record)
                 for factor in made:
                     group.add(factor)
-        left, walks = _walked([*group.factors.values()], linked, links, leaf, maximise, scales or {})
+        left, walks = _walked([*group.factors.values()], linked, links, leaf, maximise)
         records += walks
         products: dict[Hashable, Tensor] = {}
         for factor in left:
@@ -491,7 +491,6 @@ def _walked(
     links: Mapping[str, Factor],
     leaf: frozenset[str],
     maximise: bool,
-    scales: Mapping[str, float],
 ) -> tuple[list[Factor], list[Walk]]:
     """Factors of one plate with the sequences of states along it summed out: those that these are not in, and scalars.
 
@@ -513,8 +512,6 @@ def _walked(
                 "element, which cannot be summed out jointly. Update one of them at a time."
             )
         (along,) = leaf
-        if scales.get(along, 1.0) != 1.0:
-            raise Unsupported(f"The sequence of states '{sites[0]}' cannot be cut into mini-batches. Leave batch_size out.")
         sizes = tuple(links[site].table.shape[-1] for site in sites)
         width, length = math.prod(sizes), 1 + len(links[sites[0]].table)
         if length * width**2 > WIDEST * 64:

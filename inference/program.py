@@ -115,7 +115,8 @@ def _shape(node: Mapping[str, Any]) -> torch.Size:
 
 
 def _site(name: str, node: Mapping[str, Any]) -> Site:
-    distribution, value = node["fn"], node["value"]
+    distribution: Any = node["fn"]
+    value = node["value"]
     choices = None
     if not node["is_observed"] and distribution.has_enumerate_support:
         try:
@@ -124,15 +125,14 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         except NotImplementedError:
             choices = None
     plates = [Plate(frame.name, frame.dim, frame.size) for frame in node["cond_indep_stack"] if frame.vectorized]
-    if not node["is_observed"] and isinstance(node["fn"], Linked):
-        if node["fn"].batch_shape:
+    if not node["is_observed"] and isinstance(base(distribution), Linked):
+        if not isinstance(distribution, Linked) or node["fn"].batch_shape:
             raise Unsupported(
-                f"Site '{name}' is {type(distribution).__name__} in a plate, or has parameters of a batch, but one sequence "
-                "of states is one site. Sample each sequence in a Python loop."
+                f"Site '{name}' is {type(base(distribution)).__name__} in a plate, masked or with a batch of parameters, "
+                "but one site is one sequence of states. Sample each in a Python loop, and mask what depends on it."
             )
-        states = torch.arange(len(distribution.links()[0]), device=value.device)
-        support, family = node["fn"].support, type(distribution).__name__
-        return Site(name, family, support, _shape(node), 0, (), value.dtype, states, False, True)
+        family, states = type(distribution).__name__, torch.arange(len(distribution.links()[0]), device=value.device)
+        return Site(name, family, node["fn"].support, _shape(node), 0, (), value.dtype, states, False, True)
     return Site(
         name=name,
         family=type(base(distribution)).__name__,
@@ -744,6 +744,28 @@ class Program:
         if sized and self._grown is not None:
             sized -= {name for name, sizes in self._grown.plates.items() if self.rows in sizes}
         return tuple(sorted(sized))
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the rows follow one another, as the steps of a sequence of states, so that a part of them is no sample."""
+        along = {plate.name for site in self.latents.values() if site.is_linked for plate in site.plates}
+        return bool(along & set(self.row_plates))
+
+    def check_rows(self, purpose: str) -> None:
+        """Refuses a program whose rows cannot be taken apart.
+
+        Args:
+            purpose: What needs that, the subject of a sentence.
+        """
+        if not self.row_plates:
+            raise Unsupported(
+                f"{purpose} needs rows, but no plate of {self.name} has the size of its first tensor argument ({self.rows})."
+            )
+        if self.is_sequence:
+            raise Unsupported(
+                f"{purpose} needs rows that are independent of one another, but those of {self.name} are steps of a "
+                "sequence of states. Take all rows at once, in one process."
+            )
 
     @cached_property
     def row_loops(self) -> tuple[str, ...]:

@@ -130,11 +130,8 @@ class SVI(Backend[SVIState, SVIInfo]):
     def init(self, program: Program) -> SVIState:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, but must be positive.")
-        if self.batch_size is not None and not program.row_plates:
-            raise Unsupported(
-                f"batch_size needs rows, but no plate of {program.name} has the size of its first tensor argument "
-                f"({program.rows})."
-            )
+        if self.batch_size is not None:
+            program.check_rows("batch_size")
         check_shards(program, batch_size=self.batch_size)
         guide = self._guide(program)
         trace = guide.trace(program)

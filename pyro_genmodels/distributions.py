@@ -14,7 +14,6 @@ from torch import Size, Tensor
 import inference.transforms  # noqa: F401  (the bijection to positive definite matrices)
 from inference.contract import Augmented
 
-
 __all__ = ["Classwise", "Columns", "InverseWishart", "LatentScaleT", "MarkovChain", "Mixed", "PartialNormal"]
 
 _MATRICES = 2**19  # numbers in the matrices of rows with gaps that are looked at together, at least
@@ -503,6 +502,11 @@ class MarkovChain(TorchDistribution):
 
     def __init__(self, initial: Tensor, transitions: Tensor, length: int, validate_args: bool | None = None) -> None:
         states = initial.shape[-1]
+        if initial.dim() != 1:
+            raise ValueError(
+                f"initial has shape {tuple(initial.shape)}, but a MarkovChain is one sequence, and must have ({states},). Sample "
+                "each sequence in a Python loop."
+            )
         if length < 1:
             raise ValueError(f"A MarkovChain has at least 1 state, but length is {length}.")
         if transitions.shape[-2:] != (states, states) or (transitions.dim() > 2 and transitions.shape[-3] != length - 1):

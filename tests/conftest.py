@@ -36,7 +36,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 # Sweeps or steps per draw, where a draw would be much like the last one.
 GIBBS_THIN = {
-    "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "annotators": 4,
+    "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "hidden_markov": 2, "annotators": 4,
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
     "logistic": 4, "cox": 15, "block_model": 2,
 }  # fmt: skip

@@ -132,7 +132,14 @@ def test_every_rung_gives_pyros_own_potential_and_its_gradient(name: str, rung: 
     assert_is_pyros(programs()[name], rung, 2 if rung == "looped" else CALLS)
 
 
-@pytest.mark.parametrize("instance", [i for i in ZOO if "HMC" not in i.refused], ids=lambda instance: instance.name)
+SEQUENCES = ("hidden_markov", "factorial_chains")  # which Pyro cannot sum out: test_sequences.py holds them to their loops
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [i for i in ZOO if "HMC" not in i.refused and i.name not in SEQUENCES],
+    ids=lambda instance: instance.name,
+)
 def test_the_density_of_every_program_is_pyros_own(instance: Instance) -> None:
     assert_is_pyros(Program(instance.program, instance.data), "vmapped", 1)
 

@@ -236,6 +236,16 @@ ZOO: tuple[Instance, ...] = (
         chains.factorial_hmm_moments, chains.factorial_hmm_mode,
     ),
     Instance(
+        chains.hidden_markov, (chains.SWITCHED,),
+        {"move": "Dirichlet", "location": "Normal", "state": "Enumerate"},
+        chains.hidden_markov_moments, chains.hmm_mode,
+    ),
+    Instance(
+        chains.factorial_chains, (chains.FLOWS,),
+        {"effect": "Gaussian", "first": "Enumerate", "second": "Enumerate"},
+        chains.factorial_chains_moments, chains.factorial_hmm_mode,
+    ),
+    Instance(
         chains.local_level, (chains.LEVELS,),
         {"drift": "InverseGamma", "noise": "InverseGamma", **{f"level_{t}": "Gaussian" for t in range(6)}},
         chains.local_level_moments, chains.local_level_mode,

@@ -24,6 +24,7 @@ from exact import (
     summit,
     variances,
 )  # fmt: skip
+from pyro_genmodels.distributions import MarkovChain
 
 # ---------------------------------------------------------------------------------- hidden Markov model
 SWITCHED = array(-1.2, -0.7, 0.9, 1.6, 0.1, -1.1)
@@ -59,6 +60,22 @@ def hmm_moments() -> dict[str, Moments]:
     }
 
 
+def hidden_markov(y: Tensor) -> None:
+    """The same, its states one site."""
+    with pyro.plate("states", 2):
+        move = pyro.sample("move", dist.Dirichlet(MOVES.to(y)))
+        location = pyro.sample("location", dist.Normal(PLACES.to(y), 1.0))
+    state = pyro.sample("state", MarkovChain(y.new_ones(2) / 2, move, len(y)))
+    with pyro.plate("steps", len(y)):
+        pyro.sample("y", dist.Normal(location[state], 0.7), obs=y)
+
+
+def hidden_markov_moments() -> dict[str, Moments]:
+    found = hmm_moments()
+    states = [found.pop(f"state_{t}") for t in range(len(SWITCHED))]
+    return found | {"state": Moments(*(np.stack([state[i] for state in states]) for i in range(2)))}
+
+
 def hmm_mode() -> dict[str, Any]:
     """Of p(move, location | y), the path summed out by the forward recursion."""
 
@@ -91,6 +108,27 @@ def factorial_hmm(y: Tensor) -> None:
         first = pyro.sample(f"first_{t}", dist.Bernoulli(torch.where(first > 0.5, STAY[0][1], STAY[0][0]).to(y)))
         second = pyro.sample(f"second_{t}", dist.Bernoulli(torch.where(second > 0.5, STAY[1][1], STAY[1][0]).to(y)))
         pyro.sample(f"y_{t}", dist.Normal(effect[0] * first + effect[1] * second, 1.0), obs=y[t])
+
+
+def factorial_chains(y: Tensor) -> None:
+    """The same, each switch one site."""
+    effect = pyro.sample("effect", dist.Normal(EFFECTS.to(y), 0.5).to_event(1))
+    switches = []
+    for name, (after_off, after_on) in zip(("first", "second"), STAY, strict=True):
+        initial, moves = (
+            y.new_tensor([1 - after_off, after_off]),
+            y.new_tensor([[1 - after_off, after_off], [1 - after_on, after_on]]),
+        )
+        switches.append(pyro.sample(name, MarkovChain(initial, moves, len(y))))
+    with pyro.plate("steps", len(y)):
+        pyro.sample("y", dist.Normal(effect[0] * switches[0] + effect[1] * switches[1], 1.0), obs=y)
+
+
+def factorial_chains_moments() -> dict[str, Moments]:
+    found = factorial_hmm_moments()
+    steps = range(len(FLOWS))
+    rows = {name: [found.pop(f"{name}_{t}") for t in steps] for name in ("first", "second")}
+    return found | {name: Moments(*(np.stack([row[i] for row in own]) for i in range(2))) for name, own in rows.items()}
 
 
 def _switches() -> tuple[np.ndarray, np.ndarray]:
