@@ -376,6 +376,16 @@ class Random(Staged):
         else:
             torch.set_rng_state(numbers)
 
+    def _stage(self, variant: _Variant, leaves: list[Tensor], structure: Any) -> None:
+        before = self._numbers()  # which recording uses up, and a run that goes on records elsewhere
+        super()._stage(variant, leaves, structure)
+        self._rewind(before)
+
+    def _compile(self, variant: _Variant, leaves: list[Tensor]) -> None:
+        before = self._numbers()
+        super()._compile(variant, leaves)
+        self._rewind(before)
+
     def _reference(self, *inputs: Any) -> Any:
         self._before = self._numbers()
         return self.function(*inputs), None

@@ -51,10 +51,10 @@ def fold(graph: Graph) -> Graph:
         elif node.op == "call_function" and node not in unsteady and all(i in known for i in node.all_input_nodes):
             arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
             known[node] = node.target(*arguments[0], **arguments[1])
-    for count, (node, value) in enumerate(known.items()):
+    for node, value in known.items():
         needed = node.op == "call_function" and any(user not in known for user in node.users)
         if needed and isinstance(value, Tensor):
-            name = f"_folded_{count}"
+            name = f"_folded_{len(graph._buffers)}"  # of no constant that is there from an earlier time
             graph.register_buffer(name, value.contiguous(), persistent=False)
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(name))

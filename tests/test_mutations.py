@@ -361,7 +361,10 @@ MUTANTS = {
         METROPOLISED, "torch.where(accepted, log_joint, current.log_joint)", "current.log_joint", NORMAL
     ),
     "an HMC block that leaves the log-joint stale": Mutant(
-        "inference.gibbs:Gibbs._sweep", "log_joint = {**values, **moved}, None", "_ = {**values, **moved}, None", MIXED
+        "inference.gibbs:Part.__call__",
+        "values, known, ratio = {**values, **moved}, None, None",
+        "values, ratio = {**values, **moved}, None",
+        MIXED,
     ),
     "a covariance that is not centred": Mutant(
         "inference.mcmc:Moments.update", "after = position - mean", "after = position", moments_are_those_of_numpy

@@ -189,6 +189,16 @@ def test_the_posterior_of_a_regression_is_the_one_of_least_squares(backend: Any)
     assert ((draws.mean((0, 1)) - best).abs() < 4.0 * error + 1e-4).all()
 
 
+def test_a_graph_that_is_folded_twice_keeps_the_constants_of_both_times() -> None:
+    def function(b: Tensor) -> Tensor:
+        return (b * X.sin().sum(0) + X.cos().sum(0)).sum(-1) + (b @ X.T - Y).square().sum(-1) * Y.exp().sum()
+
+    graph = fold(merge(draft(function, [chains(COLUMNS)])))
+    assert project(graph)
+    twice, at = fold(merge(fold(merge(graph)))).written(), chains(COLUMNS)
+    torch.testing.assert_close(twice(at), function(at))
+
+
 def test_all_tensors_of_a_graph_are_described() -> None:
     graph = fold(merge(draft(gradients, [chains(COLUMNS), chains()])))
     project(graph)
