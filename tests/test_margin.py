@@ -171,3 +171,11 @@ def test_rows_seen_twice_cost_twice() -> None:
     torch.testing.assert_close(left, right, rtol=0, atol=1e-2)
     alone = machine()
     assert (alone.decision_function(X, fit.fit(alone, X, torch.ones_like(Y))) > 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_a_state_holds_all_that_predictions_need(kernel: str) -> None:
+    model, other = MarginClassifier(kernel=kernel), MarginClassifier(kernel=kernel)
+    posterior = EM(steps=5, **RUN).fit(model, X, Y)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.decision_function(X, posterior), model.decision_function(X, posterior))

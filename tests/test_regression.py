@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pyro.infer
 import pytest
 import scipy.stats
 import torch
@@ -268,3 +269,27 @@ def test_a_class_without_rows_is_the_least_probable() -> None:
     model = SoftmaxRegression(4)
     proba = model.predict_proba(X, FIT.fit(model, X, CLASSES))
     assert proba.isfinite().all() and proba[:, 3].max() < 0.1
+
+
+@every_model
+def test_a_state_holds_all_that_predictions_need(name: str) -> None:
+    build, y = MODELS[name]
+    model, other = build(), build()
+    posterior = FIT.fit(model, X, y)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.predict(X, posterior), model.predict(X, posterior))
+
+
+@every_model
+def test_the_tools_of_pyro_run_on_it(name: str) -> None:
+    build, y = MODELS[name]
+    model = build().double()
+    model.prepare(X, y)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kernel = pyro.infer.NUTS(model.model, max_tree_depth=3)
+        chain = pyro.infer.MCMC(kernel, num_samples=3, warmup_steps=3, disable_progbar=True)
+        chain.run(X, y)
+        drawn = pyro.infer.Predictive(model.model, num_samples=5)(X)
+    assert drawn["y"].shape[-1] == 40
+    assert all(value.dtype == torch.float64 for value in chain.get_samples().values())
