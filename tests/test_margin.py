@@ -179,3 +179,12 @@ def test_a_state_holds_all_that_predictions_need(kernel: str) -> None:
     posterior = EM(steps=5, **RUN).fit(model, X, Y)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.decision_function(X, posterior), model.decision_function(X, posterior))
+
+
+def test_batches_of_rows_end_near_the_whole() -> None:
+    """EM on halves of the rows: the side of every row but the few at the boundary."""
+    x = noise(60, 2, seed=3)
+    y = (x[:, 0] + 0.3 * x[:, 1] > 0).long()
+    model = MarginClassifier()
+    posterior = EM(steps=60, batch_size=20, **RUN).fit(model, x, y)
+    assert model.score(x, y, posterior) > 0.95

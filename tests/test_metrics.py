@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +12,18 @@ from matplotlib.figure import Figure
 
 from pyro_genmodels import plots
 from pyro_genmodels.metrics import anomaly, calibration, clustering
+from pyro_genmodels.metrics import bias_variance as bias_variances
 from pyro_genmodels.metrics.bias_variance import BiasVariance, bias_variance
 
 metrics = pytest.importorskip("sklearn.metrics")
 curves = pytest.importorskip("sklearn.calibration")
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
+
+
+@pytest.mark.parametrize("module", [anomaly, bias_variances, calibration, clustering], ids=lambda module: module.__name__)
+def test_the_examples_in_the_docstrings_are_true(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
 
 
 @SEEDS

@@ -263,6 +263,7 @@ class LinearRegression(LinearModel):
 
     def score(self, x: Tensor, y: Tensor, draws: Fitted | Mapping[str, Tensor]) -> float:
         """Share of the variance of y that is predicted, R²."""
+        y = y.to(x)
         rest = (y - self.predict(x, draws)).square().sum()
         return float(1.0 - rest / (y - y.mean()).square().sum())
 

@@ -47,9 +47,9 @@ def bias_variance(predict: Callable[[Any], Any], draw: Callable[[int], Any], tru
         S. Geman, E. Bienenstock and R. Doursat, Neural networks and the bias/variance dilemma (1992).
 
     Example:
-        >>> parts = bias_variance(np.mean, lambda i: np.random.default_rng(i).normal(3.0, size=4), [3.0], 1000)
+        >>> parts = bias_variance(np.mean, lambda i: np.random.default_rng(i).normal(3.0, size=10), [3.0], 1000)
         >>> round(float(parts.variance[0]), 1)
-        0.2
+        0.1
     """
     if repeats < 2:
         raise ValueError(f"repeats is {repeats}, but a variance needs at least 2.")
