@@ -23,7 +23,7 @@ from torch import Tensor
 from inference import EM
 from pyro_genmodels import NaiveBayes
 
-LABELS, SMOOTHING, SPLITS, STEPS = 20, 0.1, (0, 1), 15
+LABELS, SMOOTHING, SPLITS, STEPS = 20, 0.1, (0,), 15
 
 
 def texts(part: str) -> tuple[Tensor, Tensor]:
