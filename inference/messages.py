@@ -226,6 +226,7 @@ class InverseGaussian(_Positive):
         # what is 0 but for rounding
         small = 8.0 * torch.finfo(at.dtype).eps
         b = torch.where(b.abs() <= small * at[0] * (1.0 + (a * at[0]).abs()), b.clamp(min=0.0), b)
+        a = torch.where(a.abs() * at[0] <= small * (1.0 + (b / at[0]).abs()), a.clamp(min=0.0), a)
         return InverseGaussianConditional(a, b, self.order)
 
 

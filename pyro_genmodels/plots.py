@@ -15,12 +15,16 @@ from torch import Tensor
 
 from inference import Posterior, arviz, relabel
 from pyro_genmodels.classical import GMM
+from pyro_genmodels.metrics.bias_variance import BiasVariance
+from pyro_genmodels.metrics.calibration import Reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["density_contours", "effective_sizes", "elements", "learning_curve", "traces"]
+__all__ = [
+    "bias_variance", "density_contours", "effective_sizes", "elements", "learning_curve", "reliability", "traces",
+]  # fmt: skip
 
 Posteriors = Posterior | Mapping[str, Posterior]
 
@@ -207,6 +211,50 @@ def elements(posterior: Posterior, sites: Sequence[str] | None = None) -> dict[s
             label = ", ".join(names[axis][i] for axis, i in enumerate(index))
             found[f"{site}[{label}]" if index else site] = values.flatten(2)[..., place].double().numpy()
     return found
+
+
+def bias_variance(parts: Mapping[float, BiasVariance], setting: str = "") -> Figure:
+    """Squared bias, variance and their sum, averaged over rows, against a setting of the estimator.
+
+    Args:
+        parts: Value of the setting to the parts of the error.
+        setting: What it is called.
+    """
+    if not parts:
+        raise ValueError("bias_variance needs at least one setting, but parts is empty.")
+    settings = sorted(parts)
+    curves = {
+        "error": [float(parts[at].error.mean()) for at in settings],
+        "bias²": [float(parts[at].bias_squared.mean()) for at in settings],
+        "variance": [float(parts[at].variance.mean()) for at in settings],
+    }
+    figure, (axis,) = _panels(1, 5.0, 3.4)
+    for (name, curve), colour in zip(curves.items(), (_INK, *_COLOURS), strict=False):
+        axis.plot(settings, curve, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+    if settings[0] > 0 and settings[-1] / settings[0] >= _DECADES:
+        axis.set_xscale("log")
+    axis.set_xlabel(setting)
+    axis.set_ylabel("mean squared error")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+_DECADES = 100.0  # from which ratio of the largest to the least setting on the axis is logarithmic
+
+
+def reliability(curves: Mapping[str, Reliability]) -> Figure:
+    """Reliability curves, each with the area of its points by the number of rows; the diagonal is perfect calibration."""
+    if not curves:
+        raise ValueError("reliability needs at least one curve, but curves is empty.")
+    figure, (axis,) = _panels(1, 3.8, 3.6)
+    axis.plot([0.0, 1.0], [0.0, 1.0], color=_FAINT, linewidth=1.2)
+    for (name, curve), colour in zip(curves.items(), _COLOURS * (1 + len(curves) // len(_COLOURS)), strict=False):
+        axis.plot(curve.predicted, curve.observed, color=colour, linewidth=1.2, label=name)
+        axis.scatter(curve.predicted, curve.observed, s=80.0 * curve.rows / curve.rows.max(), color=colour)
+    axis.set_xlabel("predicted probability")
+    axis.set_ylabel("observed share")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def _named(posteriors: Posteriors) -> dict[str, tuple[Posterior, str]]:

@@ -9,7 +9,9 @@ import math
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
+import pyro.infer
 import pytest
 import scipy.special
 import torch
@@ -361,3 +363,24 @@ def test_without_labels_it_is_a_mixture() -> None:
     posterior = EM(restarts=4, **START).fit(model, x)
     found = model.predict(x, posterior)
     assert torch.equal(found[:, None] == found, Y[:, None] == Y)
+
+
+def test_a_state_holds_all_that_predictions_need() -> None:
+    model, other = NaiveBayes(2, KINDS), NaiveBayes(2, KINDS)
+    posterior = FIT.fit(model, TABLE, LABELS)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.predict_proba(TABLE, posterior), model.predict_proba(TABLE, posterior))
+
+
+def test_the_tools_of_pyro_run_on_it() -> None:
+    model = NaiveBayes(2, KINDS, levels=[3])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = pyro.infer.Predictive(model.model, num_samples=5)(size=4)
+        assert drawn["x_poisson"].shape == (5, 4, 1) and drawn["y"].shape == (5, 4)
+        seen = {name: value[0] for name, value in drawn.items() if name[:2] == "x_" or name == "y"}
+        x = torch.cat([seen[f"x_{name}"] for name in ("bernoulli", "categorical_3", "poisson")], 1)
+        kernel = pyro.infer.NUTS(lambda: model.model(x, seen["y"]), max_tree_depth=3)
+        chain = pyro.infer.MCMC(kernel, num_samples=3, warmup_steps=3, disable_progbar=True)
+        chain.run()
+    assert chain.get_samples()["rates"].shape == (3, 2, 1)

@@ -44,7 +44,8 @@ class MarginClassifier(LinearModel):
         cost: C, positive.
         kernel: "linear", or "rbf": exp(−γ ‖x − x′‖²).
         gamma: γ; None: one by the number of features times their mean variance, scikit-learn's "scale".
-        latent: Whether λ is a site; else the hinge is one factor, which suits ``SVI``, ``HMC`` and ``MetropolisHastings`` better.
+        latent: Whether λ is a site; else it is summed out and 0 is Laplace(u_n, 1), which suits ``SVI``, ``HMC`` and
+            ``MetropolisHastings`` better.
         intercept: Whether there is an intercept.
         standardise: Whether ``prepare`` centres and scales the columns.
         intercept_scale: Prior standard deviation of the intercept.
@@ -115,10 +116,11 @@ class MarginClassifier(LinearModel):
         with pyro.plate("rows", len(design)):
             if self.has_latent:
                 mixing = pyro.sample("mixing", dist.Exponential(torch.full_like(slack, 0.5)))
-                pyro.sample("margin", dist.Normal(slack, mixing.sqrt()), obs=torch.zeros_like(slack))
-                pyro.factor("slope", -slack)
+                margin = dist.Normal(slack, mixing.sqrt())
             else:
-                pyro.factor("margin", -2.0 * slack.clamp(min=0.0))
+                margin = dist.Laplace(slack, torch.ones_like(slack))
+            pyro.sample("margin", margin, obs=torch.zeros_like(slack))
+            pyro.factor("slope", -slack)
         return decision
 
     def decision_function(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:

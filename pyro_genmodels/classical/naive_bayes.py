@@ -85,6 +85,8 @@ class NaiveBayes(GenerativeModel):
         self.scale: Any
         self.register_buffer("location", None)
         self.register_buffer("scale", None)
+        self.found_levels: Any
+        self.register_buffer("found_levels", None)
         if not isinstance(columns, str) and (self.levels is not None or "categorical" not in self.columns):
             self._shape(torch.zeros(len(self.columns)), torch.ones(len(self.columns)))
 
@@ -102,9 +104,16 @@ class NaiveBayes(GenerativeModel):
                     f"levels has {len(self.levels)} numbers, but there are {len(categorical)} categorical columns."
                 )
             levels = dict(zip(categorical, self.levels, strict=True))
+        self.found_levels = torch.tensor([(levels or {}).get(j, 0) for j in range(len(location))], device=location.device)
         for j, kind in enumerate(kinds):
             name = f"categorical_{(levels or {})[j]}" if kind == "categorical" else kind
             self._groups.setdefault(name, []).append(j)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if prefix + "location" in state_dict:
+            levels = dict(enumerate(state_dict[prefix + "found_levels"].tolist()))
+            self._shape(state_dict[prefix + "location"].clone(), state_dict[prefix + "scale"].clone(), levels)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def prepare(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> None:
         """Scales the priors to the data, and looks which entries and labels are missing.

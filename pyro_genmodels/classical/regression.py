@@ -50,6 +50,12 @@ class LinearModel(GenerativeModel):
         self.register_buffer("location", None)
         self.register_buffer("scale", None)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in list(self._buffers):  # their shapes are those of the data that were seen
+            if prefix + name in state_dict:
+                self._buffers[name] = state_dict[prefix + name].clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @final
     def prepare(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> None:
         """Looks at the scale of the columns, and at whether the responses are what they must be.
@@ -161,6 +167,12 @@ def _check_labels(y: Tensor, classes: int) -> None:
         raise ValueError(f"y has labels from {float(y.min()):g} to {float(y.max()):g}, but must be 0 to {classes - 1}.")
 
 
+def _sums_to_zero(classes: int) -> Tensor:
+    """Orthonormal columns that sum to zero, (K, K − 1): Helmert's contrasts."""
+    below = torch.ones(classes, classes - 1, dtype=torch.float64).triu() - torch.arange(1.0, classes).diag_embed(-1)[:, :-1]
+    return below / below.norm(dim=0)
+
+
 class LinearRegression(LinearModel):
     """Linear regression with the conjugate prior.
 
@@ -251,6 +263,7 @@ class LinearRegression(LinearModel):
 
     def score(self, x: Tensor, y: Tensor, draws: Fitted | Mapping[str, Tensor]) -> float:
         """Share of the variance of y that is predicted, R²."""
+        y = y.to(x)
         rest = (y - self.predict(x, draws)).square().sum()
         return float(1.0 - rest / (y - y.mean()).square().sum())
 
@@ -312,26 +325,26 @@ class LogisticRegression(LinearModel):
 
 
 class SoftmaxRegression(LinearModel):
-    """Softmax regression: K classes, each with coefficients of its own.
+    """Softmax regression: K classes, each with coefficients of its own, which sum to zero.
 
-        β_kj ~ N(0, τ²),  β_k0 ~ N(0, intercept_scale²),  y_n ~ Categorical(softmax_k(z_nᵀ β_k))
+        α_j ~ N(0, τ²) in K − 1 dimensions,  β = Q α,  y_n ~ Categorical(softmax_k(z_nᵀ β_k))
 
-    with z the standardised columns and a one. What is added to the coefficients of all classes changes no probability, and
-    only the prior decides on it. Its mode is that of scikit-learn with ``C = τ²``. Given the other classes, those of one
-    class are logistic, so that ``Gibbs`` draws class after class with Pólya-Gamma variables.
+    with z the standardised columns and a one, and Q (K, K − 1) an orthonormal basis of what sums to zero over classes: what
+    is added to all classes changes no probability. All classes are alike, β_kj has the variance (1 − 1 / K) τ², and the mode
+    is that of scikit-learn with ``C = τ²``, whose coefficients sum to zero, too.
 
-    Sites: ``prior_variance`` () if ``scale`` is None, ``coefficients_k`` (D + 1,) for k = 0, …, K − 1, ``y`` (rows,);
-    computed ``coefficients`` (K, D + 1). Plate ``rows``.
+    Sites: ``prior_variance`` () if ``scale`` is None, ``contrasts`` α (K − 1, D + 1), ``y`` (rows,); computed
+    ``coefficients`` β (K, D + 1). Plate ``rows``.
 
     Args:
-        classes: Number of classes K, at least 1.
+        classes: Number of classes K, at least 2.
         scale: τ; None: unknown, τ² ~ InverseGamma(1, 1).
         intercept: Whether there is an intercept.
         standardise: Whether ``prepare`` centres and scales the columns.
-        intercept_scale: Prior standard deviation of the intercepts.
+        intercept_scale: Prior standard deviation of the contrasts of the intercepts.
 
     References:
-        C. Holmes and L. Held, Bayesian auxiliary variable models for binary and multinomial regression (2006).
+        C. Bishop, Pattern Recognition and Machine Learning (2006), section 4.3.4.
     """
 
     def __init__(
@@ -343,9 +356,13 @@ class SoftmaxRegression(LinearModel):
         intercept_scale: float = 10.0,
     ) -> None:
         super().__init__(scale, intercept, standardise, intercept_scale)
-        if classes < 1:
-            raise ValueError(f"SoftmaxRegression needs at least 1 class, but classes is {classes}.")
+        if classes < 2:
+            raise ValueError(
+                f"SoftmaxRegression needs at least 2 classes, but classes is {classes}: there is nothing to learn."
+            )
         self.classes = classes
+        self.basis: Tensor
+        self.register_buffer("basis", _sums_to_zero(classes))
 
     def _check_responses(self, y: Tensor) -> None:
         if y.is_floating_point():
@@ -354,10 +371,9 @@ class SoftmaxRegression(LinearModel):
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> Tensor:
         design = self.design(self._known(x, y))
-        scales = self._scales(design.shape[1] - self.has_intercept)
-        prior = dist.Normal(torch.zeros_like(scales), scales).to_event(1)
-        each = [pyro.sample(f"coefficients_{k}", prior) for k in range(self.classes)]
-        coefficients = pyro.deterministic("coefficients", torch.stack(each), event_dim=2)
+        scales = self._scales(design.shape[1] - self.has_intercept).expand(self.classes - 1, -1)
+        contrasts = pyro.sample("contrasts", dist.Normal(torch.zeros_like(scales), scales).to_event(2))
+        coefficients = pyro.deterministic("coefficients", self.basis.to(design.dtype) @ contrasts, event_dim=2)
         with pyro.plate("rows", len(design)):
             return pyro.sample("y", dist.Categorical(logits=design @ coefficients.mT), obs=y)
 
@@ -365,9 +381,8 @@ class SoftmaxRegression(LinearModel):
     def linear(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """The linear predictor of each row and class at each draw, (draw, rows, K)."""
         self._check(x)
-        design = self.design(self._known(x))
-        each = [_flat(draws, f"coefficients_{k}", 1).to(x) for k in range(self.classes)]
-        return torch.stack([coefficients @ design.mT for coefficients in each], -1)
+        coefficients = self.basis.to(x) @ _flat(draws, "contrasts", 2).to(x)
+        return self.design(self._known(x)) @ coefficients.mT
 
     def predict_proba(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """Probability of each class for each row, averaged over draws, (rows, K)."""
