@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from inference.blocks import Own
 from inference.blocks.block import Move, is_certified
 from inference.conditionals import Conditional, Points
 from inference.contract import Backend, Draw, Unsupported
@@ -37,8 +38,8 @@ from inference.gibbs import Gibbs
 from inference.handlers import isolated, reproducible
 from inference.information import WIDEST, standard_errors
 from inference.marginal import MarginalSampler
-from inference.maximisation import FEW, Adam, climb, stroll
-from inference.messages import Family, candidates
+from inference.maximisation import FEW, Adam, climb, grow, is_growing, stroll
+from inference.messages import Family, candidates, kind_of
 from inference.plan import Plan, Update, assign
 from inference.program import Program, Site
 from inference.start import ASCENT, ascended, given_values, starting_values
@@ -56,11 +57,13 @@ _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging 
 class Roles(NamedTuple):
     """What EM does with each latent site; not tensors, and the same for every step.
 
-    ``families`` maps a maximised site to the family of its closed-form M-step; sites without one are in ``climbed``.
+    ``families`` maps a maximised site to the family of its closed-form M-step; sites without one are in ``grown`` if they
+    are on a simplex and no entry has a negative exponent, else in ``climbed``.
     """
 
     averaged: tuple[str, ...]
     families: dict[str, Family]
+    grown: tuple[str, ...]
     climbed: tuple[str, ...]
     expectation: Expectation
     task: Completed
@@ -218,7 +221,7 @@ class EM(Backend[EMState, EMInfo]):
             with isolated(0, program.device):  # looking changes nothing
                 task.density.certify(program.finite, values, "Use Gibbs().")
         expectation = self._expectation(values, averaged, task)
-        pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
+        pilot = _fresh(values, pilots, Roles(averaged, {}, (), (), expectation, task))
         pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
@@ -328,7 +331,10 @@ class EM(Backend[EMState, EMInfo]):
         mixed = [block for block in blocks if 0 < len(set(block.sites) & set(averaged)) < len(block.sites)]
         if mixed:  # a joint block of averaged and maximised sites is split
             split = tuple(site for block in mixed for site in block.sites if site in averaged)
-            blocks = assign(program, {**(e_step.blocks or {}), split: type(mixed[0])()})[0]
+            if isinstance(mixed[0], Own):
+                blocks = assign(program, e_step.blocks, with_own=False)[0]
+            else:
+                blocks = assign(program, {**(e_step.blocks or {}), split: type(mixed[0])()})[0]
         blocks = tuple(block for block in blocks if set(block.sites) <= set(averaged))
         return Sampled(others, blocks, averaged, e_step.chains, e_step.thin)
 
@@ -338,7 +344,8 @@ class EM(Backend[EMState, EMInfo]):
         moved = state.roles.expectation.step(state.memory, state.values, task, batch, self.steps)
         values, particles = {**state.values, **moved.values}, moved.particles
         _, weights = task.expect(values, particles, batch)
-        families, points, climbed = {}, {}, []
+        families, points, grown, climbed = {}, {}, [], []
+        is_random = self._is_batched(program) or state.roles.expectation.is_random
         for name in task.maximised:
             site = program.latents[name]
             if site.is_constant:
@@ -364,8 +371,10 @@ class EM(Backend[EMState, EMInfo]):
                     families[name], points[name] = family, start
                     break
             else:
-                climbed.append(name)
-        roles = state.roles._replace(families=families, climbed=tuple(climbed))
+                is_simplex = kind_of(site.support) == "simplex" and not is_random
+                is_grown = is_simplex and is_growing(task, name, values, particles, weights, batch)
+                (grown if is_grown else climbed).append(name)
+        roles = state.roles._replace(families=families, grown=tuple(grown), climbed=tuple(climbed))
         return state._replace(roles=roles, points=points, values=values, memory=moved.memory)
 
     # -------------------------------------------------------------------------------------- step
@@ -428,6 +437,9 @@ class EM(Backend[EMState, EMInfo]):
             usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
             merged = _merged(usable, _suggested(family, conditional), state.points[name])
             state = state._replace(points={**state.points, name: merged})
+        if roles.grown:
+            proposed = grow(task, roles.grown, state.values, particles, weights, batch)
+            state, reached = _take(state, proposed, particles, weights, reached, batch)
         trained = list(task.program.weights.values())
         if not roles.climbed and not trained:
             return state
@@ -538,6 +550,7 @@ class EM(Backend[EMState, EMInfo]):
         if rest:
             updates.append(Update(rest, roles.expectation.update, note="averaged"))
         updates += [Update((name,), family.name, note="maximised") for name, family in roles.families.items()]
+        updates += [Update((name,), "Growth", note="maximised; no closed form") for name in roles.grown]
         if roles.climbed:
             is_large = self._is_large(roles.task, roles) or self._is_batched(program)
             updates.append(Update(roles.climbed, "Adam" if is_large else "L-BFGS", note="maximised; no closed form"))

@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Guided, Prepared, Programmed, Unsupported
+from inference.contract import Blocked, Guided, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -437,6 +437,7 @@ class Program:
         other = copy.copy(self)
         for name in (
             "density",
+            "proposals",
             "shard",
             "_grown",
             "row_plates",
@@ -732,6 +733,19 @@ class Program:
         if self.processes.size == 1 or self.rows is None:
             return None
         return self.minibatch(self.processes.share(torch.arange(self.rows, device=self.device)))
+
+    @cached_property
+    def proposals(self) -> dict[tuple[str, ...], Callable[..., Any]]:
+        """The moves that the model brings: sites to ``propose``; see ``inference.contract.Blocked``."""
+        args, kwargs = self.arguments()
+        found = dict(self.owner.blocks(*args, **kwargs)) if isinstance(self.owner, Blocked) else {}
+        for sites in found:
+            for name in sites:
+                if name not in self.latents:
+                    raise ValueError(
+                        f"blocks() of {self.name} names '{name}', but the latent sites are {', '.join(self.latents)}."
+                    )
+        return found
 
     @cached_property
     def density(self) -> Density:

@@ -1,0 +1,295 @@
+"""Documents as bags of words: sparse counts, and the distribution of a document that blends topics.
+
+A document is a list of cells (word, count), padded with cells of count 0: nothing is ever as wide as the vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Size, Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["BagOfWords", "Cells", "Layout", "documents", "layout"]
+
+_SMALL = 2**16  # numbers of a table (document, cell, topic) that plain operations take, which can be differentiated twice
+
+
+def documents(counts: Any, size: int | None = None) -> Tensor:
+    """Sparse counts as the table that models of documents take.
+
+    Args:
+        counts: A matrix of scipy.sparse, (documents, words), or three vectors (document, word, count) of the non-zero cells;
+            cells that are given twice are added up.
+        size: Number of documents, if vectors are given and the last documents are empty.
+
+    Returns:
+        (documents, cells, 2), the word and its count in each cell, the rest of a row being 0; int32.
+
+    Raises:
+        ValueError: If a count is negative, not whole or not finite, or there is no token at all.
+
+    Example:
+        >>> documents(([0, 0, 1], [4, 2, 4], [1, 3, 1])).tolist()
+        [[[2, 3], [4, 1]], [[4, 1], [0, 0]]]
+    """
+    if hasattr(counts, "tocoo"):
+        found = counts.tocoo()
+        size = found.shape[0] if size is None else size
+        parts = [torch.as_tensor(part) for part in (found.row, found.col, found.data)]
+    elif isinstance(counts, (tuple, list)) and len(counts) == 3:
+        parts = [torch.as_tensor(part) for part in counts]
+    else:
+        kind = type(counts).__name__
+        raise TypeError(f"counts must be a scipy.sparse matrix, or three vectors (document, word, count), but is {kind}.")
+    document, word, count = (part.reshape(-1) for part in parts)
+    if not len(document) == len(word) == len(count):
+        raise ValueError(
+            f"document, word and count have {len(document)}, {len(word)} and {len(count)} cells, but must agree."
+        )
+    for name, part in (("document", document), ("word", word), ("count", count)):
+        bad = (~(part.double().isfinite() & (part >= 0) & (part.double() == part.double().round()))).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{name} must hold whole numbers from 0 on, but {len(bad)} are not; the first, in cell {int(bad[0])}, is "
+                f"{part[bad[0, 0]].item()}. A table of weights such as tf-idf is no table of counts."
+            )
+    document, word, count = document.long(), word.long(), count.long()
+    if not bool((count > 0).any()):
+        raise ValueError("There is no token: all counts are 0.")
+    least = int(document.max()) + 1
+    size = least if size is None else size
+    if size < least:
+        raise ValueError(f"document names {least - 1}, but size says that there are {size} documents.")
+    words = int(word.max()) + 1
+    cell, inverse = (document * words + word).unique(return_inverse=True)
+    total = torch.zeros(len(cell), dtype=torch.long).index_add_(0, inverse, count)
+    document, word, total = (part[total > 0] for part in (cell // words, cell % words, total))
+    lengths = document.bincount(minlength=size)
+    place = torch.arange(len(document)) - (lengths.cumsum(0) - lengths)[document]
+    table = torch.zeros(size, int(lengths.max()), 2, dtype=torch.int32)
+    table[document, place, 0], table[document, place, 1] = word.int(), total.int()
+    return table
+
+
+class Cells(constraints.Constraint):
+    """Lists of cells (word, count) with words below ``words`` and counts from 0 on.
+
+    Args:
+        words: Size of the vocabulary.
+    """
+
+    is_discrete = True
+    event_dim = 2
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value >= 0).all(-1) & (value[..., 0] < self.words)).all(-1)
+
+
+class BagOfWords(TorchDistribution):
+    """The tokens of a document that blends topics, in any order.
+
+        z_i ~ Categorical(θ),  w_i ~ Categorical(φ_{z_i}),  i = 1 … N;      log p = Σ_w n_w log Σ_k θ_k φ_kw
+
+    The topics z are summed out. N is given, and p is that of the tokens one after the other (no multinomial coefficient).
+
+    Args:
+        shares: θ, (*batch, K).
+        topics: φ, (K, V).
+        lengths: N, tokens that a draw has, (*batch); a draw has as many cells as the longest has tokens.
+        cells: Cells of a value.
+
+    References:
+        D. Blei, A. Ng and M. Jordan, Latent Dirichlet allocation (2003).
+    """
+
+    arg_constraints = {"shares": constraints.simplex, "topics": constraints.simplex}  # noqa: RUF012
+
+    def __init__(
+        self, shares: Tensor, topics: Tensor, lengths: Tensor, cells: int | None = None, validate_args: bool | None = None
+    ) -> None:
+        self.shares, self.topics, self.lengths, self.cells = shares, topics, lengths, cells
+        width = max(int(lengths.max()), 1) if cells is None else cells
+        super().__init__(shares.shape[:-1], Size((width, 2)), validate_args=validate_args)
+
+    @property
+    def support(self) -> Cells:
+        return Cells(self.topics.shape[-1])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> BagOfWords:
+        batch_shape = Size(batch_shape)
+        shares = self.shares.expand(*batch_shape, self.shares.shape[-1])
+        return BagOfWords(shares, self.topics, self.lengths.expand(batch_shape), self.cells, validate_args=False)
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
+        """Every token in a cell of its own; by inversion, so that chains can be drawn at once."""
+        width, (components, words) = max(int(self.lengths.max()), 1), self.topics.shape
+        shape = (*Size(sample_shape), *self.batch_shape, width)
+        heights = self.shares.double().cumsum(-1).unsqueeze(-2)
+        level = torch.rand(shape, dtype=torch.float64, device=heights.device).unsqueeze(-1)
+        z = (heights < level * heights[..., -1:]).sum(-1)
+        heights = self.topics.double().cumsum(-1)
+        heights = heights / heights[:, -1:] + torch.arange(components, device=z.device)[:, None]
+        level = torch.rand(shape, dtype=torch.float64, device=z.device)
+        word = torch.searchsorted(heights.flatten(), z + level) - z * words
+        count = torch.arange(width, device=z.device) < self.lengths.unsqueeze(-1)
+        return torch.stack([word.clamp(0, words - 1) * count, count.expand(shape).long()], -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        shares, topics = self.shares, self.topics
+        if shares.shape[:-1].numel() * value.shape[-2] * shares.shape[-1] > _SMALL and shares.dim() == 2:
+            found: Tensor = _Blend.apply(shares, topics, value)
+            return found
+        word, count = value[..., 0].long(), value[..., 1]
+        p = (shares.unsqueeze(-2) * topics.mT[word]).sum(-1)
+        return (count * torch.where(count > 0, p, 1.0).log()).sum(-1)
+
+
+# ------------------------------------------------------------------------------------- many documents: sparse matrices
+class Layout:
+    """A table of cells as sparse matrices.
+
+    Attributes:
+        is_cell: Which places of the table are cells, (documents, cells).
+        document, word, count: Of each cell, in the order of the documents, (cell,).
+        starts: Where each document begins among them, (documents + 1,).
+        order: The cells in the order of their words, (cell,).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        is_cell = x[..., 1] > 0
+        self.starts = torch.nn.functional.pad(is_cell.sum(1).cumsum(0), (1, 0))
+        self.word, self.count = x[..., 0][is_cell].long(), x[..., 1][is_cell]
+        self.document = is_cell.nonzero()[:, 0]
+        self.order = self.word.argsort(stable=True)
+        self.is_cell = is_cell
+
+    def by_document(self, cells: Tensor, words: int) -> Tensor:
+        """(document, word)."""
+        return _sparse(self.starts, self.word, cells, len(self.is_cell), words)
+
+    def by_word(self, cells: Tensor, words: int) -> Tensor:
+        """(word, document)."""
+        starts = torch.nn.functional.pad(self.word.bincount(minlength=words).cumsum(0), (1, 0))
+        return _sparse(starts, self.document[self.order], cells[self.order], words, len(self.is_cell))
+
+    def probabilities(self, shares: Tensor, topics: Tensor) -> Tensor:
+        """Σ_k θ_dk φ_kw of each cell, (cell,)."""
+        pattern = self.by_document(shares.new_zeros(len(self.word)), topics.shape[-1])
+        return torch.sparse.sampled_addmm(pattern, shares.contiguous(), topics.contiguous(), beta=0.0).values()
+
+
+def _sparse(starts: Tensor, columns: Tensor, values: Tensor, *shape: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse matrices are new
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what it holds changes no values
+
+
+def layout(x: Tensor) -> Layout:
+    """The cells of a table (documents, cells, 2) by document and by word; made once for each table."""
+    known = _layouts.get(x)
+    if known is None or known[0] != x._version:
+        known = _layouts[x] = x._version, Layout(x)
+    found: Layout = known[1]
+    return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _blend(shares: Tensor, topics: Tensor, x: Tensor) -> Tensor:
+    """log p of every document, (*, documents), of shares (*, documents, K) and topics (*, K, V)."""
+    cells, found = layout(x), []
+    for theta, phi in zip(_rows(shares), _rows(topics), strict=True):
+        terms = cells.count * cells.probabilities(theta, phi).log()
+        found.append(torch.segment_reduce(terms, "sum", offsets=cells.starts))
+    return torch.stack(found).reshape(shares.shape[:-1])
+
+
+def _blend_slopes(weight: Tensor, shares: Tensor, topics: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of Σ_d weight_d log p_d in shares and topics."""
+    cells, words, slopes = layout(x), topics.shape[-1], ([], [])
+    for g, theta, phi in zip(weight.reshape(-1, weight.shape[-1]), _rows(shares), _rows(topics), strict=True):
+        ratio = g[cells.document] * cells.count / cells.probabilities(theta, phi)
+        slopes[0].append(cells.by_document(ratio, words) @ phi.mT.contiguous())
+        slopes[1].append((cells.by_word(ratio, words) @ theta.contiguous()).mT)
+    return torch.stack(slopes[0]).reshape(shares.shape), torch.stack(slopes[1]).reshape(topics.shape)
+
+
+_library = torch.library.Library("pyro_genmodels", "DEF")  # one operation, so that a graph of it is one node
+_library.define("blend(Tensor shares, Tensor topics, Tensor x) -> Tensor")
+_library.define("blend_slopes(Tensor weight, Tensor shares, Tensor topics, Tensor x) -> (Tensor, Tensor)")
+_library.impl("blend", _blend, "CompositeExplicitAutograd")
+_library.impl("blend_slopes", _blend_slopes, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pyro_genmodels::blend", lib=_library)
+def _(shares: Tensor, topics: Tensor, x: Tensor) -> Tensor:
+    return shares.new_empty(shares.shape[:-1])
+
+
+@torch.library.register_fake("pyro_genmodels::blend_slopes", lib=_library)
+def _(weight: Tensor, shares: Tensor, topics: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(shares), torch.empty_like(topics)
+
+
+def _chained(function: Any, info: Any, in_dims: Any, *inputs: Tensor) -> Any:
+    """A batching rule: the chain axis in front; a table of cells of their own for each chain is taken chain by chain."""
+    *tensors, x = (part if dim is None else part.movedim(dim, 0) for part, dim in zip(inputs, in_dims, strict=True))
+    tensors = [t.expand(info.batch_size, *t.shape) if dim is None else t for t, dim in zip(tensors, in_dims[:-1])]
+    if in_dims[-1] is None:
+        return function(*tensors, x)
+    found = [function(*parts) for parts in zip(*tensors, x, strict=True)]
+    return torch.stack(found) if isinstance(found[0], Tensor) else tuple(map(torch.stack, zip(*found, strict=True)))
+
+
+class _Blend(torch.autograd.Function):
+    """``_blend`` with its gradient."""
+
+    @staticmethod
+    def forward(shares: Tensor, topics: Tensor, x: Tensor) -> Tensor:
+        found: Tensor = torch.ops.pyro_genmodels.blend(shares, topics, x)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> Any:
+        return *_Slopes.apply(weight, *ctx.saved_tensors), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Tensor) -> Any:
+        return _chained(_Blend.apply, info, in_dims, *inputs), 0
+
+
+class _Slopes(torch.autograd.Function):
+    """``_blend_slopes``."""
+
+    @staticmethod
+    def forward(weight: Tensor, shares: Tensor, topics: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = torch.ops.pyro_genmodels.blend_slopes(weight, shares, topics, x)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("The log-probability of so many documents can be differentiated once, but not twice.")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Tensor) -> Any:
+        return _chained(_Slopes.apply, info, in_dims, *inputs), (0, 0)

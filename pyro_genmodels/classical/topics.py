@@ -1,0 +1,392 @@
+"""Topic models: every document blends a few topics, and every topic is a distribution over words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from inference.contract import Fitted
+from pyro_genmodels.bags import BagOfWords, Layout, layout
+from pyro_genmodels.base import GenerativeModel
+
+__all__ = ["LDA"]
+
+_CHUNK = 2**20  # numbers of a table (cell, topic) that is made at once: it should stay in the cache
+_FOLDS = 100  # rounds in which the shares of a document are fitted
+
+
+class LDA(GenerativeModel):
+    """Latent Dirichlet allocation.
+
+        φ_k ~ Dirichlet(β),  θ_d ~ Dirichlet(α),  z_di ~ Categorical(θ_d),  w_di ~ Categorical(φ_{z_di})
+
+    Documents are sparse counts; ``pyro_genmodels.bags.documents`` makes them from a scipy.sparse matrix. The topics z of the
+    tokens are summed out: a cell of n equal tokens has the log-probability n log Σ_k θ_dk φ_kw. Given θ and φ its tokens
+    are shared out among the topics as a multinomial of n; so the model's own move for ``Gibbs`` draws them, and then θ and φ
+    from their conditionals, which are Dirichlet.
+
+    Topics are exchangeable: compare posteriors through label-free functions, or relabel first. With α or β below 1 the
+    density has no maximum, as it is infinite where a share is 0: ``EM(maximise=("shares", "topics"))`` should be given a
+    model with α + 1 and β + 1, whose maximum stands for the mean under α and β.
+
+    Sites: ``topics`` (K, V), ``shares`` (documents, K), ``x`` (documents, cells, 2). Plates: ``components``, ``documents``.
+
+    Args:
+        components: Number of topics K, at least 1.
+        words: Size of the vocabulary V; None takes the largest word of the first data seen.
+        share_concentration: α, one positive number, or one for each topic (K,).
+        topic_concentration: β, one positive number, or one for each word (V,).
+        length: Tokens of a document that is drawn from the prior.
+        is_collapsed: Whether the model's own move for ``Gibbs`` also draws z token by token with θ integrated out, which
+            mixes faster and takes twice as long.
+
+    References:
+        D. Blei, A. Ng and M. Jordan, Latent Dirichlet allocation (2003).
+        A. Asuncion et al., On smoothing and inference for topic models (2009): how α, β and their maxima compare.
+        M. Magnusson et al., Sparse partially collapsed MCMC for parallel inference in topic models (2018).
+    """
+
+    def __init__(
+        self,
+        components: int,
+        words: int | None = None,
+        share_concentration: float | Tensor = 0.1,
+        topic_concentration: float | Tensor = 0.01,
+        length: int = 100,
+        is_collapsed: bool = False,
+    ) -> None:
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"LDA needs at least 1 topic, but components is {components}.")
+        if length < 1:
+            raise ValueError(f"LDA draws documents of at least 1 token, but length is {length}.")
+        self.components, self.words, self.length, self.is_collapsed = components, words, length, is_collapsed
+        self._has_words = words is not None
+        self.share_concentration: Tensor
+        self.topic_concentration: Tensor
+        for name, value, size in (
+            ("share_concentration", share_concentration, components),
+            ("topic_concentration", topic_concentration, words),
+        ):
+            tensor = torch.as_tensor(value, dtype=torch.get_default_dtype())
+            if not bool((tensor > 0).all()) or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} must be positive, but is {value}.")
+            if tensor.dim() and (tensor.dim() > 1 or (size is not None and len(tensor) != size)):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be one number or {size} of them.")
+            self.register_buffer(name, tensor)
+        if self.topic_concentration.dim():
+            self.words, self._has_words = len(self.topic_concentration), True
+
+    # ----------------------------------------------------------------------------------------- data
+    def prepare(self, x: Tensor | None = None, size: int | None = None) -> None:
+        """Takes the size of the vocabulary from the data, unless ``words`` was given, and checks them.
+
+        Args:
+            x: All documents, (documents, cells, 2).
+            size: Not used; ``prepare`` has the signature of ``model``.
+
+        Raises:
+            ValueError: If x is no table of counts, has no token, or words outside the vocabulary.
+        """
+        if x is None:
+            return
+        if not self._has_words:
+            self.words = None
+        self._check(x)
+        if not bool(x[..., 1].any()):
+            raise ValueError("x has no token: all counts are 0.")
+        if not self._has_words:
+            self.words = int(x[..., 0].max()) + 1
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != 2:
+            came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+            raise ValueError(
+                f"x must be documents as cells of word and count, (documents, cells, 2), but has {came}. Make it by "
+                "pyro_genmodels.bags.documents(matrix)."
+            )
+        if x.is_floating_point() or x.dtype == torch.bool:
+            raise ValueError(f"x holds {str(x.dtype).removeprefix('torch.')}, but words and counts must be integers.")
+        bad = (x < 0).nonzero()
+        if len(bad):
+            document, cell, column = bad[0].tolist()
+            raise ValueError(f"The {('word', 'count')[column]} in cell {cell} of document {document} is negative.")
+        most = int(x[..., 0].max()) if x.numel() else -1
+        if self.words is not None and most >= self.words:
+            raise ValueError(
+                f"x has the word {most}, but this LDA knows the words 0 to {self.words - 1} only. Leave out words that were "
+                "not there in training, or give words= for a larger vocabulary."
+            )
+
+    # -------------------------------------------------------------------------------------- program
+    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        lengths = self._lengths(x, size)
+        alpha, beta = self._concentrations()
+        with pyro.plate("components", self.components):
+            topics = pyro.sample("topics", dist.Dirichlet(beta))
+        with pyro.plate("documents", len(lengths)):
+            shares = pyro.sample("shares", dist.Dirichlet(alpha))
+            cells = None if x is None else x.shape[-2]
+            return pyro.sample("x", BagOfWords(shares, topics, lengths, cells), obs=x)
+
+    def _lengths(self, x: Tensor | None, size: int | None) -> Tensor:
+        """Tokens of each document, (documents,)."""
+        if x is not None:
+            if self.words is None:
+                self.prepare(x)
+            return x[..., 1].sum(-1)
+        if self.words is None:
+            raise ValueError("This LDA has seen no data: give words=, to draw from it.")
+        if size is None:
+            raise ValueError("LDA.model needs documents x, or the number of documents to draw, size.")
+        return torch.full((size,), self.length, device=self.share_concentration.device)
+
+    def _concentrations(self) -> tuple[Tensor, Tensor]:
+        """α (K,) and β (V,)."""
+        assert self.words is not None
+        return self.share_concentration.expand(self.components), self.topic_concentration.expand(self.words)
+
+    def start(self, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+        """Values for a back-end to start from: equal shares, and topics that are the words of a few documents each.
+
+        Args:
+            x: Documents, (documents, cells, 2).
+            seed: Which documents.
+
+        Returns:
+            Site to value.
+        """
+        self.prepare(x)
+        assert self.words is not None
+        generator = torch.Generator().manual_seed(seed)
+        cells, alpha = layout(x), self.share_concentration
+        of = torch.randint(self.components, (len(x),), generator=generator).to(x.device)
+        index = of[cells.document] * self.words + cells.word
+        counts = alpha.new_zeros(self.components * self.words).index_add_(0, index, cells.count.to(alpha))
+        overall = alpha.new_zeros(self.words).index_add_(0, cells.word, cells.count.to(alpha))
+        counts = counts.reshape(self.components, -1) / max(len(x) / self.components, 1.0)
+        blend = counts + overall / len(x) + 1.0 / self.words
+        return {
+            "topics": blend / blend.sum(-1, keepdim=True),
+            "shares": alpha.new_full((len(x), self.components), 1.0 / self.components),
+        }
+
+    # --------------------------------------------------------------------------- the model's own move
+    def blocks(
+        self, x: Tensor | None = None, size: int | None = None
+    ) -> dict[tuple[str, ...], Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Callable[[], Tensor]]]]:
+        """A Gibbs step for shares and topics: z given both, then both given z; see ``inference.contract.Blocked``."""
+        if x is None:
+            return {}
+        tokens = _Tokens(x, self.components)
+
+        def propose(position: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+            moves = [self._move(tokens, *pair) for pair in zip(position["shares"], position["topics"], strict=True)]
+            proposed = {name: torch.stack([move[i] for move in moves]) for i, name in enumerate(("shares", "topics"))}
+            return proposed, lambda: torch.stack([move[2]() for move in moves])
+
+        return {("shares", "topics"): propose}
+
+    def _move(self, tokens: _Tokens, shares: Tensor, topics: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """New shares and topics of one chain, and log q(there) − log q(back).
+
+        The way back draws the same z in the opposite order: a wrong distribution of z, of the shares or of the topics shows.
+        """
+        alpha, beta = self._concentrations()
+        z, log_forth = tokens.allocated(shares, topics)
+        log_swept = log_forth.new_zeros(())
+        before = after = tokens.by_document(z).to(shares)
+        if self.is_collapsed:
+            z, after, log_swept = tokens.swept(z, before.clone(), topics, alpha)
+        counts = tokens.by_word(z).to(topics)
+        new_shares, new_topics = _log_dirichlet(alpha + after), _log_dirichlet(beta + counts)
+        log_shares, log_topics = shares.log(), topics.log()
+
+        def log_q_ratio() -> Tensor:
+            log_back = tokens.log_allocation(z, new_shares, new_topics)
+            drawn = _log_density(alpha + after, new_shares) - _log_density(alpha + before, log_shares)
+            drawn = drawn + ((beta + counts - 1.0) * (new_topics - log_topics)).sum()
+            return log_forth + log_swept + drawn - log_back
+
+        return new_shares.exp(), new_topics.exp(), log_q_ratio
+
+    # ---------------------------------------------------------------------------------- what it knows
+    @torch.no_grad()
+    def transform(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
+        """The shares of documents, which may be new, with topics held at draws whose labels have been matched.
+
+        The fixed point of γ_d = α + Σ_w n_dw r_w with r_wk ∝ γ_dk φ_kw; γ, normalised, averaged over the draws.
+
+        Args:
+            x: Documents, (documents, cells, 2). An empty one has the mean of the prior.
+            draws: A Posterior, or site to (…, *site).
+
+        Returns:
+            (documents, K), rows sum to 1.
+        """
+        table = draws if isinstance(draws, Mapping) else draws.matched
+        topics = self._topics(table, x)
+        return torch.stack([self.folded(x, phi) for phi in topics]).mean(0)
+
+    def folded(self, x: Tensor, topics: Tensor) -> Tensor:
+        """``transform`` at one value of the topics (K, V)."""
+        alpha = self.share_concentration.to(topics).expand(self.components)
+        cells, words = layout(x), topics.shape[-1]
+        shares = topics.new_full((len(x), self.components), 1.0 / self.components)
+        by_word = topics.mT.contiguous()
+        for _ in range(_FOLDS):
+            p = cells.probabilities(shares, topics)
+            gamma = alpha + shares * (cells.by_document(cells.count / p, words) @ by_word)
+            shares = gamma / gamma.sum(-1, keepdim=True)
+        return shares
+
+    def _topics(self, table: Mapping[str, Tensor], x: Tensor | None = None) -> Tensor:
+        """Topics of all draws, (draw, K, V)."""
+        topics = torch.as_tensor(table["topics"])
+        topics = topics.reshape(-1, *topics.shape[-2:])
+        if topics.shape[1] != self.components:
+            raise ValueError(f"These draws are of {topics.shape[1]} topics, but this LDA has {self.components}.")
+        if x is not None:
+            self._check(x)
+            most = int(x[..., 0].max()) if x.numel() else 0
+            if most >= topics.shape[-1]:
+                raise ValueError(f"x has the word {most}, but these draws are of {topics.shape[-1]} words.")
+        return topics
+
+    def topics(
+        self, draws: Fitted | Mapping[str, Tensor], number: int = 10, vocabulary: Sequence[str] | None = None
+    ) -> list[list[str]]:
+        """The most probable words of each topic, the topics with the largest shares first.
+
+        Args:
+            draws: A Posterior, whose labels are matched, or site to (…, *site).
+            number: Words of each topic.
+            vocabulary: What the words are called; None calls them by their numbers.
+
+        Returns:
+            A list of words for each topic.
+
+        Raises:
+            ValueError: If the vocabulary has another length than the topics.
+        """
+        table = draws if isinstance(draws, Mapping) else draws.matched
+        topics = self._topics(table).mean(0)
+        if vocabulary is not None and len(vocabulary) != topics.shape[-1]:
+            raise ValueError(f"vocabulary has {len(vocabulary)} words, but these topics are over {topics.shape[-1]}.")
+        shares = torch.as_tensor(table["shares"]) if "shares" in table else topics.new_ones(self.components)
+        order = shares.reshape(-1, self.components).mean(0).argsort(descending=True)
+        best = topics[order].topk(min(number, topics.shape[-1])).indices
+        return [[str(vocabulary[i]) if vocabulary is not None else str(i) for i in row] for row in best.tolist()]
+
+
+class _Tokens:
+    """The single tokens of a table of documents, in the order of its cells.
+
+    Args:
+        x: Documents, (documents, cells, 2).
+        components: Number of topics.
+    """
+
+    def __init__(self, x: Tensor, components: int) -> None:
+        self.cells, self.components, self.documents = layout(x), components, len(x)
+        cells: Layout = self.cells
+        self.cell = torch.arange(len(cells.word), device=x.device).repeat_interleave(cells.count)
+        self.document, self.word = cells.document[self.cell], cells.word[self.cell]
+        lengths = self.document.bincount(minlength=len(x))
+        self.by_length = lengths.argsort(descending=True, stable=True)
+        starts = (lengths.cumsum(0) - lengths)[self.by_length]
+        longest = int(lengths.max())
+        active = (lengths[self.by_length] > torch.arange(longest, device=x.device)[:, None]).sum(1).tolist()
+        self.places = [starts[:count] + i for i, count in enumerate(active)]  # i-th tokens, longest documents first
+        last = cells.count.cumsum(0)
+        chunks, first = max(1, _CHUNK // components), 0
+        self.chunks = []
+        for stop in range(chunks, len(cells.word) + chunks, chunks):
+            stop = min(stop, len(cells.word))
+            self.chunks.append((slice(first, stop), slice(int(last[first] - cells.count[first]), int(last[stop - 1]))))
+            first = stop
+
+    def by_document(self, z: Tensor) -> Tensor:
+        """Tokens of each topic in each document, (documents, K)."""
+        size = self.documents * self.components
+        return torch.bincount(self.document * self.components + z, minlength=size).reshape(-1, self.components)
+
+    def by_word(self, z: Tensor) -> Tensor:
+        """Tokens of each word in each topic, (K, V)."""
+        size = self.words * self.components
+        return torch.bincount(self.word * self.components + z, minlength=size).reshape(-1, self.components).mT
+
+    def allocated(self, shares: Tensor, topics: Tensor) -> tuple[Tensor, Tensor]:
+        """z of every token given shares and topics, (token,), and its log-probability.
+
+        The n tokens of a cell are drawn one by one from the same r ∝ θ_d φ_w: a multinomial of n.
+        """
+        self.words = topics.shape[-1]
+        by_word, drawn, chosen = topics.mT.contiguous(), [], []
+        level = torch.rand(len(self.cell), 1, dtype=shares.dtype, device=shares.device)
+        for cells, tokens in self.chunks:
+            r = by_word[self.cells.word[cells]].mul_(shares[self.cells.document[cells]])
+            height = r.cumsum(-1)[self.cell[tokens] - cells.start]
+            z = (height < level[tokens] * height[:, -1:]).sum(-1, keepdim=True)
+            drawn.append(z.squeeze(-1))
+            chosen.append(r[self.cell[tokens] - cells.start].gather(-1, z) / height[:, -1:])
+        return torch.cat(drawn), torch.cat(chosen).log().sum()
+
+    def log_allocation(self, z: Tensor, log_shares: Tensor, log_topics: Tensor) -> Tensor:
+        """log q(z) of ``allocated`` at the exponentials of these."""
+        p = self.cells.probabilities(log_shares.exp(), log_topics.exp())
+        return (log_shares[self.document, z] + log_topics[z, self.word] - p.log()[self.cell]).sum()
+
+    def swept(self, z: Tensor, counts: Tensor, topics: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every z given all others of its document and the topics, with the shares integrated out; all documents at once.
+
+        Args:
+            z: (token,).
+            counts: (documents, K); changed.
+            topics: (K, V).
+            alpha: (K,).
+
+        Returns:
+            z, the counts, and log q(there) − log q(back).
+        """
+        by_word, z = topics.mT.contiguous(), z.clone()
+        counts = counts[self.by_length]
+        flat, ratio = counts.view(-1), topics.new_zeros(())
+        base = torch.arange(len(counts), device=z.device) * self.components
+        level = torch.rand(len(z), 1, dtype=topics.dtype, device=z.device)
+        one = topics.new_ones(())
+        for places in self.places:
+            size, old = len(places), z[places]
+            flat.index_put_((base[:size] + old,), -one, accumulate=True)
+            r = (counts[:size] + alpha).mul_(by_word[self.word[places]])
+            height = r.cumsum(-1)
+            new = (height < level[places] * height[:, -1:]).sum(-1)
+            flat.index_put_((base[:size] + new,), one, accumulate=True)
+            row = torch.arange(size, device=z.device)
+            ratio = ratio + (r[row, new].log() - r[row, old].log()).sum()
+            z[places] = new
+        restored = torch.empty_like(counts)
+        restored[self.by_length] = counts
+        return z, restored, ratio
+
+
+def _log_dirichlet(concentration: Tensor) -> Tensor:
+    """The logarithm of a draw; of small concentrations most entries of the draw itself would be 0.
+
+    log G(a) = log G(a + 1) + log(U) / a; no entry is below the least number of the type.
+    """
+    uniform = torch.rand_like(concentration).clamp_(min=torch.finfo(concentration.dtype).tiny)
+    log_gamma = torch._standard_gamma(concentration + 1.0).log_() + uniform.log_() / concentration
+    floor = 2.0 * torch.finfo(concentration.dtype).tiny
+    value = log_gamma.softmax(-1).clamp_(min=floor)
+    return (value / value.sum(-1, keepdim=True)).log_()
+
+
+def _log_density(concentration: Tensor, log_value: Tensor) -> Tensor:
+    """Log-density of independent Dirichlet draws, a scalar."""
+    terms = ((concentration - 1.0) * log_value).sum(-1) + concentration.sum(-1).lgamma() - concentration.lgamma().sum(-1)
+    return terms.sum()
