@@ -47,6 +47,7 @@ from inference.start import ASCENT, ascended, given_values, starting_values
 __all__ = ["EM", "EMInfo", "EMState"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
+_MOST_PILOTED = 100_000  # numbers in all latent sites, of which there are pilots though the start is given
 _PILOT_ROWS = 5_000  # that pilots see of data with more than twice as many
 _PILOT_CANDIDATES = 8  # draws that each of them then begins with the best of
 _STROLL = 20  # steps of Adam in one M-step on all rows
@@ -208,10 +209,14 @@ class EM(Backend[EMState, EMInfo]):
     ) -> tuple[Roles, dict[str, Tensor], dict[str, Points]]:
         """What is done with each site, and where each restart begins: values, and points of closed M-steps."""
         maximised = task.maximised
-        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
         is_given = set(given) >= set(maximised)
+        numbers = sum(site.shape.numel() for site in program.latents.values())
+        is_alone = program.weights or (is_given and given and numbers > _MOST_PILOTED)  # a trial of the M-step takes one
+        pilots = self.restarts if is_alone else max(_PILOTS, 2 * self.restarts)
+        is_given_all = given.keys() == program.latents.keys()
         if is_given and given:  # whether an M-step is closed is tried nearby
-            values = _around(program, given, starting_values(program, pilots, None, most=1, is_split=True))
+            others = {} if is_given_all else starting_values(program, pilots, None, most=1, is_split=True)
+            values = _around(program, given, others, pilots)
         else:
             few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
             values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
@@ -344,7 +349,9 @@ class EM(Backend[EMState, EMInfo]):
         moved = state.roles.expectation.step(state.memory, state.values, task, batch, self.steps)
         values, particles = {**state.values, **moved.values}, moved.particles
         _, weights = task.expect(values, particles, batch)
-        families, points, grown, climbed = {}, {}, [], []
+        families, points = {}, {}
+        grown: list[str] = []
+        climbed: list[str] = []
         is_random = self._is_batched(program) or state.roles.expectation.is_random
         for name in task.maximised:
             site = program.latents[name]
@@ -423,7 +430,11 @@ class EM(Backend[EMState, EMInfo]):
     def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
         """Raises Q, or leaves it."""
         roles, task = state.roles, state.roles.task
-        reached = task.expected(state.values, particles, weights, batch)
+        if roles.grown:
+            proposed, reached = grow(task, roles.grown, state.values, particles, weights, batch)
+            state, reached = _take(state, proposed, particles, weights, reached, batch)
+        else:
+            reached = task.expected(state.values, particles, weights, batch)
         for name, family in roles.families.items():
             at = family.at(state.points[name])
             conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
@@ -437,9 +448,6 @@ class EM(Backend[EMState, EMInfo]):
             usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
             merged = _merged(usable, _suggested(family, conditional), state.points[name])
             state = state._replace(points={**state.points, name: merged})
-        if roles.grown:
-            proposed = grow(task, roles.grown, state.values, particles, weights, batch)
-            state, reached = _take(state, proposed, particles, weights, reached, batch)
         trained = list(task.program.weights.values())
         if not roles.climbed and not trained:
             return state
@@ -625,9 +633,8 @@ def _merged(good: Tensor, new: Points, old: Points) -> Points:
     return Points(*(torch.where(good.reshape(shape) & a.isfinite(), a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Given values, (restart, *site), each a little away from where it is, in place of those in ``values``."""
-    count = len(next(iter(values.values())))
     moved = {}
     for name, value in given.items():
         transform = program.latents[name].transform

@@ -283,7 +283,7 @@ class Program:
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
-        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+        owner = model if isinstance(model, (nn.Module, Programmed)) else getattr(model, "__self__", None)
         leaves, self._structure = tree_flatten((tuple(args), dict(kwargs or {})))
         leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -8,13 +8,15 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["BagOfWords", "Cells", "Layout", "documents", "layout"]
+__all__ = ["BagOfWords", "Cells", "Layout", "SparseDirichlet", "documents", "folded", "layout"]
 
+_FOLDS = 100  # rounds in which the shares of documents are fitted
 _SMALL = 2**16  # numbers of a table (document, cell, topic) that plain operations take, which can be differentiated twice
 
 
@@ -73,6 +75,45 @@ def documents(counts: Any, size: int | None = None) -> Tensor:
     table = torch.zeros(size, int(lengths.max()), 2, dtype=torch.int32)
     table[document, place, 0], table[document, place, 1] = word.int(), total.int()
     return table
+
+
+class SparseDirichlet(dist.Dirichlet):
+    """Dirichlet distribution whose concentrations may be far below 1.
+
+    Draws are made of logarithms, log G(a) = log G(a + 1) + log(U) / a, and have no entry below the least number of their
+    type; torch's Gamma draws of concentration 0.01 are mostly that number, before they are normalised.
+
+    Args:
+        concentration: (*batch, K), positive.
+    """
+
+    def __init__(self, concentration: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__(concentration, validate_args=validate_args)
+        self.log_normaliser = concentration.lgamma().sum(-1) - concentration.sum(-1).lgamma()
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SparseDirichlet:
+        batch_shape = Size(batch_shape)
+        new = self._get_checked_instance(SparseDirichlet, _instance)
+        new.log_normaliser = self.log_normaliser.expand(batch_shape)  # computed once for all elements of a plate
+        new.concentration = self.concentration.expand(*batch_shape, self.event_shape[-1])
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        return new
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            return self.log_sample(sample_shape).exp()
+
+    def log_sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
+        """The logarithm of a draw."""
+        concentration = self.concentration.expand(*Size(sample_shape), *self.batch_shape, *self.event_shape)
+        least = torch.finfo(concentration.dtype).tiny
+        uniform = torch.rand_like(concentration).clamp(min=least)
+        log_gamma = torch._standard_gamma(concentration + 1.0).log() + uniform.log() / concentration
+        value = log_gamma.softmax(-1).clamp(min=2.0 * least)
+        return (value / value.sum(-1, keepdim=True)).log()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.xlogy(self.concentration - 1.0, value).sum(-1) - self.log_normaliser
 
 
 class Cells(constraints.Constraint):
@@ -203,6 +244,33 @@ def layout(x: Tensor) -> Layout:
     return found
 
 
+def folded(x: Tensor, topics: Tensor, concentration: float | Tensor) -> Tensor:
+    """The shares of documents under given topics, without sampling.
+
+    The fixed point of γ_d = α + Σ_w n_dw r_dw with r_dwk ∝ γ_dk φ_kw; γ is normalised. That is the maximum for α + 1, with
+    the mean for α read off.
+
+    Args:
+        x: Documents, (documents, cells, 2). An empty one has the mean of the prior.
+        topics: φ, (K, V).
+        concentration: α, a number or (K,).
+
+    Returns:
+        (documents, K), rows sum to 1.
+
+    References:
+        A. Asuncion et al., On smoothing and inference for topic models (2009).
+    """
+    alpha = torch.as_tensor(concentration).to(topics).expand(len(topics))
+    cells, words, by_word = layout(x), topics.shape[-1], topics.mT.contiguous()
+    shares = topics.new_full((len(x), len(topics)), 1.0 / len(topics))
+    for _ in range(_FOLDS):
+        p = cells.probabilities(shares, topics)
+        gamma = alpha + shares * (cells.by_document(cells.count / p, words) @ by_word)
+        shares = gamma / gamma.sum(-1, keepdim=True)
+    return shares
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-2:])
 
@@ -218,7 +286,8 @@ def _blend(shares: Tensor, topics: Tensor, x: Tensor) -> Tensor:
 
 def _blend_slopes(weight: Tensor, shares: Tensor, topics: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of Σ_d weight_d log p_d in shares and topics."""
-    cells, words, slopes = layout(x), topics.shape[-1], ([], [])
+    cells, words = layout(x), topics.shape[-1]
+    slopes: tuple[list[Tensor], list[Tensor]] = [], []
     for g, theta, phi in zip(weight.reshape(-1, weight.shape[-1]), _rows(shares), _rows(topics), strict=True):
         ratio = g[cells.document] * cells.count / cells.probabilities(theta, phi)
         slopes[0].append(cells.by_document(ratio, words) @ phi.mT.contiguous())

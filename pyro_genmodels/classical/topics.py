@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from inference.contract import Fitted
-from pyro_genmodels.bags import BagOfWords, Layout, layout
+from pyro_genmodels.bags import BagOfWords, Layout, SparseDirichlet, folded, layout
 from pyro_genmodels.base import GenerativeModel
 
 __all__ = ["LDA"]
 
 _CHUNK = 2**20  # numbers of a table (cell, topic) that is made at once: it should stay in the cache
-_FOLDS = 100  # rounds in which the shares of a document are fitted
 
 
 class LDA(GenerativeModel):
@@ -127,9 +125,9 @@ class LDA(GenerativeModel):
         lengths = self._lengths(x, size)
         alpha, beta = self._concentrations()
         with pyro.plate("components", self.components):
-            topics = pyro.sample("topics", dist.Dirichlet(beta))
+            topics = pyro.sample("topics", SparseDirichlet(beta))
         with pyro.plate("documents", len(lengths)):
-            shares = pyro.sample("shares", dist.Dirichlet(alpha))
+            shares = pyro.sample("shares", SparseDirichlet(alpha))
             cells = None if x is None else x.shape[-2]
             return pyro.sample("x", BagOfWords(shares, topics, lengths, cells), obs=x)
 
@@ -151,29 +149,21 @@ class LDA(GenerativeModel):
         return self.share_concentration.expand(self.components), self.topic_concentration.expand(self.words)
 
     def start(self, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
-        """Values for a back-end to start from: equal shares, and topics that are the words of a few documents each.
+        """Values for a back-end to start from, near equal shares and topics that are all the words of the corpus.
 
         Args:
             x: Documents, (documents, cells, 2).
-            seed: Which documents.
+            seed: Of the differences between topics, without which none would ever part.
 
         Returns:
             Site to value.
         """
         self.prepare(x)
         assert self.words is not None
-        generator = torch.Generator().manual_seed(seed)
-        cells, alpha = layout(x), self.share_concentration
-        of = torch.randint(self.components, (len(x),), generator=generator).to(x.device)
-        index = of[cells.document] * self.words + cells.word
-        counts = alpha.new_zeros(self.components * self.words).index_add_(0, index, cells.count.to(alpha))
-        overall = alpha.new_zeros(self.words).index_add_(0, cells.word, cells.count.to(alpha))
-        counts = counts.reshape(self.components, -1) / max(len(x) / self.components, 1.0)
-        blend = counts + overall / len(x) + 1.0 / self.words
-        return {
-            "topics": blend / blend.sum(-1, keepdim=True),
-            "shares": alpha.new_full((len(x), self.components), 1.0 / self.components),
-        }
+        generator, like = torch.Generator().manual_seed(seed), self.share_concentration
+        sizes = {"topics": (self.components, self.words), "shares": (len(x), self.components)}
+        values = {name: -torch.rand(size, generator=generator).log().to(like) for name, size in sizes.items()}
+        return {name: value / value.sum(-1, keepdim=True) for name, value in values.items()}
 
     # --------------------------------------------------------------------------- the model's own move
     def blocks(
@@ -186,8 +176,9 @@ class LDA(GenerativeModel):
 
         def propose(position: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
             moves = [self._move(tokens, *pair) for pair in zip(position["shares"], position["topics"], strict=True)]
-            proposed = {name: torch.stack([move[i] for move in moves]) for i, name in enumerate(("shares", "topics"))}
-            return proposed, lambda: torch.stack([move[2]() for move in moves])
+            shares, topics, ratios = zip(*moves, strict=True)
+            proposed = {"shares": torch.stack(shares), "topics": torch.stack(topics)}
+            return proposed, lambda: torch.stack([ratio() for ratio in ratios])
 
         return {("shares", "topics"): propose}
 
@@ -203,12 +194,14 @@ class LDA(GenerativeModel):
         if self.is_collapsed:
             z, after, log_swept = tokens.swept(z, before.clone(), topics, alpha)
         counts = tokens.by_word(z).to(topics)
-        new_shares, new_topics = _log_dirichlet(alpha + after), _log_dirichlet(beta + counts)
-        log_shares, log_topics = shares.log(), topics.log()
+        conditional = SparseDirichlet(alpha + after), SparseDirichlet(beta + counts)
+        new_shares, new_topics = (family.log_sample() for family in conditional)
+        log_topics = topics.log()
 
         def log_q_ratio() -> Tensor:
             log_back = tokens.log_allocation(z, new_shares, new_topics)
-            drawn = _log_density(alpha + after, new_shares) - _log_density(alpha + before, log_shares)
+            back = SparseDirichlet(alpha + before), conditional[1]
+            drawn = conditional[0].log_prob(new_shares.exp()).sum() - back[0].log_prob(shares).sum()
             drawn = drawn + ((beta + counts - 1.0) * (new_topics - log_topics)).sum()
             return log_forth + log_swept + drawn - log_back
 
@@ -219,7 +212,7 @@ class LDA(GenerativeModel):
     def transform(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """The shares of documents, which may be new, with topics held at draws whose labels have been matched.
 
-        The fixed point of γ_d = α + Σ_w n_dw r_w with r_wk ∝ γ_dk φ_kw; γ, normalised, averaged over the draws.
+        As ``bags.folded`` fits them, averaged over the draws.
 
         Args:
             x: Documents, (documents, cells, 2). An empty one has the mean of the prior.
@@ -230,19 +223,7 @@ class LDA(GenerativeModel):
         """
         table = draws if isinstance(draws, Mapping) else draws.matched
         topics = self._topics(table, x)
-        return torch.stack([self.folded(x, phi) for phi in topics]).mean(0)
-
-    def folded(self, x: Tensor, topics: Tensor) -> Tensor:
-        """``transform`` at one value of the topics (K, V)."""
-        alpha = self.share_concentration.to(topics).expand(self.components)
-        cells, words = layout(x), topics.shape[-1]
-        shares = topics.new_full((len(x), self.components), 1.0 / self.components)
-        by_word = topics.mT.contiguous()
-        for _ in range(_FOLDS):
-            p = cells.probabilities(shares, topics)
-            gamma = alpha + shares * (cells.by_document(cells.count / p, words) @ by_word)
-            shares = gamma / gamma.sum(-1, keepdim=True)
-        return shares
+        return torch.stack([folded(x, phi, self.share_concentration) for phi in topics]).mean(0)
 
     def _topics(self, table: Mapping[str, Tensor], x: Tensor | None = None) -> Tensor:
         """Topics of all draws, (draw, K, V)."""
@@ -372,21 +353,3 @@ class _Tokens:
         restored = torch.empty_like(counts)
         restored[self.by_length] = counts
         return z, restored, ratio
-
-
-def _log_dirichlet(concentration: Tensor) -> Tensor:
-    """The logarithm of a draw; of small concentrations most entries of the draw itself would be 0.
-
-    log G(a) = log G(a + 1) + log(U) / a; no entry is below the least number of the type.
-    """
-    uniform = torch.rand_like(concentration).clamp_(min=torch.finfo(concentration.dtype).tiny)
-    log_gamma = torch._standard_gamma(concentration + 1.0).log_() + uniform.log_() / concentration
-    floor = 2.0 * torch.finfo(concentration.dtype).tiny
-    value = log_gamma.softmax(-1).clamp_(min=floor)
-    return (value / value.sum(-1, keepdim=True)).log_()
-
-
-def _log_density(concentration: Tensor, log_value: Tensor) -> Tensor:
-    """Log-density of independent Dirichlet draws, a scalar."""
-    terms = ((concentration - 1.0) * log_value).sum(-1) + concentration.sum(-1).lgamma() - concentration.lgamma().sum(-1)
-    return terms.sum()
