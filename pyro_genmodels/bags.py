@@ -14,9 +14,10 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["BagOfWords", "Cells", "Layout", "SparseDirichlet", "documents", "folded", "layout"]
+__all__ = ["BagOfWords", "Cells", "Layout", "SparseDirichlet", "documents", "folded", "folded_in", "layout"]
 
 _FOLDS = 100  # rounds in which the shares of documents are fitted
+_INNER = 20  # rounds in which their Dirichlet parameters are, in every step of a guide
 _SMALL = 2**16  # numbers of a table (document, cell, topic) that plain operations take, which can be differentiated twice
 
 
@@ -99,9 +100,11 @@ class SparseDirichlet(dist.Dirichlet):
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         return new
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
-        with torch.no_grad():
-            return self.log_sample(sample_shape).exp()
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
+        if self.concentration.requires_grad:  # what a guide trains is differentiated as torch does it
+            found: Tensor = super().rsample(sample_shape)
+            return found
+        return self.log_sample(sample_shape).exp()
 
     def log_sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
         """The logarithm of a draw."""
@@ -271,6 +274,32 @@ def folded(x: Tensor, topics: Tensor, concentration: float | Tensor) -> Tensor:
     return shares
 
 
+def folded_in(x: Tensor, weights: Tensor, concentration: Tensor) -> Tensor:
+    """The Dirichlet parameters of the shares in mean-field variational inference, (documents, K).
+
+    The fixed point of γ_d = α + Σ_w n_dw r_dw with r_dwk ∝ exp ψ(γ_dk) · weights_kw.
+
+    Args:
+        x: Documents, (documents, cells, 2).
+        weights: exp E log φ, (K, V).
+        concentration: α, (K,).
+    """
+    found: Tensor = torch.ops.pyro_genmodels.fold(x, weights.detach(), concentration.detach())
+    return found
+
+
+def _fold(x: Tensor, weights: Tensor, concentration: Tensor) -> Tensor:
+    cells, by_word = layout(x), weights.mT.contiguous()
+    gamma = (
+        concentration + (cells.count.new_zeros(len(x)).index_add_(0, cells.document, cells.count) / len(weights))[:, None]
+    )
+    for _ in range(_INNER):
+        shares = gamma.digamma().exp()
+        ratio = cells.count / cells.probabilities(shares, weights).clamp(min=torch.finfo(weights.dtype).tiny)
+        gamma = concentration + shares * (cells.by_document(ratio, weights.shape[-1]) @ by_word)
+    return gamma
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-2:])
 
@@ -297,9 +326,16 @@ def _blend_slopes(weight: Tensor, shares: Tensor, topics: Tensor, x: Tensor) -> 
 
 _library = torch.library.Library("pyro_genmodels", "DEF")  # one operation, so that a graph of it is one node
 _library.define("blend(Tensor shares, Tensor topics, Tensor x) -> Tensor")
+_library.define("fold(Tensor x, Tensor weights, Tensor concentration) -> Tensor")
 _library.define("blend_slopes(Tensor weight, Tensor shares, Tensor topics, Tensor x) -> (Tensor, Tensor)")
 _library.impl("blend", _blend, "CompositeExplicitAutograd")
+_library.impl("fold", _fold, "CompositeExplicitAutograd")
 _library.impl("blend_slopes", _blend_slopes, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pyro_genmodels::fold", lib=_library)
+def _(x: Tensor, weights: Tensor, concentration: Tensor) -> Tensor:
+    return weights.new_empty(len(x), len(weights))
 
 
 @torch.library.register_fake("pyro_genmodels::blend", lib=_library)

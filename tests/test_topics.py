@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
@@ -52,8 +53,8 @@ def blends(posterior: Posterior) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ every back-end
 BACKENDS = {
-    "blocked": (False, Gibbs(chains=8, warmup=50, draws=250, seed=1, progress=False)),
-    "partially collapsed": (True, Gibbs(chains=8, warmup=50, draws=200, seed=2, progress=False)),
+    "blocked": (False, Gibbs(chains=4, warmup=30, draws=300, seed=1, progress=False)),
+    "partially collapsed": (True, Gibbs(chains=4, warmup=30, draws=250, seed=2, progress=False)),
     "Metropolis": (False, MetropolisHastings(chains=32, warmup=500, draws=60, thin=40, seed=3, progress=False)),
     "HMC": (False, HMC(chains=32, warmup=150, draws=100, seed=4, progress=False)),
 }
@@ -76,8 +77,10 @@ def test_samplers_agree_with_the_enumerated_posterior(name: str, device: torch.d
 
 
 def test_without_the_models_own_move_gibbs_finds_another() -> None:
+    model = lda().double()
+
     def program(x: Tensor) -> None:
-        lda().double().model(x)
+        model.model(x)
 
     posterior = Gibbs(chains=32, warmup=150, draws=60, seed=5, progress=False).fit(program, TINY)
     assert posterior.plan is not None and posterior.plan["topics"].update == "HMC"
@@ -85,10 +88,43 @@ def test_without_the_models_own_move_gibbs_finds_another() -> None:
     assert np.abs((draws.mean((0, 1)) - exact.mean) / arviz.mcse(draws)).max() < 4.0  # 1 of 2,600 fresh seeds fails
 
 
-def test_an_automatic_guide_has_means_within_half_a_standard_deviation() -> None:
-    posterior = SVI(steps=1500, learning_rate=0.02, seed=0, progress=False, draws=500).fit(lda().double(), TINY.clone())
+@pytest.mark.parametrize(
+    ("guide", "batch_size"), [(None, None), (None, 1), (AutoNormal, None)], ids=["own", "own in batches", "automatic"]
+)
+def test_guides_have_means_within_half_a_standard_deviation(guide: Any, batch_size: int | None) -> None:
+    backend = SVI(steps=700, learning_rate=0.03, guide=guide, batch_size=batch_size, seed=0, progress=False, draws=500)
+    posterior = backend.fit(lda().double(), TINY)
     exact = blend_moments()
     assert np.abs((blends(posterior).mean((0, 1)) - exact.mean) / exact.sd).max() < 0.5
+
+
+def test_the_guide_has_the_best_shares_for_its_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At γ the bound of each document, by its formula, has gradient zero."""
+    monkeypatch.setattr(bags, "_INNER", 1000)
+    model = lda().double()
+    model.prepare(TINY)
+    guess = model.guesses["topics"].detach().exp()
+    weights = (guess.digamma() - guess.sum(-1, keepdim=True).digamma()).exp()
+    alpha = torch.full((2,), ALPHA, dtype=torch.float64)
+
+    def bound(gamma: Tensor) -> Tensor:
+        mean_log = gamma.digamma() - gamma.sum(-1, keepdim=True).digamma()
+        evidence = (TINY[..., 1] * (mean_log.exp().unsqueeze(1) * weights.T[TINY[..., 0].long()]).sum(-1).log()).sum()
+        prior = torch.distributions.Dirichlet(alpha)
+        return evidence - torch.distributions.kl_divergence(torch.distributions.Dirichlet(gamma), prior).sum()
+
+    gamma = bags.folded_in(TINY, weights, alpha)
+    assert float(grad(bound)(gamma).abs().max()) < 1e-8
+
+
+def test_the_state_of_a_model_makes_another_like_it() -> None:
+    model = lda()
+    model.prepare(TINY)
+    with torch.no_grad():
+        model.guesses["topics"].add_(1.0)
+    other = LDA(2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.guesses["topics"], model.guesses["topics"]) and other.words == 3
 
 
 def test_nuts_runs() -> None:

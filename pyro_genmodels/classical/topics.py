@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.contract import Fitted
-from pyro_genmodels.bags import BagOfWords, Layout, SparseDirichlet, folded, layout
+from pyro_genmodels.bags import BagOfWords, Layout, SparseDirichlet, folded, folded_in, layout
 from pyro_genmodels.base import GenerativeModel
 
 __all__ = ["LDA"]
 
-_CHUNK = 2**20  # numbers of a table (cell, topic) that is made at once: it should stay in the cache
+_CHUNK = 2**18  # numbers of a table (cell, topic) that is made at once: it should stay in the cache
 
 
 class LDA(GenerativeModel):
@@ -78,6 +81,23 @@ class LDA(GenerativeModel):
             self.register_buffer(name, tensor)
         if self.topic_concentration.dim():
             self.words, self._has_words = len(self.topic_concentration), True
+        self.guesses = nn.ParameterDict()
+        if self.words is not None:
+            self._guess(self.words)
+
+    def _guess(self, words: int, tokens: float = 0.0) -> None:
+        """The guide's topics, near what they are before any document is seen."""
+        generator, like = torch.Generator().manual_seed(0), self.topic_concentration
+        noise = -torch.rand(self.components, words, generator=generator).log().to(like)
+        start = self.topic_concentration.expand(words) + noise * max(tokens / (self.components * words), 0.1)
+        self.guesses = nn.ParameterDict({"topics": start.log()})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        key = prefix + "guesses.topics"
+        if key in state_dict and (self.words is None or "topics" not in self.guesses):
+            self.words = state_dict[key].shape[-1]
+            self._guess(self.words)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # ----------------------------------------------------------------------------------------- data
     def prepare(self, x: Tensor | None = None, size: int | None = None) -> None:
@@ -99,6 +119,8 @@ class LDA(GenerativeModel):
             raise ValueError("x has no token: all counts are 0.")
         if not self._has_words:
             self.words = int(x[..., 0].max()) + 1
+        assert self.words is not None
+        self._guess(self.words, float(x[..., 1].sum()))
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != 2:
@@ -130,6 +152,24 @@ class LDA(GenerativeModel):
             shares = pyro.sample("shares", SparseDirichlet(alpha))
             cells = None if x is None else x.shape[-2]
             return pyro.sample("x", BagOfWords(shares, topics, lengths, cells), obs=x)
+
+    def guide(self, x: Tensor | None = None, size: int | None = None) -> None:
+        """Mean-field guess: φ_k ~ Dirichlet(λ_k), whose λ is learnt, and θ_d ~ Dirichlet(γ_d).
+
+        γ_d is where it is best for λ (``bags.folded_in``), so that the guide knows batches and new documents as well.
+
+        References:
+            M. Hoffman, D. Blei and F. Bach, Online learning for latent Dirichlet allocation (2010).
+        """
+        lengths = self._lengths(x, size)
+        alpha = self._concentrations()[0]
+        guess = self.guesses["topics"].exp()
+        with pyro.plate("components", self.components):
+            pyro.sample("topics", dist.Dirichlet(guess))
+        weights = (guess.digamma() - guess.sum(-1, keepdim=True).digamma()).exp()
+        with pyro.plate("documents", len(lengths)):
+            gamma = alpha.expand(len(lengths), -1) if x is None else folded_in(x, weights, alpha)
+            pyro.sample("shares", dist.Dirichlet(gamma))
 
     def _lengths(self, x: Tensor | None, size: int | None) -> Tensor:
         """Tokens of each document, (documents,)."""
@@ -265,7 +305,7 @@ class LDA(GenerativeModel):
 
 
 class _Tokens:
-    """The single tokens of a table of documents, in the order of its cells.
+    """The single tokens of a table of documents: the first of every cell, then the others in the order of the cells.
 
     Args:
         x: Documents, (documents, cells, 2).
@@ -273,23 +313,22 @@ class _Tokens:
     """
 
     def __init__(self, x: Tensor, components: int) -> None:
-        self.cells, self.components, self.documents = layout(x), components, len(x)
+        self.cells, self.components, self.documents, device = layout(x), components, len(x), x.device
         cells: Layout = self.cells
-        self.cell = torch.arange(len(cells.word), device=x.device).repeat_interleave(cells.count)
+        every = torch.arange(len(cells.word), device=device)
+        self.others = every.repeat_interleave(cells.count - 1)
+        self.cell = torch.cat([every, self.others])
         self.document, self.word = cells.document[self.cell], cells.word[self.cell]
         lengths = self.document.bincount(minlength=len(x))
         self.by_length = lengths.argsort(descending=True, stable=True)
         starts = (lengths.cumsum(0) - lengths)[self.by_length]
-        longest = int(lengths.max())
-        active = (lengths[self.by_length] > torch.arange(longest, device=x.device)[:, None]).sum(1).tolist()
-        self.places = [starts[:count] + i for i, count in enumerate(active)]  # i-th tokens, longest documents first
-        last = cells.count.cumsum(0)
-        chunks, first = max(1, _CHUNK // components), 0
-        self.chunks = []
-        for stop in range(chunks, len(cells.word) + chunks, chunks):
-            stop = min(stop, len(cells.word))
-            self.chunks.append((slice(first, stop), slice(int(last[first] - cells.count[first]), int(last[stop - 1]))))
-            first = stop
+        active = (lengths[self.by_length] > torch.arange(int(lengths.max()), device=device)[:, None]).sum(1).tolist()
+        grouped = self.document.argsort(stable=True)
+        self.places = [grouped[starts[:count] + i] for i, count in enumerate(active)]  # i-th tokens, longest documents first
+        at_once = max(1, _CHUNK // components)
+        bounds = torch.arange(0, len(every) + at_once, at_once, device=device).clamp(max=len(every))
+        firsts = torch.searchsorted(self.others, bounds)
+        self.chunks = list(zip(itertools.pairwise(bounds.tolist()), itertools.pairwise(firsts.tolist()), strict=True))
 
     def by_document(self, z: Tensor) -> Tensor:
         """Tokens of each topic in each document, (documents, K)."""
@@ -306,16 +345,20 @@ class _Tokens:
 
         The n tokens of a cell are drawn one by one from the same r ∝ θ_d φ_w: a multinomial of n.
         """
-        self.words = topics.shape[-1]
-        by_word, drawn, chosen = topics.mT.contiguous(), [], []
+        self.words, cells = topics.shape[-1], self.cells
+        by_word, count = topics.mT.contiguous(), len(cells.word)
         level = torch.rand(len(self.cell), 1, dtype=shares.dtype, device=shares.device)
-        for cells, tokens in self.chunks:
-            r = by_word[self.cells.word[cells]].mul_(shares[self.cells.document[cells]])
-            height = r.cumsum(-1)[self.cell[tokens] - cells.start]
-            z = (height < level[tokens] * height[:, -1:]).sum(-1, keepdim=True)
-            drawn.append(z.squeeze(-1))
-            chosen.append(r[self.cell[tokens] - cells.start].gather(-1, z) / height[:, -1:])
-        return torch.cat(drawn), torch.cat(chosen).log().sum()
+        z, chosen = torch.empty_like(self.cell), torch.empty_like(level[:, 0])
+        for (first, last), (begin, end) in self.chunks:
+            r = by_word[cells.word[first:last]].mul_(shares[cells.document[first:last]])
+            height, rows = r.cumsum(-1), self.others[begin:end] - first
+            for own, at, row in (
+                (slice(first, last), height, torch.arange(last - first, device=z.device)),
+                (slice(count + begin, count + end), height[rows], rows),
+            ):
+                z[own] = torch.searchsorted(at, level[own] * at[:, -1:]).squeeze(-1)
+                chosen[own] = r[row, z[own]] / at[:, -1]
+        return z, chosen.log().sum()
 
     def log_allocation(self, z: Tensor, log_shares: Tensor, log_topics: Tensor) -> Tensor:
         """log q(z) of ``allocated`` at the exponentials of these."""
