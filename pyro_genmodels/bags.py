@@ -197,31 +197,34 @@ class BagOfWords(TorchDistribution):
 
 # ------------------------------------------------------------------------------------- many documents: sparse matrices
 class Layout:
-    """A table of cells as sparse matrices.
+    """A table of cells as sparse matrices; cells of one word in one document are one.
 
     Attributes:
-        is_cell: Which places of the table are cells, (documents, cells).
-        document, word, count: Of each cell, in the order of the documents, (cell,).
+        documents: Number of documents.
+        document, word, count: Of each cell, in the order of the documents and their words, (cell,).
         starts: Where each document begins among them, (documents + 1,).
         order: The cells in the order of their words, (cell,).
     """
 
     def __init__(self, x: Tensor) -> None:
-        is_cell = x[..., 1] > 0
-        self.starts = torch.nn.functional.pad(is_cell.sum(1).cumsum(0), (1, 0))
-        self.word, self.count = x[..., 0][is_cell].long(), x[..., 1][is_cell]
-        self.document = is_cell.nonzero()[:, 0]
+        self.documents = len(x)
+        document, place = (x[..., 1] > 0).nonzero(as_tuple=True)
+        word, count = x[document, place].long().unbind(-1)
+        width = int(word.max()) + 1 if len(word) else 1
+        cell, inverse = (document * width + word).unique(return_inverse=True)
+        self.document, self.word = cell // width, cell % width
+        self.count = torch.zeros_like(cell).index_add_(0, inverse, count)
+        self.starts = torch.nn.functional.pad(self.document.bincount(minlength=len(x)).cumsum(0), (1, 0))
         self.order = self.word.argsort(stable=True)
-        self.is_cell = is_cell
 
     def by_document(self, cells: Tensor, words: int) -> Tensor:
         """(document, word)."""
-        return _sparse(self.starts, self.word, cells, len(self.is_cell), words)
+        return _sparse(self.starts, self.word, cells, self.documents, words)
 
     def by_word(self, cells: Tensor, words: int) -> Tensor:
         """(word, document)."""
         starts = torch.nn.functional.pad(self.word.bincount(minlength=words).cumsum(0), (1, 0))
-        return _sparse(starts, self.document[self.order], cells[self.order], words, len(self.is_cell))
+        return _sparse(starts, self.document[self.order], cells[self.order], words, self.documents)
 
     def probabilities(self, shares: Tensor, topics: Tensor) -> Tensor:
         """Σ_k θ_dk φ_kw of each cell, (cell,)."""

@@ -30,8 +30,11 @@ def load(path: Path) -> Any:
 def test_examples_run(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(path).main(smoke=True, folder=str(tmp_path / "runs"))
     printed = capsys.readouterr().out
+    imported = re.search(r"from inference import (.*)", path.read_text(encoding="utf-8"))
+    assert imported is not None
     for name in ("SVI", "EM", "Gibbs", "Metropolis-Hastings", "HMC"):
-        assert re.search(rf"^{name} .*\d", printed, re.MULTILINE)
+        if name.replace("-", "") in imported[1]:
+            assert re.search(rf"^{name} .*\d", printed, re.MULTILINE)
     pictures = [*(tmp_path / "runs").glob("*.png")]
     assert pictures and all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
 

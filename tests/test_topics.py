@@ -247,6 +247,16 @@ def test_drawn_documents_have_the_words_of_their_blend() -> None:
     assert bool(((found - p).abs() < 4.0 * (p * (1 - p) / 40_000).sqrt()).all())
 
 
+def test_documents_may_have_more_cells_than_words() -> None:
+    """As those that are drawn from the prior have: their cells hold one token each."""
+    x = torch.stack([torch.arange(40).reshape(1, -1) % 3, torch.ones(1, 40, dtype=torch.long)], -1)
+    topics = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], dtype=torch.float64)
+    merged = documents((torch.zeros(3), torch.arange(3), torch.tensor([14, 13, 13])))
+    assert_close(folded(x, topics, ALPHA), folded(merged, topics, ALPHA))
+    posterior = Gibbs(chains=2, warmup=5, draws=5, seed=0, progress=False).fit(lda(), x)
+    assert posterior.plan is not None and posterior.plan["shares"].certificate < 1e-8  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sparse_dirichlet_draws_have_the_moments_of_their_logarithms(dtype: torch.dtype) -> None:
     """E log θ_k = ψ(a) − ψ(Σ a), 4.5 standard errors of 20,000 draws, a false alarm in 1e5; no draw has an entry 0."""

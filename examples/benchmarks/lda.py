@@ -152,11 +152,11 @@ def main() -> None:
         *(lambda steps=steps: em(x, words, steps // few) for steps in (20, 30, 40, 60, 100)),  # type: ignore[misc]
         lambda: tomotopy(training, [400 // few]),
         lambda: scikit_learn(training, "online", 5 // few),
-        lambda: scikit_learn(training, "batch", 20 // few),
-        lambda: gensim(training, 10 // few),
-        lambda: svi(x, words, 400 // few, 200),
-        lambda: gibbs(x, words, False, 400 // few, 20 // few, 10),
-        lambda: gibbs(x, words, True, 200 // few, 20 // few, 5),
+        lambda: scikit_learn(training, "batch", 15 // few),
+        lambda: gensim(training, 5 // few),
+        lambda: svi(x, words, 250 // few, 200),
+        lambda: gibbs(x, words, False, 200 // few, 20 // few, 5),
+        lambda: gibbs(x, words, True, 120 // few, 20 // few, 3),
         lambda: tomotopy(training, [400 // few]),
     ]
     rows = []
