@@ -1,7 +1,7 @@
 """The M-step of EM where it has no closed form: gradient steps on Q over sites and weights.
 
 Growth of sites on a simplex of which exp Q is a polynomial without negative coefficients, such as the weights of mixtures
-that a distribution sums out by itself; L-BFGS for few other parameters, whose steps are taken only where Q rises; Adam for
+that a program sums out by itself (not those that Categorical normalises: that hides the exponents); L-BFGS for few other parameters, whose steps are taken only where Q rises; Adam for
 many, and for a Q that is itself random.
 
 References:
