@@ -1,8 +1,8 @@
 """The M-step of EM where it has no closed form: gradient steps on Q over sites and weights.
 
 Growth of sites on a simplex of which exp Q is a polynomial without negative coefficients, such as the weights of mixtures
-that a program sums out by itself (not those that Categorical normalises: that hides the exponents); L-BFGS for few other parameters, whose steps are taken only where Q rises; Adam for
-many, and for a Q that is itself random.
+that a program sums out by itself (not those that Categorical normalises: that hides the exponents); L-BFGS for few other
+parameters, whose steps are taken only where Q rises; Adam for many, and for a Q that is itself random.
 
 References:
     L. Baum and J. Eagon, An inequality with applications to statistical estimation for probabilistic functions of Markov
