@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "Augmented", "Backend", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared", "Programmed",
-    "Started", "Unsupported",
+    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared",
+    "Programmed", "Started", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -62,6 +62,26 @@ class Guided(Protocol):
     """A model that brings a guess at what was hidden, as a Pyro program of the same signature."""
 
     def guide(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class Blocked(Protocol):
+    """A model that brings moves of its own for ``Gibbs``, for structure that its log-joint does not show.
+
+    ``blocks``, of the signature of ``model``, maps a tuple of sites to ``propose(position)``. A position maps every latent
+    site to (chain, *site). What comes back are new values of these sites, and log q(there) − log q(back), (chain,), or a
+    function that computes it, as it is asked for only where a certificate is taken.
+
+    Variables that the move makes for itself, such as assignments, it must draw anew each time: others may have moved since.
+    They belong to both ways. A move from the conditional has log p(there) − log p(back) as its ratio and is always accepted;
+    that is its certificate, and a move without it is not taken. The model runs without it, too.
+    """
+
+    def blocks(
+        self, *args: Any, **kwargs: Any
+    ) -> Mapping[
+        tuple[str, ...], Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Tensor | Callable[[], Tensor]]]
+    ]: ...
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from inference.blocks import Own
 from inference.blocks.block import Move, is_certified
 from inference.conditionals import Conditional, Points
 from inference.contract import Backend, Draw, Unsupported
@@ -48,8 +49,8 @@ from inference.gibbs import Gibbs
 from inference.handlers import isolated, reproducible
 from inference.information import WIDEST, standard_errors
 from inference.marginal import MarginalSampler
-from inference.maximisation import FEW, Adam, climb, stroll
-from inference.messages import Family, candidates
+from inference.maximisation import FEW, Adam, climb, grow, is_growing, stroll
+from inference.messages import Family, candidates, kind_of
 from inference.plan import Plan, Update, assign
 from inference.program import Program, Site
 from inference.start import ASCENT, ascended, given_values, starting_values, suggested_values
@@ -57,6 +58,7 @@ from inference.start import ASCENT, ascended, given_values, starting_values, sug
 __all__ = ["EM", "EMInfo", "EMState"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
+_MOST_PILOTED = 100_000  # numbers in all latent sites, of which there are pilots though the start is given
 _PILOT_ROWS = 5_000  # that pilots see of data with more than twice as many
 _PILOT_CANDIDATES = 8  # draws that each of them then begins with the best of
 _STROLL = 20  # steps of Adam in one M-step on all rows
@@ -67,11 +69,13 @@ _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging 
 class Roles(NamedTuple):
     """What EM does with each latent site; not tensors, and the same for every step.
 
-    ``families`` maps a maximised site to the family of its closed-form M-step; sites without one are in ``climbed``.
+    ``families`` maps a maximised site to the family of its closed-form M-step; sites without one are in ``grown`` if they
+    are on a simplex and no entry has a negative exponent, else in ``climbed``.
     """
 
     averaged: tuple[str, ...]
     families: dict[str, Family]
+    grown: tuple[str, ...]
     climbed: tuple[str, ...]
     expectation: Expectation
     task: Completed
@@ -217,10 +221,14 @@ class EM(Backend[EMState, EMInfo]):
     ) -> tuple[Roles, dict[str, Tensor], dict[str, Points]]:
         """What is done with each site, and where each restart begins: values, and points of closed M-steps."""
         maximised = task.maximised
-        pilots = 1 if program.weights else max(_PILOTS, 2 * self.restarts)
         is_given, suggested = set(given) >= set(maximised), {}
+        numbers = sum(site.shape.numel() for site in program.latents.values())
+        is_alone = program.weights or (is_given and given and numbers > _MOST_PILOTED)  # a trial of the M-step takes one
+        pilots = self.restarts if is_alone else max(_PILOTS, 2 * self.restarts)
+        is_given_all = given.keys() == program.latents.keys()
         if is_given and given:  # whether an M-step is closed is tried nearby
-            values = _around(program, given, starting_values(program, pilots, None, most=1, is_split=True))
+            others = {} if is_given_all else starting_values(program, pilots, None, most=1, is_split=True)
+            values = _around(program, given, others, pilots)
         else:
             few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
             values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
@@ -232,7 +240,7 @@ class EM(Backend[EMState, EMInfo]):
             with isolated(0, program.device):  # looking changes nothing
                 task.density.certify(program.finite, values, "Use Gibbs().")
         expectation = self._expectation(values, averaged, task)
-        pilot = _fresh(values, pilots, Roles(averaged, {}, (), expectation, task))
+        pilot = _fresh(values, pilots, Roles(averaged, {}, (), (), expectation, task))
         pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
@@ -344,7 +352,10 @@ class EM(Backend[EMState, EMInfo]):
         mixed = [block for block in blocks if 0 < len(set(block.sites) & set(averaged)) < len(block.sites)]
         if mixed:  # a joint block of averaged and maximised sites is split
             split = tuple(site for block in mixed for site in block.sites if site in averaged)
-            blocks = assign(program, {**(e_step.blocks or {}), split: type(mixed[0])()})[0]
+            if isinstance(mixed[0], Own):
+                blocks = assign(program, e_step.blocks, with_own=False)[0]
+            else:
+                blocks = assign(program, {**(e_step.blocks or {}), split: type(mixed[0])()})[0]
         blocks = tuple(block for block in blocks if set(block.sites) <= set(averaged))
         return Sampled(others, blocks, averaged, e_step.chains, e_step.thin)
 
@@ -354,7 +365,10 @@ class EM(Backend[EMState, EMInfo]):
         moved = state.roles.expectation.step(state.memory, state.values, task, batch, self.steps)
         values, particles = {**state.values, **moved.values}, moved.particles
         _, weights = task.expect(values, particles, batch)
-        families, points, climbed = {}, {}, []
+        families, points = {}, {}
+        grown: list[str] = []
+        climbed: list[str] = []
+        is_random = self._is_batched(program) or state.roles.expectation.is_random
         for name in task.maximised:
             site = program.latents[name]
             if site.is_constant:
@@ -380,8 +394,10 @@ class EM(Backend[EMState, EMInfo]):
                     families[name], points[name] = family, start
                     break
             else:
-                climbed.append(name)
-        roles = state.roles._replace(families=families, climbed=tuple(climbed))
+                is_simplex = kind_of(site.support) == "simplex" and not is_random
+                is_grown = is_simplex and is_growing(task, name, values, particles, weights, batch)
+                (grown if is_grown else climbed).append(name)
+        roles = state.roles._replace(families=families, grown=tuple(grown), climbed=tuple(climbed))
         return state._replace(roles=roles, points=points, values=values, memory=moved.memory)
 
     # -------------------------------------------------------------------------------------- step
@@ -430,7 +446,11 @@ class EM(Backend[EMState, EMInfo]):
     def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
         """Raises Q, or leaves it."""
         roles, task = state.roles, state.roles.task
-        reached = task.expected(state.values, particles, weights, batch)
+        if roles.grown:
+            proposed, reached = grow(task, roles.grown, state.values, particles, weights, batch)
+            state, reached = _take(state, proposed, particles, weights, reached, batch)
+        else:
+            reached = task.expected(state.values, particles, weights, batch)
         for name, family in roles.families.items():
             at = family.at(state.points[name])
             conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
@@ -554,6 +574,7 @@ class EM(Backend[EMState, EMInfo]):
         if rest:
             updates.append(Update(rest, roles.expectation.update, note="averaged"))
         updates += [Update((name,), family.name, note="maximised") for name, family in roles.families.items()]
+        updates += [Update((name,), "Growth", note="maximised; no closed form") for name in roles.grown]
         if roles.climbed:
             is_large = self._is_large(roles.task, roles) or self._is_batched(program)
             updates.append(Update(roles.climbed, "Adam" if is_large else "L-BFGS", note="maximised; no closed form"))
@@ -628,9 +649,8 @@ def _merged(good: Tensor, new: Points, old: Points) -> Points:
     return Points(*(torch.where(good.reshape(shape) & a.isfinite(), a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Given values, (restart, *site), each a little away from where it is, in place of those in ``values``."""
-    count = len(next(iter(values.values())))
     moved = {}
     for name, value in given.items():
         transform = program.latents[name].transform

@@ -1,8 +1,12 @@
 """The M-step of EM where it has no closed form: gradient steps on Q over sites and weights.
 
-L-BFGS for few parameters, whose steps are taken only where Q rises; Adam for many, and for a Q that is itself random.
+Growth of sites on a simplex of which exp Q is a polynomial without negative coefficients, such as the weights of mixtures
+that a program sums out by itself (not those that Categorical normalises: that hides the exponents); L-BFGS for few other
+parameters, whose steps are taken only where Q rises; Adam for many, and for a Q that is itself random.
 
 References:
+    L. Baum and J. Eagon, An inequality with applications to statistical estimation for probabilistic functions of Markov
+        processes and to a model for ecology (1967).
     D. Liu and J. Nocedal, On the limited memory BFGS method for large scale optimization (1989).
     D. Kingma and J. Ba, Adam: a method for stochastic optimization (2015).
 """
@@ -18,10 +22,53 @@ from torch.func import grad_and_value
 from inference.density import Unconstrained
 from inference.expectation import Batch, Completed, Evidence, Values, Weights
 
-__all__ = ["FEW", "Adam", "climb", "stroll"]
+__all__ = ["FEW", "Adam", "climb", "grow", "is_growing", "stroll"]
 
 FEW = 1000  # parameters that L-BFGS takes
 _LONGEST_CLIMB = 20  # iterations of one M-step
+
+
+def _masses(
+    task: Completed, sites: tuple[str, ...], values: Values, particles: Values, weights: Weights, batch: Batch
+) -> tuple[Values, Tensor]:
+    """θ ∂Q/∂θ of the sites, (restart, *site): the expected exponent of each entry; and Q, (restart,)."""
+    expected = task.q()
+    fixed = {name: value for name, value in task.theta(values).items() if name not in sites}
+
+    def slopes(own: Values, others: Values, p: Values, w: Evidence, data: list[Tensor]) -> tuple[Values, Tensor]:
+        return grad_and_value(lambda v: expected({**others, **v}, p, w, data))(own)
+
+    staged = task.density.stage(("grow", sites, task._key(batch)), slopes, (True, True, True, True, False))
+    own = {name: values[name] for name in sites}
+    exact = lambda: (own, fixed, particles, weights.tables, batch.data)  # noqa: E731
+    found, reached = staged(own, fixed, particles, weights.parts, batch.data, instead=exact)
+    return {name: batch.processes.mean(found[name]) * values[name] for name in sites}, batch.processes.mean(reached)
+
+
+def is_growing(task: Completed, site: str, values: Values, particles: Values, weights: Weights, batch: Batch) -> bool:
+    """Whether no entry of a site on a simplex has a negative exponent at the values, so that ``grow`` may raise Q."""
+    masses = _masses(task, (site,), values, particles, weights, batch)[0][site]
+    rounding = 1e-9 if masses.dtype == torch.float64 else 1e-4
+    return bool((masses >= -rounding * masses.abs().amax()).all()) and bool((masses.sum(-1) > 0).all())
+
+
+def grow(
+    task: Completed, sites: tuple[str, ...], values: Values, particles: Values, weights: Weights, batch: Batch
+) -> tuple[Values, Tensor]:
+    """θ ∂Q/∂θ, normalised, of sites on simplices, all at once.
+
+    If exp Q is a polynomial in them without negative coefficients this does not lower it, whatever its degree; for mixtures
+    it is the step of EM, though the responsibilities are nowhere written down.
+
+    Returns:
+        Proposed values of the sites, (restart, *site), and Q before, (restart,).
+    """
+    masses, reached = _masses(task, sites, values, particles, weights, batch)
+    proposed = {}
+    for name, mass in masses.items():
+        positive = mass.nan_to_num(nan=0.0).clamp(min=torch.finfo(mass.dtype).tiny)
+        proposed[name] = positive / positive.sum(-1, keepdim=True)
+    return proposed, reached
 
 
 class Adam(NamedTuple):

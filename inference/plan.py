@@ -1,5 +1,6 @@
 """Which block updates which site, how exact that is, and the ladder that decides it.
 
+    the model's own move (``inference.contract.Blocked``), if it brings one
     finite        enumerated: jointly, else in coupled groups, else one site, else one element at a time
     conjugate     exact; several real sites whose joint conditional is normal and that are coupled: one Gaussian block
     logistic      Pólya-Gamma
@@ -13,6 +14,7 @@ fails it later on, in warm-up, is taken down the ladder (``demoted``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = ["Plan", "Update", "assign", "demoted"]
+
+_log = logging.getLogger("inference")
 
 _TRIALS = 8  # settings of all sites at which an update is tried before it is trusted
 _DRAWN = 8  # draws from the prior for each of them
@@ -100,13 +104,14 @@ def _listed(sites: Sequence[str]) -> str:
 
 
 def assign(
-    program: Program, blocks: Mapping[str | tuple[str, ...], Block] | None = None
+    program: Program, blocks: Mapping[str | tuple[str, ...], Block] | None = None, with_own: bool = True
 ) -> tuple[tuple[Block, ...], tuple[str, ...]]:
     """Blocks for all latent sites, in the order of a sweep, and a note for each.
 
     Args:
         program: The program.
         blocks: Overrides: a site, or a tuple of sites that move together, to its block.
+        with_own: Whether to take the moves that the model brings.
 
     Returns:
         The bound blocks, and why each is not one further up the ladder ("" if it is at the top).
@@ -126,6 +131,8 @@ def assign(
                     raise ValueError(f"blocks= gives '{name}' two blocks.")
                 del ladder.left[name]
             ladder.add(block.bind(group, ladder.density, ladder.trials), _ASKED)
+        if with_own:
+            ladder.own()
         ladder.climb()
     order = {name: i for i, name in enumerate(program.latents)}
     ranked = sorted(ladder.taken, key=lambda pair: _rank(pair[0], program, order))
@@ -200,9 +207,21 @@ class _Ladder:
         except Unsupported:
             return None
 
+    def own(self) -> None:
+        """The moves that the model brings, where their certificates hold."""
+        from inference.blocks import Own
+
+        for sites in self.program.proposals:
+            if not all(name in self.left for name in sites):
+                continue
+            try:
+                self.add(Own().bind(sites, self.density, self.trials))
+            except Unsupported as refusal:
+                _log.warning("%s", refusal)
+
     def climb(self, failed: Block | None = None) -> None:
         """Finds blocks for all sites left, below the one that ``failed`` on them."""
-        from inference.blocks import Conjugate, Constant, EllipticalSlice, Enumerate, Gaussian, PolyaGamma
+        from inference.blocks import Conjugate, Constant, EllipticalSlice, Enumerate, Gaussian, Own, PolyaGamma
 
         is_first = failed is None
         for name in list(self.left):
@@ -211,7 +230,7 @@ class _Ladder:
         if finite := [name for name in self.left if self.program.latents[name].choices is not None]:
             has_failed_alone = isinstance(failed, Enumerate) and len(finite) == 1
             self._enumerate([finite] if is_first else [[name] for name in finite], has_failed_alone)
-        if is_first or isinstance(failed, (Conjugate, Gaussian)):
+        if is_first or isinstance(failed, (Conjugate, Gaussian, Own)):
             self._conjugate(is_first, failed.update if isinstance(failed, Conjugate) else "")
         is_below = isinstance(failed, EllipticalSlice) or (isinstance(failed, PolyaGamma) and len(failed.sites) == 1)
         if not is_below:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Guided, Linked, Prepared, Programmed, Unsupported
+from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -297,7 +297,7 @@ class Program:
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
-        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+        owner = model if isinstance(model, (nn.Module, Programmed)) else getattr(model, "__self__", None)
         leaves, self._structure = tree_flatten((tuple(args), dict(kwargs or {})))
         leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -451,6 +451,7 @@ class Program:
         other = copy.copy(self)
         for name in (
             "density",
+            "proposals",
             "shard",
             "_grown",
             "row_plates",
@@ -784,6 +785,19 @@ class Program:
         if self.processes.size == 1 or self.rows is None:
             return None
         return self.minibatch(self.processes.share(torch.arange(self.rows, device=self.device)))
+
+    @cached_property
+    def proposals(self) -> dict[tuple[str, ...], Callable[..., Any]]:
+        """The moves that the model brings: sites to ``propose``; see ``inference.contract.Blocked``."""
+        args, kwargs = self.arguments()
+        found = dict(self.owner.blocks(*args, **kwargs)) if isinstance(self.owner, Blocked) else {}
+        for sites in found:
+            for name in sites:
+                if name not in self.latents:
+                    raise ValueError(
+                        f"blocks() of {self.name} names '{name}', but the latent sites are {', '.join(self.latents)}."
+                    )
+        return found
 
     @cached_property
     def density(self) -> Density:

@@ -3,6 +3,7 @@
 from pyro_genmodels.base import GenerativeModel, StochasticModule
 from pyro_genmodels.classical import (
     GMM,
+    LDA,
     LinearRegression,
     LogisticRegression,
     MarginClassifier,
@@ -12,6 +13,7 @@ from pyro_genmodels.classical import (
 
 __all__ = [
     "GMM",
+    "LDA",
     "GenerativeModel",
     "LinearRegression",
     "LogisticRegression",

@@ -504,8 +504,8 @@ class MarkovChain(TorchDistribution):
         states = initial.shape[-1]
         if initial.dim() != 1:
             raise ValueError(
-                f"initial has shape {tuple(initial.shape)}, but a MarkovChain is one sequence, and must have ({states},). Sample "
-                "each sequence in a Python loop."
+                f"initial has shape {tuple(initial.shape)}, but a MarkovChain is one sequence, and it must have ({states},). "
+                "Sample each sequence in a Python loop."
             )
         if length < 1:
             raise ValueError(f"A MarkovChain has at least 1 state, but length is {length}.")

@@ -464,3 +464,28 @@ def test_a_flat_prior_is_no_obstacle() -> None:
 def test_a_site_alone_cannot_be_maximised_if_all_are_averaged() -> None:
     with pytest.raises(Unsupported, match="nothing to maximise"):
         em(maximise=[]).fit(skewed, LEVELS)
+
+
+def test_weights_that_a_program_sums_out_itself_grow_by_the_step_of_em() -> None:
+    """One step is Σ_n r_n + concentration − 1, normalised; the objective never falls, and the end is a fixed point."""
+    x = torch.tensor([-2.0, -1.5, 0.3, 1.0, 2.2, 2.5]).double()
+    centres = torch.tensor([-2.0, 0.0, 2.0]).double()
+
+    def program(x: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(x.new_tensor([2.0, 1.5, 1.0])))
+        densities = dist.Normal(centres, 1.0).log_prob(x[:, None]).exp()
+        with pyro.plate("rows", len(x)):
+            pyro.factor("x", (weights * densities).sum(-1).log())
+
+    def m_step(weights: Tensor) -> Tensor:
+        joint = weights * torch.distributions.Normal(centres, 1.0).log_prob(x[:, None]).exp()
+        mass = (joint / joint.sum(1, keepdim=True)).sum(0) + torch.tensor([1.0, 0.5, 0.0]).double()
+        return mass / mass.sum()
+
+    start = torch.tensor([0.2, 0.3, 0.5]).double()
+    one = EM(start={"weights": start}, steps=1, seed=0, progress=False).fit(program, x)
+    assert one.plan is not None and one.plan["weights"].update == "Growth"
+    torch.testing.assert_close(one.point()["weights"], m_step(start), rtol=1e-10, atol=0.0)
+    end = EM(start={"weights": start}, steps=500, tolerance=1e-10, seed=0, progress=False).fit(program, x)
+    assert float(end.history["log_joint"].diff().min()) >= -1e-10
+    torch.testing.assert_close(end.point()["weights"], m_step(end.point()["weights"]), rtol=1e-6, atol=0.0)

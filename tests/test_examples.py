@@ -27,7 +27,7 @@ def load(path: Path) -> Any:
     return module
 
 
-ON_DATA = {"anomaly_detection": "adbench.npz", "semi_supervised_text": "bow_20news_full.npz"}  # example to what it reads
+ON_DATA = {"anomaly_detection": "adbench.npz", "semi_supervised_text": "bow_20news_full.npz", "topics": "bow_ap.npz"}  # example to what it reads
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -38,8 +38,10 @@ def test_examples_run(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         monkeypatch.setenv("PYRO_GENMODELS_DATA", str(FOLDER))
     load(path).main(smoke=True, folder=str(tmp_path / "runs"))
     printed = capsys.readouterr().out
-    for name in () if path.stem in ON_DATA else ("SVI", "EM", "Gibbs", "Metropolis-Hastings", "HMC"):
-        assert re.search(rf"^{name} .*\d", printed, re.MULTILINE)
+    imported = re.search(r"from inference import (.*)", path.read_text(encoding="utf-8"))
+    for name in () if imported is None or path.stem in ON_DATA else ("SVI", "EM", "Gibbs", "Metropolis-Hastings", "HMC"):
+        if name.replace("-", "") in imported[1]:
+            assert re.search(rf"^{name} .*\d", printed, re.MULTILINE)
     pictures = [*(tmp_path / "runs").glob("*.png")]
     assert pictures and all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
 

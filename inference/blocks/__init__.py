@@ -8,6 +8,7 @@ from inference.blocks.elliptical import EllipticalSlice
 from inference.blocks.enumerate import Enumerate
 from inference.blocks.gaussian import Gaussian
 from inference.blocks.hamiltonian import Hamiltonian
+from inference.blocks.own import Own
 from inference.blocks.polya_gamma import PolyaGamma
 from inference.blocks.prior import PriorDraw
 from inference.blocks.slice import Slice
@@ -25,6 +26,7 @@ __all__ = [
     "GaussianChain",
     "Hamiltonian",
     "Move",
+    "Own",
     "PolyaGamma",
     "PriorDraw",
     "Slice",
