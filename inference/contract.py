@@ -94,7 +94,10 @@ class Prepared(Protocol):
 
 @runtime_checkable
 class Started(Protocol):
-    """A model that knows where an ascent may start: site to value, another one at every call. EM takes the best of several."""
+    """A model that knows where an ascent may start: site to value, another one at every call.
+
+    EM takes the best of several.
+    """
 
     def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
 
@@ -103,8 +106,8 @@ class Started(Protocol):
 class Augmented(Protocol):
     """A distribution p(x) = ∫ p(x, h) dh that hides something inside: missing entries of a row, the component of a mixture.
 
-    Its log-density is that of x. EM fills h in, at the parameters of the E-step: what it then maximises may have closed forms
-    where ``log_prob`` has none, and raises ``log_prob`` at least as much.
+    Its log-density is that of x. EM fills h in, at the parameters of the E-step: what it then maximises may have closed
+    forms where ``log_prob`` has none, and raises ``log_prob`` at least as much.
     """
 
     def log_prob(self, value: Tensor) -> Tensor: ...

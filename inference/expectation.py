@@ -40,8 +40,8 @@ from inference.enumeration import Factor, Part, draw_back, eliminate, factors, p
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
 
-__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "GaussianLatents", "Moved", "Sampled", "Sampler",
-           "Weights"]  # fmt: skip
+__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "GaussianLatents", "Moved", "Sampled",
+           "Sampler", "Weights"]  # fmt: skip
 
 Values = dict[str, Tensor]
 

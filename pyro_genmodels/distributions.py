@@ -13,7 +13,6 @@ from torch import Size, Tensor
 import inference.transforms  # noqa: F401  (the bijection to positive definite matrices)
 from inference.contract import Augmented
 
-
 __all__ = ["Columns", "InverseWishart", "LatentScaleT", "Mixed", "PartialNormal"]
 
 _MATRICES = 2**19  # numbers in the matrices of rows with gaps that are looked at together, at least
@@ -216,7 +215,7 @@ class Columns(TorchDistribution):
             dimension, (*batch, columns).
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     support = constraints.real_vector
 
     def __init__(self, parts: Sequence[tuple[Sequence[int], Any]], batch_shape: Size | None = None) -> None:
@@ -301,7 +300,7 @@ class Mixed(TorchDistribution):
         components: A distribution with the components in its last batch dimension, (*batch, K).
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, weights: Tensor, components: Any, batch_shape: Size | None = None) -> None:
         self.weights, self.components = weights, components
@@ -344,13 +343,15 @@ class Mixed(TorchDistribution):
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
         shape, components = Size(sample_shape) + self.batch_shape, self.weights.shape[-1]
-        z = torch.distributions.Categorical(probs=self.weights.expand(*self.batch_shape, components)).sample(Size(sample_shape))
+        z = torch.distributions.Categorical(probs=self.weights.expand(*self.batch_shape, components)).sample(
+            Size(sample_shape)
+        )
         rows = self.components.expand(Size((*self.batch_shape, components))).sample(Size(sample_shape))
         index = z.reshape(*shape, 1, *(1,) * len(self.event_shape)).expand(*shape, 1, *self.event_shape)
         return rows.gather(len(shape), index).squeeze(len(shape))
 
 
-class LatentScaleT(torch.distributions.StudentT, TorchDistribution):  # type: ignore[misc]
+class LatentScaleT(torch.distributions.StudentT, TorchDistribution):
     """Student's t as a normal of random scale, which EM fills in; its degrees of freedom are known.
 
         u ~ Gamma(ν/2, ν/2),  x ~ N(μ, s² / u)

@@ -33,9 +33,9 @@ class GMM(GenerativeModel):
         z_n ~ Categorical(w),  x_n ~ N(μ_{z_n}, Σ_{z_n})
 
     With m and s the mean and standard deviation of the data, the prior is proper, works on unscaled data and keeps a
-    component from collapsing onto a point, where the likelihood has no upper bound: ``EM(objective="mle")``, which leaves the
-    prior out, may run into such a singularity; ``EM()`` cannot. Diagonal, spherical and isotropic variances have the prior
-    InverseGamma(D/2 + 1, s² / 2 K^(2/D)) of the corresponding marginal.
+    component from collapsing onto a point, where the likelihood has no upper bound: ``EM(objective="mle")``, which leaves
+    the prior out, may run into such a singularity; ``EM()`` cannot. Diagonal, spherical and isotropic variances have the
+    prior InverseGamma(D/2 + 1, s² / 2 K^(2/D)) of the corresponding marginal.
 
     Entries of x that are NaN are not observed: a row counts with the marginal of what is known of it, and a row of which
     nothing is known says nothing. (That is right if what is missing does not depend on its value, given the rest.) EM has
@@ -189,7 +189,9 @@ class GMM(GenerativeModel):
                 self.guesses["log_concentration"].fill_(math.log(total / self.components))
             elif self.weights == "stick-breaking":
                 left = total * torch.arange(self.components - 1, 0, -1) / self.components
-                self.guesses["log_sticks"].copy_(torch.stack([torch.full_like(left, total / self.components), left], -1).log())
+                self.guesses["log_sticks"].copy_(
+                    torch.stack([torch.full_like(left, total / self.components), left], -1).log()
+                )
 
     def _check(self, x: Tensor, row_weights: Tensor | None = None) -> None:
         if x.dim() != 2:
@@ -207,7 +209,7 @@ class GMM(GenerativeModel):
                 f"x holds {len(bad)} values that are infinite, the first in row {row}, column {column}. "
                 "Remove these rows, or set what is not known to NaN."
             )
-        counts = True
+        counts = torch.ones_like(x, dtype=torch.bool)
         if row_weights is not None:
             _check_weights(row_weights, len(x))
             counts = (row_weights > 0)[:, None]
@@ -278,7 +280,7 @@ class GMM(GenerativeModel):
         return Columns(((range(means.shape[-1]), columns),)) if is_gappy else columns.to_event(1)
 
     def guide(self, x: Tensor | None = None, size: int | None = None, row_weights: Tensor | None = None) -> None:
-        """Independent factors: a Dirichlet or Betas, a normal for every mean, an inverse Wishart or Gamma for covariances."""
+        """Independent factors: a Dirichlet or Betas, a normal a mean, an inverse Wishart or Gamma a covariance."""
         guess = self.guesses
         if self.weights == "free":
             pyro.sample("weights", dist.Dirichlet(guess["log_concentration"].exp()))
@@ -434,7 +436,7 @@ class GMM(GenerativeModel):
 
     @torch.no_grad()
     def score_samples(self, x: Tensor, draws: Draws) -> Tensor:
-        """Log posterior predictive density of what is known of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
+        """Log predictive density of what is known of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
         log_densities = self._log_joint(x, draws).logsumexp(-1)
         return log_densities.logsumexp(0) - math.log(len(log_densities))
 
@@ -519,6 +521,7 @@ class GMM(GenerativeModel):
                 z = torch.multinomial(shares, len(which), replacement=True).mT  # (draw, row)
                 mean, covariance = self._fill(known, means[i], covariances[i])
                 factor = torch.linalg.cholesky(covariance + torch.diag_embed((~unknown).to(x))[:, None])
+                factor = factor.expand(*mean.shape, mean.shape[-1])
                 noise = torch.where(unknown, torch.randn(len(which), *known.shape, dtype=x.dtype, device=x.device), 0.0)
                 row = torch.arange(len(rows), device=x.device)
                 drawn = mean[row, z] + (factor[row, z] @ noise.unsqueeze(-1)).squeeze(-1)
