@@ -1,8 +1,8 @@
 """A zoo of generative models, each a Pyro program that every back-end of ``inference`` can run."""
 
 from pyro_genmodels.base import GenerativeModel, StochasticModule
-from pyro_genmodels.classical import GMM
+from pyro_genmodels.classical import GMM, Mixture
 
-__all__ = ["GMM", "GenerativeModel", "StochasticModule"]
+__all__ = ["GMM", "GenerativeModel", "Mixture", "StochasticModule"]
 
 __version__ = "0.1.0"

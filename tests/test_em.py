@@ -513,7 +513,7 @@ def test_em_fills_in_what_a_distribution_hides() -> None:
     assert float(posterior.stats["lp"]) == pytest.approx(-best.fun, rel=1e-9)
 
 
-class Narrow:
+class Narrow(nn.Module):
     """A mode in a corner of a wide prior, with nothing that points to it from afar; the model knows the corner."""
 
     def model(self, y: Tensor) -> None:

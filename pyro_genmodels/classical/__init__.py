@@ -1,5 +1,6 @@
 """Classical models: mixtures, regressions, factor models."""
 
 from pyro_genmodels.classical.gmm import GMM
+from pyro_genmodels.classical.mixture import Mixture
 
-__all__ = ["GMM"]
+__all__ = ["GMM", "Mixture"]

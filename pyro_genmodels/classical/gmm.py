@@ -211,7 +211,7 @@ class GMM(GenerativeModel):
             )
         counts = torch.ones_like(x, dtype=torch.bool)
         if row_weights is not None:
-            _check_weights(row_weights, len(x))
+            check_weights(row_weights, len(x))
             counts = (row_weights > 0)[:, None]
         empty = (~(~x.isnan() & counts).any(0)).nonzero()
         if len(empty):
@@ -540,7 +540,7 @@ class GMM(GenerativeModel):
         return torch.stack(rows)
 
 
-def _check_weights(row_weights: Tensor, rows: int) -> None:
+def check_weights(row_weights: Tensor, rows: int) -> None:
     if row_weights.shape != (rows,):
         raise ValueError(f"row_weights has shape {tuple(row_weights.shape)}, but must be ({rows},): one for each row of x.")
     if not row_weights.is_floating_point():
