@@ -31,7 +31,7 @@ def table() -> Tensor:
     return (x - x.mean(0)) / x.std(0, correction=0)
 
 
-def main(smoke: bool = False, out: str | os.PathLike[str] = "runs/missing_values") -> dict[str, float]:
+def main(smoke: bool = False, folder: str | os.PathLike[str] = "runs/missing_values") -> dict[str, float]:
     x = table()[:60, :5] if smoke else table()
     generator = torch.Generator().manual_seed(0)
     is_gone = torch.rand(x.shape, generator=generator) < 0.5
@@ -61,14 +61,13 @@ def main(smoke: bool = False, out: str | os.PathLike[str] = "runs/missing_values
     figure, axes = plt.subplots(figsize=(6, 4))
     shown = is_gone[:, 0].nonzero().squeeze(1)[:40]
     middle = filled["GMM(1), EM"][shown, 0]
-    axes.errorbar(
-        range(len(shown)), middle, [middle - low[shown, 0], high[shown, 0] - middle], fmt=".", label="imputed, 90 %"
-    )
+    reach = [middle - low[shown, 0], high[shown, 0] - middle]
+    axes.errorbar(range(len(shown)), middle, reach, fmt=".", label="imputed, 90 %")
     axes.plot(x[shown, 0], "x", label="deleted")
     axes.set(xlabel="row", ylabel="mean radius, standardised", title="What was deleted, and what is left of it")
     axes.legend()
-    Path(out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(out) / "imputed.png", dpi=120)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(folder) / "imputed.png", dpi=120)
     plt.close(figure)
     return errors | {"coverage": inside}
 

@@ -50,8 +50,8 @@ class Mixture(GenerativeModel):
 
     Entries that are NaN have not been observed; ``row_weights`` are those of ``GMM``. Labels of components are exchangeable.
 
-    Sites: ``weights`` (K,); ``probabilities``, ``rates``, ``means``, ``variances``, ``locations``, ``squares`` (K, columns of
-    the kind); ``shares`` (K, columns of the kind, C); ``z`` (rows,), ``x`` (rows, D). Plates: ``components``, ``rows``.
+    Sites: ``weights`` (K,); ``probabilities``, ``rates``, ``means``, ``variances``, ``locations``, ``squares`` (K, columns
+    of the kind); ``shares`` (K, columns of the kind, C); ``z`` (rows,), ``x`` (rows, D). Plates: ``components``, ``rows``.
 
     Args:
         components: Number of components K, at least 1.
