@@ -39,7 +39,9 @@ class GMM(GenerativeModel):
 
     Entries of x that are NaN are not observed: a row counts with the marginal of what is known of it, and a row of which
     nothing is known says nothing. (That is right if what is missing does not depend on its value, given the rest.) EM has
-    closed forms all the same. Memory is that of one covariance for each row and component.
+    closed forms all the same; Gibbs then moves full and tied covariances by HMC. missing="drawn" makes the missing entries a
+    site of their own instead, flat before the data: the same posterior, of which Gibbs draws every site from its exact
+    conditional. (It is meant for Gibbs: the others have more to move, and EM has to average over draws.)
 
     ``row_weights`` raise the density of each row to a power: a weight of 2 is the row twice. The components are then summed
     out inside the distribution of a row, there is no ``z``, and every back-end has the posterior of the weighted rows; Gibbs
@@ -67,6 +69,8 @@ class GMM(GenerativeModel):
         scale: s, (D,), positive; None takes it from the data of each fit (a constant column counts as 1).
         weights: "free", "equal" or "stick-breaking".
         concentration: α of stick-breaking, positive; None gives it the prior Gamma(1, 1).
+        missing: What happens to missing entries: "summed" integrates them out, "drawn" makes them the site ``missing``
+            (rows, D), which is a placeholder where an entry is known.
 
     References:
         C. Bishop, Pattern Recognition and Machine Learning (2006), section 9.2.
@@ -84,6 +88,7 @@ class GMM(GenerativeModel):
         scale: Tensor | None = None,
         weights: str = "free",
         concentration: float | None = 1.0,
+        missing: str = "summed",
     ) -> None:
         super().__init__()
         if components < 1:
@@ -98,7 +103,9 @@ class GMM(GenerativeModel):
         if concentration is not None and not concentration > 0:
             raise ValueError(f"concentration is {concentration}, but must be positive.")
         self.components, self.covariance = components, covariance
-        self.weights, self.concentration = weights, concentration
+        if missing not in ("summed", "drawn"):
+            raise ValueError(f"missing is '{missing}', but must be 'summed' or 'drawn'.")
+        self.weights, self.concentration, self.missing = weights, concentration, missing
         self._has_gaps: bool | None = None  # None: not prepared yet
         given = [tensor for tensor in (location, scale) if tensor is not None]
         self.features = features or (len(given[0]) if given else None)
@@ -231,6 +238,10 @@ class GMM(GenerativeModel):
             covariances = pyro.sample("covariances", self._prior())
         is_gappy = self._is_gappy(x)
         with pyro.plate("rows", rows):
+            if is_gappy and self.missing == "drawn" and x is not None:
+                is_known, is_gappy = ~x.isnan(), False
+                blank = dist.Normal(self.location, self.scale).expand(list(x.shape)).mask(is_known)
+                x = torch.where(is_known, x.nan_to_num(), pyro.sample("missing", blank.to_event(1)))
             if row_weights is None:
                 z = pyro.sample("z", dist.Categorical(weights))
                 return pyro.sample("x", self._rows_given(means, covariances, z, is_gappy), obs=x)
