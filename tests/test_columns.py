@@ -44,14 +44,14 @@ def rows(count: int = 300) -> Tensor:
 
 
 VALUES = {
-    "weights": torch.tensor([0.3, 0.7]).double(),
-    "probabilities": torch.tensor([[0.9], [0.2]]).double(),
-    "shares": torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.4, 0.5]]]).double(),
-    "rates": torch.tensor([[8.0], [2.0]]).double(),
-    "means": torch.tensor([[1.0], [-1.0]]).double(),
-    "variances": torch.tensor([[0.5], [0.8]]).double(),
-    "locations": torch.tensor([[100.0], [90.0]]).double(),
-    "squares": torch.tensor([[9.0], [4.0]]).double(),
+    "weights": torch.tensor([0.3, 0.7], dtype=torch.float64),
+    "probabilities": torch.tensor([[0.9], [0.2]], dtype=torch.float64),
+    "shares": torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.4, 0.5]]], dtype=torch.float64),
+    "rates": torch.tensor([[8.0], [2.0]], dtype=torch.float64),
+    "means": torch.tensor([[1.0], [-1.0]], dtype=torch.float64),
+    "variances": torch.tensor([[0.5], [0.8]], dtype=torch.float64),
+    "locations": torch.tensor([[100.0], [90.0]], dtype=torch.float64),
+    "squares": torch.tensor([[9.0], [4.0]], dtype=torch.float64),
 }
 
 
