@@ -52,8 +52,9 @@ class GMM(GenerativeModel):
 
         v_k ~ Beta(1, α),  w_k = v_k Π_{j<k} (1 − v_j),  k < K,
 
-    which leaves those unused that the data do not ask for: K is then only a bound. What the truncation cuts off has the
-    expected mass (α / (1 + α))^(K − 1).
+    which leaves those unused that the data do not ask for: K is then only a bound, and the prior of Σ_k has 1 + α in its
+    place, or 2 if α is not known. What the truncation cuts off has the expected mass (α / (1 + α))^(K − 1). The number of
+    components in use, ``inference.relabel.occupied``, is no estimate of a number of groups: it grows with the rows.
 
     Labels are exchangeable (but for sticks): compare posteriors through label-free functions, or relabel first.
 
@@ -75,6 +76,8 @@ class GMM(GenerativeModel):
     References:
         C. Bishop, Pattern Recognition and Machine Learning (2006), section 9.2.
         H. Ishwaran and L. James, Gibbs sampling methods for stick-breaking priors (2001).
+        J. Miller and M. Harrison, A simple example of Dirichlet process mixture inconsistency for the number of components
+        (2013).
         Z. Ghahramani and M. Jordan, Supervised learning from incomplete data via an EM approach (1994).
         C. Fraley and A. Raftery, Bayesian regularization for normal mixture estimation and model-based clustering (2007).
     """
@@ -149,6 +152,13 @@ class GMM(GenerativeModel):
     def _is_shared(self) -> bool:
         """Whether all components have the same covariance."""
         return self.covariance in ("tied", "isotropic")
+
+    @property
+    def _groups(self) -> float:
+        """How many components share the spread of the data; 1 / E Σ w_k² for sticks, whatever they are truncated at."""
+        if self.weights != "stick-breaking":
+            return float(self.components)
+        return 1.0 + (1.0 if self.concentration is None else self.concentration)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if self.location is None and prefix + "location" in state_dict:
@@ -272,7 +282,7 @@ class GMM(GenerativeModel):
     def _prior(self) -> dist.TorchDistribution:
         """Prior of one component's covariance, in the parameterisation of ``covariance``."""
         features = self.scale.shape[0]
-        variance = self.scale.square() / self.components ** (2.0 / features)
+        variance = self.scale.square() / self._groups ** (2.0 / features)
         if self.covariance in ("full", "tied"):
             return InverseWishart(features + 2.0, torch.diag(variance))
         if self.covariance == "diagonal":
@@ -387,7 +397,7 @@ class GMM(GenerativeModel):
     def _spread(self, residual: Tensor, member: Tensor, sizes: Tensor, scale: Tensor) -> Tensor:
         """Covariances of clusters drawn in with that of the prior, in the parameterisation of ``covariance``."""
         features = residual.shape[1]
-        variance = scale.square() / self.components ** (2.0 / features)
+        variance = scale.square() / self._groups ** (2.0 / features)
         if self._is_shared:
             member, sizes = member.sum(1, keepdim=True), sizes.sum()[None]
         if self.covariance in ("full", "tied"):
