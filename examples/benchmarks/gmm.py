@@ -109,11 +109,11 @@ def pomegranate(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step | 
 KINDS = {"ours": ours, "scikit-learn": scikit_learn, "pomegranate": pomegranate}
 
 
-def compare(covariance: str, x: Tensor, start: dict[str, Tensor], count: int, warmup: int) -> None:
+def compare(covariance: str, x: Tensor, start: dict[str, Tensor], count: int, warmup: int, kinds: tuple[str, ...]) -> None:
     runs, failed = {}, {}
-    for kind, make in KINDS.items():
+    for kind in kinds:
         try:
-            run = make(covariance, x, start)
+            run = KINDS[kind](covariance, x, start)
             if run is not None:
                 runs[kind] = run
         except Exception as error:
@@ -175,6 +175,15 @@ def many(rows: int) -> None:
     print(f"peak {after} MiB, {before} before the run; log-likelihood of a row {level:.4f}, of the truth {best:.4f}")
 
 
+def beside(rows: int) -> None:
+    """pomegranate beside scikit-learn, in a process of its own: to import it slows torch down, ours several times."""
+    print("\npomegranate, in a process of its own:")
+    x, start = data(rows, torch.float32)
+    for covariance in ("full", "diagonal"):
+        compare(covariance, x, shaped(covariance, start), _PEER_STEPS, 0, ("scikit-learn", "pomegranate"))
+    print()
+
+
 def main(smoke: bool = False, threads: int = 1, rows: int = 200_000) -> None:
     torch.set_num_threads(threads)
     rows, count, warmup = (2_000, 2, 2) if smoke else (rows, 5, 15)
@@ -192,8 +201,9 @@ def main(smoke: bool = False, threads: int = 1, rows: int = 200_000) -> None:
         for dtype in (torch.float32, torch.float64):
             x, start = data(rows, dtype)
             for covariance in THEIRS:
-                compare(covariance, x, shaped(covariance, start), count, warmup)
-    print()
+                compare(covariance, x, shaped(covariance, start), count, warmup, ("ours", "scikit-learn"))
+    peer = [sys.executable, __file__, "--pomegranate", "--rows", str(rows)]
+    print(subprocess.run(peer, capture_output=True, check=True, text=True).stdout, end="")
     command = [sys.executable, __file__, "--many", str(20_000 if smoke else 5_000_000)]
     print(subprocess.run(command, capture_output=True, check=True, text=True).stdout, end="")
 
@@ -203,9 +213,14 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--pomegranate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--many", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.many is not None:
         many(options.many)
+    elif options.pomegranate:
+        torch.set_num_threads(1)
+        with threadpool_limits(1):
+            beside(options.rows)
     else:
         main(options.smoke, options.threads, options.rows)
