@@ -114,7 +114,10 @@ class Prepared(Protocol):
 
 @runtime_checkable
 class Started(Protocol):
-    """A model that knows where an ascent may start: site to value, others at every call. EM takes the best of several."""
+    """A model that knows where an ascent may start: site to value, another one at every call.
+
+    EM takes the best of several.
+    """
 
     def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
 

@@ -232,7 +232,7 @@ class EM(Backend[EMState, EMInfo]):
         else:
             few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
             values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
-            suggested = {} if program.weights else suggested_values(program, pilots)
+            suggested = {} if program.weights else suggested_values(program, values)
             values |= suggested
         if program.continuous and not suggested and not program.weights and not is_given and not self._is_batched(program):
             values = ascended(program, values, longest=ASCENT, is_split=True)

@@ -216,6 +216,8 @@ def _without(parameter: Tensor, dim: int) -> Tensor:
 def _full(m: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """η and c of means (*component, D) and Cholesky factors (*component, D, D)."""
     i, j = torch.tril_indices(m.shape[-1], m.shape[-1], device=m.device)
+    is_singular = (factor.diagonal(dim1=-2, dim2=-1) == 0).any(-1)[..., None, None]
+    factor = torch.where(is_singular, torch.nan, factor)  # no density; torch would raise
     precision = torch.cholesky_inverse(factor)
     linear = (precision @ m.unsqueeze(-1)).squeeze(-1)
     square = torch.where(i == j, -0.5, -1.0).to(m.dtype) * precision[..., i, j]

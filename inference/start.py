@@ -69,14 +69,27 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
     return values
 
 
-def suggested_values(program: Program, chains: int) -> dict[str, Tensor]:
-    """What the model itself says of the start, as site to (chain, *site); empty if it says nothing."""
+def suggested_values(program: Program, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model itself says of the start, as site to (chain, *site): for each chain the best of a few suggestions.
+
+    Args:
+        program: The program.
+        values: Values of all latent sites, (chain, *site), for those that the model says nothing of.
+
+    Returns:
+        Empty if it says nothing at all.
+    """
     if not isinstance(program.owner, Started):
         return {}
-    args, kwargs = program.arguments()
-    calls = [program.owner.start(*args, **kwargs) for _ in range(chains)]
+    (args, kwargs), chains = program.arguments(), len(next(iter(values.values())))
+    calls = [program.owner.start(*args, **kwargs) for _ in range(chains * _LEAST)]
     found = {name: torch.stack([call[name] for call in calls]) for name in calls[0] if name in program.latents}
-    return given_values(program, found, chains)
+    found = given_values(program, found, len(calls))
+    free = [name for name in program.finite if name not in found]
+    at = {name: value.repeat_interleave(_LEAST, 0) for name, value in values.items()} | found
+    log_density = _log_density(program, at, free, False).nan_to_num(nan=-torch.inf).reshape(chains, _LEAST)
+    rows = torch.arange(chains, device=program.device) * _LEAST + log_density.argmax(1)
+    return {name: value[rows] for name, value in found.items()}
 
 
 def _candidates(program: Program, count: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pyro_genmodels.classical import (
     LinearRegression,
     LogisticRegression,
     MarginClassifier,
+    Mixture,
     NaiveBayes,
     SoftmaxRegression,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "LinearRegression",
     "LogisticRegression",
     "MarginClassifier",
+    "Mixture",
     "NaiveBayes",
     "SoftmaxRegression",
     "StochasticModule",

@@ -312,7 +312,7 @@ class Columns(TorchDistribution):
             dimension, (*batch, columns).
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     support = constraints.real_vector
 
     def __init__(self, parts: Sequence[tuple[Sequence[int], Any]], batch_shape: Size | None = None) -> None:
@@ -397,7 +397,7 @@ class Mixed(TorchDistribution):
         components: A distribution with the components in its last batch dimension, (*batch, K).
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, weights: Tensor, components: Any, batch_shape: Size | None = None) -> None:
         self.weights, self.components = weights, components
@@ -448,7 +448,7 @@ class Mixed(TorchDistribution):
         return rows.gather(len(shape), index).squeeze(len(shape))
 
 
-class LatentScaleT(torch.distributions.StudentT, TorchDistribution):  # type: ignore[misc]
+class LatentScaleT(torch.distributions.StudentT, TorchDistribution):
     """Student's t as a normal of random scale, which EM fills in; its degrees of freedom are known.
 
         u ~ Gamma(ν/2, ν/2),  x ~ N(μ, s² / u)
@@ -504,7 +504,7 @@ class MarkovChain(TorchDistribution):
         states = initial.shape[-1]
         if initial.dim() != 1:
             raise ValueError(
-                f"initial has shape {tuple(initial.shape)}, but a MarkovChain is one sequence, and it must have ({states},). "
+                f"initial has shape {tuple(initial.shape)}, but a MarkovChain is one sequence, which has ({states},). "
                 "Sample each sequence in a Python loop."
             )
         if length < 1:

@@ -93,11 +93,34 @@ bad_number = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids
 
 
 @every_backend
-@bad_number
-def test_a_mixture_refuses_rows_that_are_not_finite(backend: str, bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.inf, -math.inf], ids=["inf", "minus inf"])
+def test_a_mixture_refuses_rows_that_are_infinite(backend: str, bad: float) -> None:
     x = ROWS.clone()
     x[3, 1] = x[5, 0] = bad
-    refuse(backend, ValueError, ("x holds 2 values that are NaN or infinite", "row 3, column 1", "Remove"), GMM(2), x)
+    refuse(backend, ValueError, ("x holds 2 values that are infinite", "row 3, column 1", "NaN"), GMM(2), x)
+
+
+@every_backend
+def test_a_mixture_refuses_a_column_of_which_nothing_is_known(backend: str) -> None:
+    x = ROWS.clone()
+    x[:, 1] = math.nan
+    refuse(backend, ValueError, ("Column 1 of x has no value that is known", "Remove the column"), GMM(2), x)
+
+
+BAD_WEIGHTS = {
+    "negative": (torch.ones(len(ROWS)).double().index_fill(0, torch.tensor([4]), -1.0), ("not negative", "row 4", "-1.0")),
+    "zero": (torch.zeros(len(ROWS)).double(), ("row_weights are all zero",)),
+    "short": (torch.ones(3).double(), ("row_weights has shape (3,)", f"({len(ROWS)},)")),
+    "whole": (torch.ones(len(ROWS), dtype=torch.long), ("row_weights must be floating", ".double()")),
+    "NaN": (torch.full((len(ROWS),), math.nan).double(), ("finite and not negative", "row 0")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_a_mixture_refuses_weights_of_rows_that_are_none(case: str) -> None:
+    weights, sentences = BAD_WEIGHTS[case]
+    with pytest.raises(ValueError, match=pieces(*sentences)):
+        EM(progress=False).fit(GMM(2), ROWS, row_weights=weights)
 
 
 @every_backend

@@ -489,3 +489,68 @@ def test_weights_that_a_program_sums_out_itself_grow_by_the_step_of_em() -> None
     end = EM(start={"weights": start}, steps=500, tolerance=1e-10, seed=0, progress=False).fit(program, x)
     assert float(end.history["log_joint"].diff().min()) >= -1e-10
     torch.testing.assert_close(end.point()["weights"], m_step(end.point()["weights"]), rtol=1e-6, atol=0.0)
+
+
+# ---------------------------------------------------------------------- what distributions hide, what models suggest
+class Heavy(dist.StudentT):
+    """Student's t, seen as a normal whose precision is hidden."""
+
+    def summary(self, value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        precision = (self.df + 1.0) / (self.df + ((value - self.loc) / self.scale).square())
+        return weights, precision
+
+    def expected_log_prob(self, value: Tensor, summary: tuple[Tensor, Tensor]) -> Tensor:
+        weights, precision = summary
+        return (weights * (-self.scale.log() - 0.5 * precision * ((value - self.loc) / self.scale).square())).sum()
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Heavy:
+        shape = torch.Size(batch_shape)
+        return Heavy(self.df.expand(shape), self.loc.expand(shape), self.scale.expand(shape), validate_args=False)
+
+
+OUTLYING = torch.tensor([-0.3, 0.1, 0.4, 0.9, 1.2, 0.6, 30.0, -25.0]).double()
+
+
+def heavy(y: Tensor, counts: Tensor) -> None:
+    location = pyro.sample("location", dist.Normal(y.new_zeros(()), 10.0))
+    variance = pyro.sample("variance", dist.InverseGamma(y.new_tensor(2.0), 1.0))
+    with pyro.plate("rows", len(y)), poutine.scale(scale=counts):
+        pyro.sample("y", Heavy(y.new_tensor(3.0), location, variance.sqrt()), obs=y)
+
+
+def test_em_fills_in_what_a_distribution_hides() -> None:
+    """Closed M-steps, a climb without a fall, and the end where scipy's optimiser finds the mode."""
+    counts = torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0]).double()
+    backend = EM(steps=2000, tolerance=1e-10, seed=0, progress=False)
+    posterior = backend.fit(heavy, OUTLYING, counts)
+    assert posterior.plan["location"].update == "Normal" and posterior.plan["variance"].update == "InverseGamma"
+    assert float(posterior.history["log_joint"].diff().min()) >= -1e-9
+
+    def loss(at: Any) -> float:
+        location, variance = at[0], math.exp(at[1])
+        prior = scipy.stats.norm(0, 10).logpdf(location) + scipy.stats.invgamma(2.0, scale=1.0).logpdf(variance)
+        rows = scipy.stats.t(3.0, location, math.sqrt(variance)).logpdf(OUTLYING.numpy())
+        return -float(prior + counts.numpy() @ rows)
+
+    best = scipy.optimize.minimize(loss, [0.5, 0.0], options={"gtol": 1e-8})
+    assert float(posterior.point()["location"]) == pytest.approx(best.x[0], abs=1e-4)
+    assert float(posterior.point()["variance"]) == pytest.approx(math.exp(best.x[1]), rel=1e-4)
+    assert float(posterior.stats["lp"]) == pytest.approx(-best.fun, rel=1e-9)
+
+
+class Narrow(nn.Module):
+    """A mode in a corner of a wide prior, with nothing that points to it from afar; the model knows the corner."""
+
+    def model(self, y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 1000.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal((mean - 700.0).clamp(-3.0, 3.0), 0.1), obs=y)
+
+    def start(self, y: Tensor) -> dict[str, Tensor]:
+        return {"mean": y.new_tensor(701.5)}
+
+
+def test_em_starts_where_the_model_suggests() -> None:
+    y = torch.full((20,), 1.0).double()
+    posterior = EM(seed=0, progress=False, standard_errors=False).fit(Narrow(), y)
+    assert float(posterior.point()["mean"]) == pytest.approx(701.0, abs=0.01)

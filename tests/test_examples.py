@@ -27,7 +27,11 @@ def load(path: Path) -> Any:
     return module
 
 
-ON_DATA = {"anomaly_detection": "adbench.npz", "semi_supervised_text": "bow_20news_full.npz", "topics": "bow_ap.npz"}  # example to what it reads
+ON_DATA = {
+    "anomaly_detection": "adbench.npz",
+    "semi_supervised_text": "bow_20news_full.npz",
+    "topics": "bow_ap.npz",
+}  # example to what it reads
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

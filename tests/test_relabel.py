@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -198,3 +200,60 @@ def test_a_symmetric_mixture_has_one_mode_once_its_labels_are_matched() -> None:
         mean = found["mean"].mean((0, 1)).sort().values
         assert bool(((mean - exact).abs() < 4.5 / (200 * precision) ** 0.5).all())  # a false alarm in 7e4 runs
         assert bool((found["mean"].mean(1)[0] - found["mean"].mean(1)[1]).abs().max() < 0.3)
+
+
+# ------------------------------------------------------------------------------------------------ one partition
+def partitions(rows: int) -> list[list[int]]:
+    """All of them, as restricted growth strings."""
+    found = [[0]]
+    for _ in range(rows - 1):
+        found = [[*start, k] for start in found for k in range(max(start) + 2)]
+    return found
+
+
+def binder(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a[:, None] == a) != (b[:, None] == b)).mean())
+
+
+def variation(a: np.ndarray, b: np.ndarray) -> float:
+    """Σ_ij −p_ij (log p_ij / p_i + log p_ij / p_j), in words of the definition."""
+    total = 0.0
+    for i in set(a):
+        for j in set(b):
+            p, own, other = ((a == i) & (b == j)).mean(), (a == i).mean(), (b == j).mean()
+            total -= p * (np.log(p / own) + np.log(p / other)) if p else 0.0
+    return total
+
+
+@pytest.mark.parametrize(("loss", "distance"), [("binder", binder), ("variation of information", variation)])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_partition_has_the_least_expected_loss_of_all(loss: str, distance: Callable[..., float], seed: int) -> None:
+    """Seven rows have 877 partitions."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    is_kept = torch.rand(2, 15, 7, generator=generator) < 0.7
+    labels = torch.where(is_kept, truth, torch.randint(4, (2, 8, 7), generator=generator))
+    draws = labels.flatten(0, 1).numpy()
+    losses = [np.mean([distance(np.array(one), draw) for draw in draws]) for one in partitions(7)]
+    found = relabel.partition(labels, loss).numpy()
+    assert np.mean([distance(found, draw) for draw in draws]) == pytest.approx(min(losses), abs=1e-12)
+    assert list(found) in partitions(7)
+
+
+def test_a_partition_does_not_depend_on_names() -> None:
+    draws = mixture()
+    other = renamed(draws, random_order())
+    for loss in ("binder", "variation of information"):
+        assert torch.equal(relabel.partition(draws["z"], loss), relabel.partition(other["z"], loss))
+
+
+def test_occupied_counts_the_labels_in_use() -> None:
+    labels = torch.tensor([[[0, 0, 3], [1, 2, 0]], [[5, 5, 5], [0, 1, 1]]])
+    assert relabel.occupied(labels).tolist() == [[2, 3], [1, 2]]
+
+
+def test_partitions_refuse_other_losses_and_shapes() -> None:
+    with pytest.raises(ValueError, match="'binder' or 'variation of information'"):
+        relabel.partition(torch.zeros(1, 2, 3, dtype=torch.long), "0-1")
+    with pytest.raises(ValueError, match="chain, draw, row"):
+        relabel.partition(torch.zeros(2, 3, dtype=torch.long))

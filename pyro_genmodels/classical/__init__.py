@@ -2,8 +2,18 @@
 
 from pyro_genmodels.classical.gmm import GMM
 from pyro_genmodels.classical.margin import MarginClassifier
+from pyro_genmodels.classical.mixture import Mixture
 from pyro_genmodels.classical.naive_bayes import NaiveBayes
 from pyro_genmodels.classical.regression import LinearRegression, LogisticRegression, SoftmaxRegression
 from pyro_genmodels.classical.topics import LDA
 
-__all__ = ["GMM", "LDA", "LinearRegression", "LogisticRegression", "MarginClassifier", "NaiveBayes", "SoftmaxRegression"]
+__all__ = [
+    "GMM",
+    "LDA",
+    "LinearRegression",
+    "LogisticRegression",
+    "MarginClassifier",
+    "Mixture",
+    "NaiveBayes",
+    "SoftmaxRegression",
+]

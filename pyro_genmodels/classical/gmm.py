@@ -33,13 +33,15 @@ class GMM(GenerativeModel):
         z_n ~ Categorical(w),  x_n ~ N(μ_{z_n}, Σ_{z_n})
 
     With m and s the mean and standard deviation of the data, the prior is proper, works on unscaled data and keeps a
-    component from collapsing onto a point, where the likelihood has no upper bound: ``EM(objective="mle")``, which leaves the
-    prior out, may run into such a singularity; ``EM()`` cannot. Diagonal, spherical and isotropic variances have the prior
-    InverseGamma(D/2 + 1, s² / 2 K^(2/D)) of the corresponding marginal.
+    component from collapsing onto a point, where the likelihood has no upper bound: ``EM(objective="mle")``, which leaves
+    the prior out, may run into such a singularity; ``EM()`` cannot. Diagonal, spherical and isotropic variances have the
+    prior InverseGamma(D/2 + 1, s² / 2 K^(2/D)) of the corresponding marginal.
 
     Entries of x that are NaN are not observed: a row counts with the marginal of what is known of it, and a row of which
     nothing is known says nothing. (That is right if what is missing does not depend on its value, given the rest.) EM has
-    closed forms all the same. Memory is that of one covariance for each row and component.
+    closed forms all the same; Gibbs then moves full and tied covariances by HMC. missing="drawn" makes the missing entries a
+    site of their own instead, flat before the data: the same posterior, of which Gibbs draws every site from its exact
+    conditional. (It is meant for Gibbs: the others have more to move, and EM has to average over draws.)
 
     ``row_weights`` raise the density of each row to a power: a weight of 2 is the row twice. The components are then summed
     out inside the distribution of a row, there is no ``z``, and every back-end has the posterior of the weighted rows; Gibbs
@@ -50,8 +52,9 @@ class GMM(GenerativeModel):
 
         v_k ~ Beta(1, α),  w_k = v_k Π_{j<k} (1 − v_j),  k < K,
 
-    which leaves those unused that the data do not ask for: K is then only a bound. What the truncation cuts off has the
-    expected mass (α / (1 + α))^(K − 1).
+    which leaves those unused that the data do not ask for: K is then only a bound, and the prior of Σ_k has 1 + α in its
+    place, or 2 if α is not known. What the truncation cuts off has the expected mass (α / (1 + α))^(K − 1). The number of
+    components in use, ``inference.relabel.occupied``, is no estimate of a number of groups: it grows with the rows.
 
     Labels are exchangeable (but for sticks): compare posteriors through label-free functions, or relabel first.
 
@@ -67,10 +70,14 @@ class GMM(GenerativeModel):
         scale: s, (D,), positive; None takes it from the data of each fit (a constant column counts as 1).
         weights: "free", "equal" or "stick-breaking".
         concentration: α of stick-breaking, positive; None gives it the prior Gamma(1, 1).
+        missing: What happens to missing entries: "summed" integrates them out, "drawn" makes them the site ``missing``
+            (rows, D), which is a placeholder where an entry is known.
 
     References:
         C. Bishop, Pattern Recognition and Machine Learning (2006), section 9.2.
         H. Ishwaran and L. James, Gibbs sampling methods for stick-breaking priors (2001).
+        J. Miller and M. Harrison, A simple example of Dirichlet process mixture inconsistency for the number of components
+        (2013).
         Z. Ghahramani and M. Jordan, Supervised learning from incomplete data via an EM approach (1994).
         C. Fraley and A. Raftery, Bayesian regularization for normal mixture estimation and model-based clustering (2007).
     """
@@ -84,6 +91,7 @@ class GMM(GenerativeModel):
         scale: Tensor | None = None,
         weights: str = "free",
         concentration: float | None = 1.0,
+        missing: str = "summed",
     ) -> None:
         super().__init__()
         if components < 1:
@@ -98,7 +106,9 @@ class GMM(GenerativeModel):
         if concentration is not None and not concentration > 0:
             raise ValueError(f"concentration is {concentration}, but must be positive.")
         self.components, self.covariance = components, covariance
-        self.weights, self.concentration = weights, concentration
+        if missing not in ("summed", "drawn"):
+            raise ValueError(f"missing is '{missing}', but must be 'summed' or 'drawn'.")
+        self.weights, self.concentration, self.missing = weights, concentration, missing
         self._has_gaps: bool | None = None  # None: not prepared yet
         given = [tensor for tensor in (location, scale) if tensor is not None]
         self.features = features or (len(given[0]) if given else None)
@@ -142,6 +152,13 @@ class GMM(GenerativeModel):
     def _is_shared(self) -> bool:
         """Whether all components have the same covariance."""
         return self.covariance in ("tied", "isotropic")
+
+    @property
+    def _groups(self) -> float:
+        """How many components share the spread of the data; 1 / E Σ w_k² for sticks, whatever they are truncated at."""
+        if self.weights != "stick-breaking":
+            return float(self.components)
+        return 1.0 + (1.0 if self.concentration is None else self.concentration)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if self.location is None and prefix + "location" in state_dict:
@@ -209,9 +226,9 @@ class GMM(GenerativeModel):
                 f"x holds {len(bad)} values that are infinite, the first in row {row}, column {column}. "
                 "Remove these rows, or set what is not known to NaN."
             )
-        counts = True
+        counts = torch.ones_like(x, dtype=torch.bool)
         if row_weights is not None:
-            _check_weights(row_weights, len(x))
+            check_weights(row_weights, len(x))
             counts = (row_weights > 0)[:, None]
         empty = (~(~x.isnan() & counts).any(0)).nonzero()
         if len(empty):
@@ -231,6 +248,10 @@ class GMM(GenerativeModel):
             covariances = pyro.sample("covariances", self._prior())
         is_gappy = self._is_gappy(x)
         with pyro.plate("rows", rows):
+            if is_gappy and self.missing == "drawn" and x is not None:
+                is_known, is_gappy = ~x.isnan(), False
+                blank = dist.Normal(self.location, self.scale).expand(list(x.shape)).mask(is_known)
+                x = torch.where(is_known, x.nan_to_num(), pyro.sample("missing", blank.to_event(1)))
             if row_weights is None:
                 z = pyro.sample("z", dist.Categorical(weights))
                 return pyro.sample("x", self._rows_given(means, covariances, z, is_gappy), obs=x)
@@ -261,7 +282,7 @@ class GMM(GenerativeModel):
     def _prior(self) -> dist.TorchDistribution:
         """Prior of one component's covariance, in the parameterisation of ``covariance``."""
         features = self.scale.shape[0]
-        variance = self.scale.square() / self.components ** (2.0 / features)
+        variance = self.scale.square() / self._groups ** (2.0 / features)
         if self.covariance in ("full", "tied"):
             return InverseWishart(features + 2.0, torch.diag(variance))
         if self.covariance == "diagonal":
@@ -280,7 +301,7 @@ class GMM(GenerativeModel):
         return Columns(((range(means.shape[-1]), columns),)) if is_gappy else columns.to_event(1)
 
     def guide(self, x: Tensor | None = None, size: int | None = None, row_weights: Tensor | None = None) -> None:
-        """Independent factors: a Dirichlet or Betas, a normal for every mean, an inverse Wishart or Gamma for covariances."""
+        """Independent factors: a Dirichlet or Betas, a normal a mean, an inverse Wishart or Gamma a covariance."""
         guess = self.guesses
         if self.weights == "free":
             pyro.sample("weights", dist.Dirichlet(guess["log_concentration"].exp()))
@@ -376,7 +397,7 @@ class GMM(GenerativeModel):
     def _spread(self, residual: Tensor, member: Tensor, sizes: Tensor, scale: Tensor) -> Tensor:
         """Covariances of clusters drawn in with that of the prior, in the parameterisation of ``covariance``."""
         features = residual.shape[1]
-        variance = scale.square() / self.components ** (2.0 / features)
+        variance = scale.square() / self._groups ** (2.0 / features)
         if self._is_shared:
             member, sizes = member.sum(1, keepdim=True), sizes.sum()[None]
         if self.covariance in ("full", "tied"):
@@ -436,7 +457,7 @@ class GMM(GenerativeModel):
 
     @torch.no_grad()
     def score_samples(self, x: Tensor, draws: Draws) -> Tensor:
-        """Log posterior predictive density of what is known of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
+        """Log predictive density of what is known of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
         log_densities = self._log_joint(x, draws).logsumexp(-1)
         return log_densities.logsumexp(0) - math.log(len(log_densities))
 
@@ -521,6 +542,7 @@ class GMM(GenerativeModel):
                 z = torch.multinomial(shares, len(which), replacement=True).mT  # (draw, row)
                 mean, covariance = self._fill(known, means[i], covariances[i])
                 factor = torch.linalg.cholesky(covariance + torch.diag_embed((~unknown).to(x))[:, None])
+                factor = factor.expand(*mean.shape, mean.shape[-1])
                 noise = torch.where(unknown, torch.randn(len(which), *known.shape, dtype=x.dtype, device=x.device), 0.0)
                 row = torch.arange(len(rows), device=x.device)
                 drawn = mean[row, z] + (factor[row, z] @ noise.unsqueeze(-1)).squeeze(-1)
@@ -539,7 +561,7 @@ class GMM(GenerativeModel):
         return torch.stack(rows)
 
 
-def _check_weights(row_weights: Tensor, rows: int) -> None:
+def check_weights(row_weights: Tensor, rows: int) -> None:
     if row_weights.shape != (rows,):
         raise ValueError(f"row_weights has shape {tuple(row_weights.shape)}, but must be ({rows},): one for each row of x.")
     if not row_weights.is_floating_point():

@@ -1,0 +1,226 @@
+"""EM on Gaussian mixtures of all covariance types beside scikit-learn's and pomegranate's, and on five million rows.
+
+    python examples/benchmarks/gmm.py
+
+All start from the same parameters and take the same number of steps, which alternate in one process. Seconds are medians;
+log-likelihoods are computed in float64 from the parameters that each has reached. pomegranate has no tied covariance, and
+its steps take so long that it takes the last two only. Five million rows go by in mini-batches, in a process of their
+own whose peak memory is printed beside that of its data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from em_rows import COLUMNS, COMPONENTS, data
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from inference import EM
+from inference.handlers import quiet, reproducible
+from inference.program import Program
+from pyro_genmodels import GMM
+
+THEIRS = {"full": "full", "tied": "tied", "diagonal": "diag", "spherical": "spherical"}
+_PEER_STEPS = 2  # of pomegranate, whose steps take long
+Step = Callable[[], dict[str, Tensor]]  # one step of EM; the parameters after it
+
+
+def shaped(covariance: str, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    full = start["covariances"]
+    shapes = {"full": full, "tied": full[0], "diagonal": full.diagonal(0, -2, -1), "spherical": full[:, 0, 0]}
+    return start | {"covariances": shapes[covariance].contiguous()}
+
+
+def ours(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step:
+    backend = EM(steps=10**6, tolerance=0.0, objective="mle", start=start, dtype=x.dtype, seed=0, progress=False)
+    program = Program(GMM(COMPONENTS, covariance), (x,), dtype=x.dtype)
+    with reproducible(program.dtype), quiet(), torch.no_grad():
+        state = backend.init(program)
+
+    def step() -> dict[str, Tensor]:
+        nonlocal state
+        with reproducible(program.dtype), quiet(), torch.no_grad():
+            state, _ = backend.step(state, program)
+        return {name: state.values[name][0] for name in start}
+
+    return step
+
+
+def scikit_learn(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step:
+    """The two halves of the loop in ``GaussianMixture.fit``."""
+    is_matrix, own = covariance in ("full", "tied"), start["covariances"]
+    mixture: Any = GaussianMixture(
+        COMPONENTS,
+        covariance_type=THEIRS[covariance],
+        reg_covar=0.0,
+        init_params="random",
+        weights_init=start["weights"].numpy(),
+        means_init=start["means"].numpy(),
+        precisions_init=(torch.linalg.inv(own) if is_matrix else own.reciprocal()).numpy(),
+        random_state=0,
+    )
+    rows = x.numpy()
+    mixture._initialize_parameters(rows, np.random.RandomState(0))
+
+    def step() -> dict[str, Tensor]:
+        _, log_weights = mixture._e_step(rows)
+        mixture._m_step(rows, log_weights)
+        found = mixture.weights_, mixture.means_, mixture.covariances_
+        return {name: torch.as_tensor(value) for name, value in zip(start, found, strict=True)}
+
+    return step
+
+
+def pomegranate(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step | None:
+    from pomegranate.distributions import Normal
+    from pomegranate.gmm import GeneralMixtureModel
+
+    kind = {"full": "full", "diagonal": "diag", "spherical": "sphere"}.get(covariance)
+    if kind is None:
+        return None
+    parts = zip(start["means"], start["covariances"], strict=True)
+    components = [Normal(mean.clone(), cov.clone(), covariance_type=kind) for mean, cov in parts]
+    mixture = GeneralMixtureModel(components, priors=start["weights"].clone())
+
+    def step() -> dict[str, Tensor]:
+        mixture.summarize(x)
+        mixture.from_summaries()
+        covariances = torch.stack([component.covs.reshape(start["covariances"].shape[1:]) for component in components])
+        return {"weights": mixture.priors.data, "means": torch.stack([c.means.data for c in components]),
+                "covariances": covariances.data}  # fmt: skip
+
+    return step
+
+
+KINDS = {"ours": ours, "scikit-learn": scikit_learn, "pomegranate": pomegranate}
+
+
+def compare(covariance: str, x: Tensor, start: dict[str, Tensor], count: int, warmup: int, kinds: tuple[str, ...]) -> None:
+    runs, failed = {}, {}
+    for kind in kinds:
+        try:
+            run = KINDS[kind](covariance, x, start)
+            if run is not None:
+                runs[kind] = run
+        except Exception as error:
+            failed[kind] = repr(error)[:60]
+    times: dict[str, list[float]] = {kind: [] for kind in runs}
+    found = {}
+    for number in range(warmup + count):
+        for kind, run in list(runs.items()):
+            if kind == "pomegranate" and number < warmup + count - _PEER_STEPS:
+                continue
+            begun = time.perf_counter()
+            try:
+                found[kind] = run()
+            except Exception as error:
+                failed[kind] = repr(error)[:60]
+                del runs[kind]
+                continue
+            if number >= warmup:
+                times[kind].append(time.perf_counter() - begun)
+    peer, model = statistics.median(times["scikit-learn"]), GMM(COMPONENTS, covariance)
+    wide = x.double()
+    for kind in runs:
+        values = {name: value.double() for name, value in found[kind].items()}
+        level = float(torch.cat([model.score_samples(part, values) for part in wide.split(20_000)]).mean())
+        median = statistics.median(times[kind])
+        level = level if kind != "pomegranate" else float("nan")  # after other steps
+        name = str(x.dtype).removeprefix("torch.")
+        print(f"{name:9}{covariance:11}{kind:14}{median:9.3f}{peer / median:8.2f}{level:16.6f}", flush=True)
+    for kind, why in failed.items():
+        print(f"{'':9}{covariance:11}{kind:14}{why}", flush=True)
+
+
+def peak() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+
+
+def many(rows: int) -> None:
+    """EM in mini-batches; prints peaks with the data alone and with the run, seconds and the level."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    means = 3.0 * torch.randn(8, 8, generator=generator)
+    x = torch.randn(rows, 8, generator=generator)
+    for part in x.split(100_000):
+        part += means[torch.randint(8, (len(part),), generator=generator)]
+    before, begun = peak(), time.perf_counter()
+    backend = EM(steps=100, batch_size=min(50_000, rows // 4), dtype=torch.float32, seed=0, progress=False,
+                 standard_errors=False, keep=("weights", "means", "covariances"))  # fmt: skip
+    posterior = backend.fit(GMM(8, "diagonal"), x)
+    seconds, after = time.perf_counter() - begun, peak()
+    model, point = GMM(8, "diagonal"), posterior.point()
+    level = float(torch.cat([model.score_samples(part, point) for part in x[:200_000].split(20_000)]).mean())
+    truth = {"weights": torch.full((8,), 0.125), "means": means, "covariances": torch.ones(8, 8)}
+    best = float(torch.cat([model.score_samples(part, truth) for part in x[:200_000].split(20_000)]).mean())
+    print(
+        f"N = {rows:,}, D = 8, K = 8, float32, diagonal, 100 mini-batches of {backend.batch_size:,}: {seconds:.1f} s; ",
+        end="",
+    )
+    print(f"peak {after} MiB, {before} before the run; log-likelihood of a row {level:.4f}, of the truth {best:.4f}")
+
+
+def beside(rows: int) -> None:
+    """pomegranate beside scikit-learn, in a process of its own: to import it slows torch down, ours several times."""
+    print("\npomegranate, in a process of its own:")
+    x, start = data(rows, torch.float32)
+    for covariance in ("full", "diagonal"):
+        compare(covariance, x, shaped(covariance, start), _PEER_STEPS, 0, ("scikit-learn", "pomegranate"))
+    print()
+
+
+def main(smoke: bool = False, threads: int = 1, rows: int = 200_000) -> None:
+    torch.set_num_threads(threads)
+    rows, count, warmup = (2_000, 2, 2) if smoke else (rows, 5, 15)
+    versions = ", ".join(
+        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "pyro-ppl", "scikit-learn", "pomegranate")
+    )
+    print(
+        f"python examples/benchmarks/{os.path.basename(__file__)}{' --smoke' * smoke}{f' --rows {rows}' * (rows != 200_000)}"
+    )
+    machine = f"{os.cpu_count()} cores, shared, {threads} thread, Python {platform.python_version()}"
+    print(f"{datetime.date.today()}, {machine}, {versions}")
+    print(f"K = {COMPONENTS}, D = {COLUMNS}, N = {rows:,}, after {warmup + count} steps from one start\n")
+    print(f"{'':9}{'':11}{'':14}{'s / step':>9}{'speed':>8}{'log-likelihood':>16}")
+    with threadpool_limits(threads):
+        for dtype in (torch.float32, torch.float64):
+            x, start = data(rows, dtype)
+            for covariance in THEIRS:
+                compare(covariance, x, shaped(covariance, start), count, warmup, ("ours", "scikit-learn"))
+    peer = [sys.executable, __file__, "--pomegranate", "--rows", str(rows)]
+    print(subprocess.run(peer, capture_output=True, check=True, text=True).stdout, end="")
+    command = [sys.executable, __file__, "--many", str(20_000 if smoke else 5_000_000)]
+    print(subprocess.run(command, capture_output=True, check=True, text=True).stdout, end="")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--pomegranate", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--many", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.many is not None:
+        many(options.many)
+    elif options.pomegranate:
+        torch.set_num_threads(1)
+        with threadpool_limits(1):
+            beside(options.rows)
+    else:
+        main(options.smoke, options.threads, options.rows)
