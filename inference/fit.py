@@ -38,6 +38,7 @@ from inference.past import Past, joined
 from inference.plan import Plan, Update
 from inference.posterior import End, Posterior
 from inference.program import Program
+from inference.relabel import Axis
 from inference.symmetry import exchangeable
 from inference.until import Until
 
@@ -295,7 +296,7 @@ class _Run:
         return fingerprint(self.asked, self.program, self.seed)
 
     @cached_property
-    def _symmetry(self) -> dict[str, int | None]:
+    def _symmetry(self) -> dict[str, Axis]:
         return exchangeable(self.program)
 
     def posterior(self, past: Past | None = None) -> Posterior:

@@ -59,7 +59,8 @@ class Posterior:
         coords: Name of a dimension to its labels.
         observed: Observed site to the data.
         constants: Parameter of the program to those tensor arguments that are not observed.
-        symmetry: Site to the axis of its value that runs over exchangeable labels; None where its values are labels.
+        symmetry: Site to the axis of its value that runs over exchangeable labels, or to two of them; None where its values
+            are labels.
         warmup_draws: As ``draws``, before the first one that counts; empty if not kept.
         warmup_stats: As ``stats``, of the warm-up.
         program: The program that was fitted; None after ``load`` without a model.
@@ -75,7 +76,7 @@ class Posterior:
     coords: dict[str, np.ndarray] = field(default_factory=dict)
     observed: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
-    symmetry: dict[str, int | None] = field(default_factory=dict)
+    symmetry: dict[str, relabel.Axis] = field(default_factory=dict)
     warmup_draws: dict[str, Tensor] = field(default_factory=dict)
     warmup_stats: dict[str, Tensor] = field(default_factory=dict)
     program: Program | None = None
@@ -269,7 +270,7 @@ class Posterior:
             info=meta["info"],
             dims={site: tuple(names) for site, names in meta["dims"].items()},
             coords={name: np.array(values, dtype=dtype) for name, (dtype, values) in meta["coords"].items()},
-            symmetry=meta["symmetry"],
+            symmetry={site: tuple(axis) if isinstance(axis, list) else axis for site, axis in meta["symmetry"].items()},
             program=None if model is None else _rebuild(model, args, kwargs, groups, meta["info"]),
         )
         posterior._pointwise.update(pointwise)

@@ -1,8 +1,9 @@
 """Label switching: components of a mixture may trade names between draws without a change of the density.
 
 Sites of a program with exchangeable labels are named by its *symmetry*, a map from site to the axis of one value that
-runs over the labels (``weights`` (K,): 0; ``means`` (K, D): 0), or to None where the values themselves are labels
-(``z`` (N,)). Means, R-hat and traces of such sites say nothing until the labels are matched, or left out of sight.
+runs over the labels (``weights`` (K,): 0; ``means`` (K, D): 0), to both axes of a matrix whose rows and columns are labels
+(``transitions`` (K, K): (0, 1)), or to None where the values themselves are labels (``z`` (N,)). Means, R-hat and traces of
+such sites say nothing until the labels are matched, or left out of sight.
 
     match         to a pivot: the features of components, or the values that they share
     ecr           to the allocations that the draws themselves agree on, found by iteration
@@ -25,7 +26,8 @@ from torch import Tensor
 
 __all__ = ["co_clustering", "ecr", "invariant", "match", "occupied", "partition", "stephens"]
 
-Symmetry = Mapping[str, int | None]
+Axis = int | tuple[int, int] | None  # of the labels; two where they name rows and columns; None where values are labels
+Symmetry = Mapping[str, Axis]
 
 
 def match(
@@ -184,9 +186,11 @@ def _renamed(draws: Mapping[str, Tensor], named: Symmetry, order: Tensor) -> dic
             flat = values.flatten(2).long()
             renamed[site] = rank.gather(2, flat).to(values.dtype).reshape(values.shape)
         else:
-            front = _labels_first(values, axis)
-            index = order.reshape(*order.shape, *[1] * (front.dim() - 3)).expand(front.shape)
-            renamed[site] = front.gather(2, index).movedim(2, _axis(axis)).contiguous()
+            for each in _axes(axis):
+                front = _labels_first(values, each)
+                index = order.reshape(*order.shape, *[1] * (front.dim() - 3)).expand(front.shape)
+                values = front.gather(2, index).movedim(2, each).contiguous()
+            renamed[site] = values
     return renamed
 
 
@@ -198,31 +202,37 @@ def invariant(draws: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Tens
         symmetry: Site to the axis of its labels, or None where its values are labels.
 
     Returns:
-        The same, where a site with a label axis is sorted along it (every other axis for itself), and sites whose
-        values are labels are left out.
+        The same, where a site with a label axis is sorted along it (every other axis for itself), of a matrix of labels the
+        diagonal is, and sites whose values are labels are left out.
     """
     quantities = {}
     for site, values in draws.items():
         if site not in symmetry:
             quantities[site] = values
         elif (axis := symmetry[site]) is not None:
-            quantities[site] = values.sort(_axis(axis)).values
+            quantities[site] = _features(values, axis).sort(2).values.movedim(2, _axes(axis)[0])
     return quantities
 
 
-def _axis(axis: int) -> int:
-    """The axis of a value (*site), seen from draws (chain, draw, *site)."""
-    return axis if axis < 0 else axis + 2
+def _axes(axis: int | tuple[int, int]) -> tuple[int, ...]:
+    """The axes of a value (*site), seen from draws (chain, draw, *site)."""
+    return tuple(each if each < 0 else each + 2 for each in ((axis,) if isinstance(axis, int) else axis))
+
+
+def _features(values: Tensor, axis: int | tuple[int, int]) -> Tensor:
+    """What draws say of each label alone, (chain, draw, labels, *rest of the site): of a matrix of labels the diagonal."""
+    axes = _axes(axis)
+    return values.movedim(axes[0], 2) if len(axes) == 1 else values.diagonal(dim1=axes[0], dim2=axes[1]).movedim(-1, 2)
 
 
 def _labels_first(values: Tensor, axis: int) -> Tensor:
     """(chain, draw, labels, *rest of the site)."""
-    return values.movedim(_axis(axis), 2)
+    return values.movedim(axis, 2)
 
 
-def _groups(draws: Mapping[str, Tensor], symmetry: Symmetry) -> list[dict[str, int | None]]:
+def _groups(draws: Mapping[str, Tensor], symmetry: Symmetry) -> list[dict[str, Axis]]:
     """The sites by their number of labels: labels of two plates of different size are permuted on their own."""
-    counts = {site: draws[site].shape[_axis(axis)] for site, axis in symmetry.items() if axis is not None}
+    counts = {site: draws[site].shape[_axes(axis)[0]] for site, axis in symmetry.items() if axis is not None}
     sizes = sorted(set(counts.values()))
     values = [site for site, axis in symmetry.items() if axis is None]
     if len(sizes) > 1 and values:
@@ -236,7 +246,7 @@ def _groups(draws: Mapping[str, Tensor], symmetry: Symmetry) -> list[dict[str, i
 
 
 def _count_labels(draws: Mapping[str, Tensor], symmetry: Symmetry, pivot: Mapping[str, Tensor]) -> int:
-    counts = {draws[site].shape[_axis(axis)] for site, axis in symmetry.items() if axis is not None}
+    counts = {draws[site].shape[_axes(axis)[0]] for site, axis in symmetry.items() if axis is not None}
     values = [site for site, axis in symmetry.items() if axis is None]
     highest = [int(tensors[site].max()) + 1 for tensors in (draws, pivot) for site in values if site in tensors]
     if counts and highest and max(highest) > max(counts):
@@ -244,13 +254,15 @@ def _count_labels(draws: Mapping[str, Tensor], symmetry: Symmetry, pivot: Mappin
     return max([*counts, *highest])
 
 
-def _distance(draws: Mapping[str, Tensor], axes: Mapping[str, int], pivot: Mapping[str, Tensor], labels: int) -> Tensor:
+def _distance(
+    draws: Mapping[str, Tensor], axes: Mapping[str, int | tuple[int, int]], pivot: Mapping[str, Tensor], labels: int
+) -> Tensor:
     """Squared distance of each pivot component from each component of a draw, (chain, draw, pivot's, draw's)."""
     total = torch.zeros(())
     for site, axis in axes.items():
-        values = _labels_first(draws[site].double(), axis)
+        values = _features(draws[site].double(), axis)
         values = values.reshape(*values.shape[:3], -1)
-        goal = pivot[site].double().movedim(axis, 0).reshape(labels, -1)
+        goal = _features(pivot[site].double()[None, None], axis).reshape(labels, -1)
         scale = _spread(values)
         total = total + torch.cdist(goal / scale, values / scale, compute_mode="donot_use_mm_for_euclid_dist").square()
     return total

@@ -11,19 +11,21 @@ from inference.contract import Unsupported
 from inference.enumeration import indices
 from inference.handlers import isolated
 from inference.program import Program
+from inference.relabel import Axis
 
 __all__ = ["exchangeable", "permuted"]
 
 
 def permuted(
-    values: Mapping[str, Tensor], symmetry: Mapping[str, int | None], permutation: Tensor, program: Program
+    values: Mapping[str, Tensor], symmetry: Mapping[str, Axis], permutation: Tensor, program: Program
 ) -> dict[str, Tensor]:
     """Values with component i renamed to where ``permutation`` puts it: new[i] = old[permutation[i]]."""
     inverse = permutation.argsort()
     renamed = dict(values)
     for name, axis in symmetry.items():
         if axis is not None:
-            renamed[name] = values[name].index_select(axis, permutation)
+            for each in (axis,) if isinstance(axis, int) else axis:
+                renamed[name] = renamed[name].index_select(each, permutation)
         else:
             choices = program.latents[name].choices
             assert choices is not None
@@ -31,38 +33,42 @@ def permuted(
     return renamed
 
 
-def exchangeable(program: Program) -> dict[str, int | None]:
+def exchangeable(program: Program) -> dict[str, Axis]:
     """Site to the axis of its value along which labels are exchangeable; None for a site whose values are the labels.
 
-    A plate of size K makes a guess: the sites in it along its axis, the sites outside it that have an event axis of size K,
-    and the finite sites with K values. The guess holds if a swap and a cycle of labels, which generate all permutations,
-    leave the log-joint unchanged at three draws from the prior. Elements that are independent given all other sites, such
-    as missing values of rows that are alike, are no labels: each of them has a place that is its own. Where the structure of
-    a program changes, nothing is tried.
+    A plate of size K makes a guess: the sites in it along its axis (and along an event axis of size K, as of transitions
+    from each state to the next), the sites outside it that have an event axis of size K, and the finite sites with K values.
+    The guess holds if a swap and a cycle of labels, which generate all permutations, leave the log-joint unchanged at three
+    draws from the prior. Elements that are independent given all other sites, such as missing values of rows that are alike,
+    are no labels: each of them has a place that is its own. Where the structure of a program changes, nothing is tried.
     """
     if program.is_changing:
         return {}
     plates = {(plate.name, plate.size) for site in program.latents.values() for plate in site.plates}
     data_plates = {plate.name for site in program.observed_sites.values() for plate in site.plates}
-    found: dict[str, int | None] = {}
+    found: dict[str, Axis] = {}
     for name, size in sorted(plates):
         if size < 2 or name in data_plates:
             continue
-        guess: dict[str, int | None] = {}
+        guess: dict[str, Axis] = {}
+        squares: dict[str, Axis] = {}
         for site in program.latents.values():
             inside = [plate for plate in site.plates if plate.name == name]
             if inside:
-                guess[site.name] = len(site.batch_shape) + inside[0].dim
+                guess[site.name] = own = len(site.batch_shape) + inside[0].dim
+                if site.event_dim == 1 and site.shape[-1] == size:
+                    squares[site.name] = own, len(site.shape) - 1
             elif site.choices is not None and len(site.choices) == size:
                 guess[site.name] = None
             elif site.event_dim == 1 and site.shape[-1] == size and site.choices is None:
                 guess[site.name] = len(site.shape) - 1
-        if not set(guess) & set(found) and _holds(program, guess, size):
-            found |= guess
+        if not set(guess) & set(found):
+            held = [each for each in ((guess | squares, guess) if squares else (guess,)) if _holds(program, each, size)]
+            found |= held[0] if held else {}
     return found
 
 
-def _holds(program: Program, guess: Mapping[str, int | None], size: int) -> bool:
+def _holds(program: Program, guess: Mapping[str, Axis], size: int) -> bool:
     labels = torch.arange(size, device=program.device)
     swap = torch.cat([labels[:2].flip(0), labels[2:]])
     with isolated(1, program.device):
@@ -79,7 +85,7 @@ def _holds(program: Program, guess: Mapping[str, int | None], size: int) -> bool
         return None in guess.values() or _are_coupled(program, guess)
 
 
-def _are_coupled(program: Program, guess: Mapping[str, int | None]) -> bool:
+def _are_coupled(program: Program, guess: Mapping[str, Axis]) -> bool:
     """Whether the log-joint is more than a sum over elements: f(a, b) − f(a, ·) − f(·, b) + f(·, ·) is not zero."""
     here, there = program.sample_prior(), program.sample_prior()
 
@@ -87,8 +93,8 @@ def _are_coupled(program: Program, guess: Mapping[str, int | None]) -> bool:
         values = dict(here)
         for name, axis in guess.items():
             index = torch.tensor(elements, dtype=torch.long, device=program.device)
-            assert axis is not None
-            values[name] = here[name].index_copy(axis, index, there[name].index_select(axis, index))
+            first = axis if isinstance(axis, int) else axis[0] if axis else 0
+            values[name] = here[name].index_copy(first, index, there[name].index_select(first, index))
         return program.log_joint(values)
 
     terms = torch.stack([moved(0, 1), -moved(0), -moved(1), moved()])

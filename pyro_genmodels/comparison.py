@@ -464,9 +464,9 @@ def sentence(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _ordered(point: Mapping[str, Tensor], symmetry: Mapping[str, int | None]) -> dict[str, Tensor]:
+def _ordered(point: Mapping[str, Tensor], symmetry: Mapping[str, relabel.Axis]) -> dict[str, Tensor]:
     """A pivot whose components come by size of their first number, the largest first: of a mixture, its weight."""
-    axes = {site: axis for site, axis in symmetry.items() if axis is not None and site in point}
+    axes = {site: axis for site, axis in symmetry.items() if isinstance(axis, int) and site in point}
     pivot: dict[str, Tensor] = {}
     orders: dict[int, Tensor] = {}
     for site, axis in sorted(axes.items(), key=lambda item: point[item[0]].numel()):
