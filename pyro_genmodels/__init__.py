@@ -3,6 +3,7 @@
 from pyro_genmodels.base import GenerativeModel, StochasticModule
 from pyro_genmodels.classical import (
     GMM,
+    HMM,
     LDA,
     LinearRegression,
     LogisticRegression,
@@ -14,6 +15,7 @@ from pyro_genmodels.classical import (
 
 __all__ = [
     "GMM",
+    "HMM",
     "LDA",
     "GenerativeModel",
     "LinearRegression",

@@ -1,6 +1,7 @@
 """Classical models: mixtures, regressions, factor models."""
 
 from pyro_genmodels.classical.gmm import GMM
+from pyro_genmodels.classical.hmm import HMM
 from pyro_genmodels.classical.margin import MarginClassifier
 from pyro_genmodels.classical.mixture import Mixture
 from pyro_genmodels.classical.naive_bayes import NaiveBayes
@@ -9,6 +10,7 @@ from pyro_genmodels.classical.topics import LDA
 
 __all__ = [
     "GMM",
+    "HMM",
     "LDA",
     "LinearRegression",
     "LogisticRegression",
