@@ -26,6 +26,12 @@ class GenerativeModel(nn.Module, abc.ABC):
         Responses and labels come after the data, ``model(x, y)``; without them they are drawn.
         """
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in list(self._buffers):  # what prepare found in data: a new model has none, or others of another shape
+            if prefix + name in state_dict:
+                self._buffers[name] = state_dict[prefix + name].clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class StochasticModule(nn.Module, abc.ABC):
     """A distribution with weights: ``pyro.sample("x", module(context))`` works in any program."""

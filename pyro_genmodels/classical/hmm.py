@@ -85,10 +85,9 @@ class HMM(GenerativeModel):
         return self.emission in ("normal", "diagonal")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name in ("location", "scale"):
-            if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.emission == "categorical" and self.location is not None:
+            self.symbols = len(self.location)
 
     def prepare(self, x: Tensor | None = None, size: int | None = None) -> None:
         """Scales the prior to the data.
@@ -107,8 +106,9 @@ class HMM(GenerativeModel):
         deviation = seen.std(0, correction=0)
         self.location = seen.mean(0)
         self.scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        if self.emission == "categorical" and not self._has_symbols:
-            self.symbols = int(seen.max()) + 1
+        if self.emission == "categorical":
+            self.symbols = self.symbols if self._has_symbols else int(seen.max()) + 1
+            self.location = torch.bincount(seen.long(), minlength=int(self.symbols or 1)).to(seen) / len(seen)
         if self.emission == "poisson":  # a series of zeros has a rate, too
             self.location = self.location.clamp(min=1.0 / len(seen))
 

@@ -76,11 +76,17 @@ class Mixture(GenerativeModel):
         if not freedom > 0:
             raise ValueError(f"freedom is {freedom}, but must be positive.")
         self.components, self.kinds, self.categories, self.freedom = components, kinds, categories, freedom
-        self._width = categories or 0
         self.location: Any
         self.scale: Any
         self.register_buffer("location", None)
         self.register_buffer("scale", None)
+        self.found_levels: Any
+        self.register_buffer("found_levels", torch.tensor(categories or 0))
+
+    @property
+    def _width(self) -> int:
+        """The number of levels of categorical columns."""
+        return int(self.found_levels)
 
     def columns(self, kind: str) -> tuple[int, ...]:
         """The columns of a kind."""
@@ -124,7 +130,8 @@ class Mixture(GenerativeModel):
     def _check(self, x: Tensor) -> None:
         labels = x[:, self.columns("categorical")]
         if labels.numel():
-            self._width = self.categories or int(labels.nan_to_num(nan=0.0, posinf=0.0).max()) + 1
+            found = self.categories or int(labels.nan_to_num(nan=0.0, posinf=0.0).max()) + 1
+            self.found_levels = torch.tensor(found, device=x.device)
         whole = x == x.round()
         good = {
             "bernoulli": (x == 0) | (x == 1), "categorical": whole & (x >= 0) & (x < self._width),

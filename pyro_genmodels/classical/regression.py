@@ -50,12 +50,6 @@ class LinearModel(GenerativeModel):
         self.register_buffer("location", None)
         self.register_buffer("scale", None)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name in list(self._buffers):  # their shapes are those of the data that were seen
-            if prefix + name in state_dict:
-                self._buffers[name] = state_dict[prefix + name].clone()
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     @final
     def prepare(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> None:
         """Looks at the scale of the columns, and at whether the responses are what they must be.
