@@ -51,6 +51,7 @@ from inference.information import WIDEST, standard_errors
 from inference.marginal import MarginalSampler
 from inference.maximisation import FEW, Adam, climb, grow, is_growing, stroll
 from inference.messages import Family, candidates, kind_of
+from inference.metropolis import MetropolisHastings
 from inference.plan import Plan, Update, assign
 from inference.program import Program, Site
 from inference.start import ASCENT, ascended, given_values, starting_values, suggested_values
@@ -192,6 +193,11 @@ class EM(Backend[EMState, EMInfo]):
             raise ValueError(f"learning_rate is {self.learning_rate}, but must be positive.")
         if self.e_step is not None and not isinstance(self.e_step, (Gibbs, MarginalSampler)):
             raise TypeError(f"e_step= must be a sampler such as HMC(chains=64), but is {self.e_step!r}.")
+        if isinstance(self.e_step, MetropolisHastings) and not self.e_step.proposal.climbs:
+            raise Unsupported(
+                f"e_step= moves draws on from step to step, while the parameters change, but {self.e_step.proposal!r} "
+                "proposes from one distribution. Use HMC(chains=64), or RandomWalk() or Langevin() for a proposal."
+            )
         averaged, maximised = self._split(program)
         check_shards(program, averaged, maximised, self.batch_size)
         if not maximised and not program.weights:

@@ -81,7 +81,10 @@ class Substitute(Messenger):
                 msg["fn"] = fn.expand(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim]))
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         elif msg["is_observed"]:
-            is_data = isinstance(msg["value"], Tensor) and not msg["infer"].get("_deterministic")
+            if not isinstance(msg["value"], Tensor):
+                came = type(msg["value"]).__name__
+                raise TypeError(f"The data of site '{name}' are a {came}, but must be a tensor. Pass torch.as_tensor(...).")
+            is_data = not msg["infer"].get("_deterministic")
             if is_data and msg["value"].dtype == torch.bool:
                 family = type(base(msg["fn"])).__name__
                 raise ValueError(
@@ -167,7 +170,8 @@ class Arithmetic(TorchFunctionMode):
     Floating tensors of several types are widened to the widest, so that float32 constants of the program mix with the
     float64 values of the run (torch would let 0-dimensional float64 times float32 be float32). A matrix that has no
     Cholesky factor gives NaN, which is a rejected proposal, instead of an error that ends all chains. ``x[mask] = 0``,
-    which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``. A scalar finite site may be an index.
+    which ``vmap`` refuses and torch's own Multinomial does, becomes ``masked_fill_``. A scalar finite site may be an index,
+    and ``one_hot`` takes finite sites, if it is told how many values they have.
     A program that writes into tensors of its own, ``rate = torch.zeros(n); rate[i] = ...``, gets them with the chains'
     axis, which ``vmap`` would not give to a constant.
 
@@ -205,6 +209,9 @@ class Arithmetic(TorchFunctionMode):
             return args[0]  # torch allows it, vmap does not
         if name == "gather" and not kwargs and args[0].dim() == 1 and args[2].dim() != 1:
             return _picked(args[0], args[2])  # an enumerated index has dimensions that the table lacks
+        if name == "one_hot" and (classes := args[1] if len(args) > 1 else (kwargs or {}).get("num_classes", -1)) > 0:
+            # torch looks whether the labels fit, which vmap refuses
+            return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
         if name == "__setitem__":
             return self._write(func, *args)
         if name == "expand":

@@ -109,9 +109,15 @@ class Site:
 
 
 def _shape(node: Mapping[str, Any]) -> torch.Size:
-    distribution = node["fn"]
-    shape = torch.broadcast_shapes(node["value"].shape, distribution.batch_shape + distribution.event_shape)
-    return torch.Size(shape)
+    distribution, value = node["fn"], node["value"]
+    own = distribution.batch_shape + distribution.event_shape
+    try:
+        return torch.Size(torch.broadcast_shapes(value.shape, own))
+    except RuntimeError:
+        raise ValueError(
+            f"Site '{node['name']}' is {type(base(distribution)).__name__} of shape {tuple(own)}, which does not fit its "
+            f"{'data' if node['is_observed'] else 'value'} of shape {tuple(value.shape)}."
+        ) from None
 
 
 def _site(name: str, node: Mapping[str, Any]) -> Site:
@@ -634,6 +640,7 @@ class Program:
                 )
             if mask is False:
                 continue
+            self._check_fit(name, nodes[0])
             # a support may follow a latent, as that of Uniform(0, θ): what lies outside must do so in every run
             inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
             missing = value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
@@ -645,6 +652,25 @@ class Program:
                     f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
                     f"the first, at {where}, is {value[where].tolist()}."
                 )
+
+    def _check_fit(self, name: str, node: Mapping[str, Any]) -> None:
+        """Raises a sentence if a distribution cannot tell the density of its data."""
+        value, distribution = node["value"], node["fn"]
+        try:
+            with quiet(), self._arithmetic({}):
+                distribution.log_prob(value)
+        except (RuntimeError, ValueError, IndexError) as error:
+            came = str(value.dtype).removeprefix("torch.")
+            if not value.is_floating_point() and "cast" in str(error):
+                raise ValueError(
+                    f"Site '{name}' is {type(base(distribution)).__name__}, whose density takes floating data, but its data "
+                    f"are {came}. Convert them first, for example by x.double()."
+                ) from None
+            shape = tuple(distribution.batch_shape + distribution.event_shape)
+            raise ValueError(
+                f"Site '{name}' is {type(base(distribution)).__name__} of shape {shape}, which has no density of data "
+                f"of shape {tuple(value.shape)}: {str(error).splitlines()[0]}"
+            ) from None
 
     def _check_randomness(self, traces: list[poutine.Trace]) -> None:
         settings = [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]

@@ -51,7 +51,10 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
         site = program.latents.get(name)
         if site is None:
             raise ValueError(f"start= names '{name}', but {program.name} has the latent sites {', '.join(program.latents)}.")
-        value = torch.as_tensor(value, device=program.device)
+        try:
+            value = torch.as_tensor(value, device=program.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"start= gives '{name}' the value {value!r}, but it must be a number or a tensor.") from None
         value = value.to(program.dtype if site.dtype.is_floating_point else site.dtype)
         if value.shape == site.shape:
             value = value.expand(chains, *site.shape)

@@ -27,6 +27,7 @@ from inference import (
     Hamiltonian,
     MetropolisHastings,
     Posterior,
+    Prior,
     Unsupported,
 )
 from pyro_genmodels import GMM, datasets
@@ -584,3 +585,73 @@ def test_a_callback_that_returns_true_ends_the_phase(backend: str) -> None:
     assert_finite(posterior)
     if backend in SAMPLERS:
         assert posterior.draws["level"].shape[1] == 3
+
+
+# ------------------------------------------------------------------------------------ data and settings of another kind
+def flips(x: Any) -> None:
+    fairness = pyro.sample("fairness", dist.Beta(1.0, 1.0))
+    with pyro.plate("flips", len(x)):
+        pyro.sample("x", dist.Bernoulli(fairness), obs=x)
+
+
+def four(x: Tensor) -> None:
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 4):
+        pyro.sample("x", dist.Normal(level, 1.0), obs=x)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("program", "data", "error", "words"),
+    [
+        (flips, [1.0, 0.0, 1.0], TypeError, "are a list, but must be a tensor"),
+        (flips, torch.tensor([1, 0, 1]), ValueError, "its data are int64. Convert them first"),
+        (flips, np.array([1, 0, 1]), ValueError, "its data are int64. Convert them first"),
+        (four, torch.zeros(5), ValueError, re.escape("of shape (4,), which does not fit its data of shape (5,)")),
+    ],
+)
+def test_data_that_a_statement_cannot_take_are_refused(
+    backend: str, program: Callable[..., None], data: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        BACKENDS[backend]().fit(program, data)
+
+
+@every_backend
+def test_a_start_that_is_no_number_is_refused(backend: str) -> None:
+    with pytest.raises(TypeError, match="start= gives 'level' the value 'high', but it must be a number"):
+        BACKENDS[backend](start={"level": "high"}).fit(normal, Y)
+
+
+def one_hot(y: Tensor) -> None:
+    centre = pyro.sample("centre", dist.Normal(y.new_zeros(2), 3.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(y.new_ones(2) / 2))
+        pyro.sample("y", dist.Normal((torch.nn.functional.one_hot(z, 2) * centre).sum(-1), 1.0), obs=y)
+
+
+def indexed(y: Tensor) -> None:
+    centre = pyro.sample("centre", dist.Normal(y.new_zeros(2), 3.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(y.new_ones(2) / 2))
+        pyro.sample("y", dist.Normal(centre[z], 1.0), obs=y)
+
+
+@every_backend
+def test_one_hot_labels_are_labels(backend: str) -> None:
+    one, other = (BACKENDS[backend]().fit(program, Y) for program in (one_hot, indexed))
+    assert one.draws.keys() == other.draws.keys()
+    for site, value in one.draws.items():
+        torch.testing.assert_close(value, other.draws[site])
+
+
+def skewed(y: Tensor) -> None:
+    spread = pyro.sample("spread", dist.Gamma(2.0, 2.0))
+    with pyro.plate("rows", len(y)):
+        rate = pyro.sample("rate", dist.LogNormal(y.new_zeros(()), spread))
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def test_an_e_step_that_proposes_from_one_distribution_is_refused() -> None:
+    with pytest.raises(Unsupported, match=r"e_step= moves draws on .* Prior\(\) proposes from one distribution"):
+        EM(e_step=MetropolisHastings(proposal=Prior()), progress=False).fit(skewed, torch.tensor([1.0, 4.0, 0.0]))
