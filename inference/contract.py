@@ -114,9 +114,9 @@ class Prepared(Protocol):
 
 @runtime_checkable
 class Started(Protocol):
-    """A model that knows where an ascent may start: site to value, another one at every call.
+    """A model that knows where a fit may start: site to value, another one at every call.
 
-    EM takes the best of several.
+    EM takes the best of several, and so does each chain of a sampler.
     """
 
     def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...

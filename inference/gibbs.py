@@ -25,7 +25,7 @@ from inference.density import Density
 from inference.fit import Sample
 from inference.plan import Plan, Update, assign, demoted
 from inference.program import Program
-from inference.start import ascended, starting_values
+from inference.start import ascended, dispersed_values, starting_values
 from inference.until import Until
 
 __all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
@@ -185,7 +185,7 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
     def init(self, program: Program) -> GibbsState:
         blocks, notes = assign(program, self.blocks)
         density = program.density
-        values = starting_values(program, self.chains, self.start)
+        values = dispersed_values(program, self.chains, self.start)
         if self.start is None and not all(block.is_exact for block in blocks):
             # one step size serves all chains of a Metropolis block: none may start where it is hopeless
             with contextlib.suppress(Unsupported):  # finite sites that cannot be summed out

@@ -15,7 +15,7 @@ from inference.density import Unconstrained
 from inference.fit import Sample
 from inference.plan import Plan, Update
 from inference.program import Program
-from inference.start import ascended, starting_values
+from inference.start import ascended, dispersed_values
 from inference.until import Until
 
 __all__ = ["MarginalInfo", "MarginalSampler", "MarginalState"]
@@ -102,7 +102,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         if not program.continuous:
             raise Unsupported(f"{type(self).__name__} needs a continuous site, but all are finite. Use Gibbs().")
         coordinates, density = self._parts(program)
-        values = starting_values(program, self.chains, self.start)
+        values = dispersed_values(program, self.chains, self.start)
         certificate = self._certify(values, program)
         if self.start is None and self.climbs:
             values = ascended(program, values)

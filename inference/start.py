@@ -18,7 +18,7 @@ from inference.posterior import Posterior
 from inference.program import Program
 from inference.simulation import simulate
 
-__all__ = ["ASCENT", "ascended", "given_values", "starting_values", "suggested_values"]
+__all__ = ["ASCENT", "ascended", "dispersed_values", "given_values", "starting_values", "suggested_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
 _LEAST, _MOST = 4, 64  # and for each chain
@@ -93,6 +93,30 @@ def suggested_values(program: Program, values: Mapping[str, Tensor]) -> dict[str
     log_density = _log_density(program, at, free, False).nan_to_num(nan=-torch.inf).reshape(chains, _LEAST)
     rows = torch.arange(chains, device=program.device) * _LEAST + log_density.argmax(1)
     return {name: value[rows] for name, value in found.items()}
+
+
+def dispersed_values(program: Program, chains: int, start: Any = None) -> dict[str, Tensor]:
+    """Where the chains of a sampler start, (chain, *site): each on its own, from what the model suggests if it does.
+
+    Finite sites that are neither given nor suggested are drawn from their conditional, so that they suit what is.
+
+    Args:
+        program: The program.
+        chains: Number of chains.
+        start: As ``given_values`` takes it; the model is then not asked.
+    """
+    values = starting_values(program, chains, start)
+    if start is not None or program.chain_data(chains):
+        return values
+    suggested = suggested_values(program, values)
+    values |= suggested
+    free = [name for name in program.finite if name not in suggested]
+    if suggested and free:
+        with contextlib.suppress(Unsupported):  # what cannot be summed out is left as it is
+            others = {name: value for name, value in values.items() if name not in free}
+            density = Density(program, rung="vmapped")
+            values |= density.draw(free)(others, density.uniforms(free, chains))[0]
+    return values
 
 
 def _candidates(program: Program, count: int) -> dict[str, Tensor]:

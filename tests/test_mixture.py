@@ -449,3 +449,12 @@ def test_a_mixture_refuses_weights_that_it_does_not_know(arguments: dict[str, An
         GMM(3, **arguments)
     with pytest.raises(ValueError, match="fewer than 2"):
         GMM(1, weights="stick-breaking")
+
+
+@pytest.mark.parametrize("covariance", ["tied", "full"])
+def test_no_chain_starts_in_a_mode_that_it_cannot_leave(covariance: str, device: torch.device) -> None:
+    """From the prior 7 of 24 chains stayed with one component for all rows; each starts from clusters of its own."""
+    posterior = Gibbs(chains=24, warmup=40, draws=30, seed=0, progress=False).fit(GMM(2, covariance), X.to(device))
+    assert float(posterior.draws["weights"].amax(-1).mean(1).max()) < 0.75
+    lp = posterior.stats["lp"].mean(1)
+    assert float(lp.max() - lp.min()) < 6.0 * float(posterior.stats["lp"].std(1).mean())

@@ -357,9 +357,9 @@ class GMM(GenerativeModel):
 
     @torch.no_grad()
     def start(self, x: Tensor, size: int | None = None, row_weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Where EM may start: the moments of clusters that k-means++ has chosen, drawn in with the prior's.
+        """Where a fit may start: the moments of clusters that k-means++ has chosen, drawn in with the prior's.
 
-        EM starts there by itself, from several draws of which it takes the best. Random numbers come from torch's global
+        EM and samplers start there by themselves, from several draws of which they take the best. Random numbers come from torch's global
         generator.
 
         Args:

@@ -214,7 +214,7 @@ class HMM(GenerativeModel):
 
     @torch.no_grad()
     def start(self, x: Tensor, size: int | None = None) -> dict[str, Tensor]:
-        """Where EM may start: states that last, with the moments of clusters that k-means++ has chosen.
+        """Where a fit may start: states that last, with the moments of clusters that k-means++ has chosen.
 
         Random numbers come from torch's global generator.
 

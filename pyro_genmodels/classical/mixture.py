@@ -213,7 +213,7 @@ class Mixture(GenerativeModel):
 
     @torch.no_grad()
     def start(self, x: Tensor, size: int | None = None, row_weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Where EM may start: the moments of clusters that k-means++ has chosen, drawn in with the prior's.
+        """Where a fit may start: the moments of clusters that k-means++ has chosen, drawn in with the prior's.
 
         Random numbers come from torch's global generator.
 
