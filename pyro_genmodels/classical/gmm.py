@@ -359,8 +359,8 @@ class GMM(GenerativeModel):
     def start(self, x: Tensor, size: int | None = None, row_weights: Tensor | None = None) -> dict[str, Tensor]:
         """Where a fit may start: the moments of clusters that k-means++ has chosen, drawn in with the prior's.
 
-        EM and samplers start there by themselves, from several draws of which they take the best. Random numbers come from torch's global
-        generator.
+        EM and samplers start there by themselves, from several draws of which they take the best. Random numbers come from
+        torch's global generator.
 
         Args:
             x: (rows, D).
