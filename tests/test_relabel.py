@@ -232,7 +232,7 @@ def test_the_partition_has_the_least_expected_loss_of_all(loss: str, distance: C
     generator = torch.Generator().manual_seed(seed)
     truth = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     is_kept = torch.rand(2, 15, 7, generator=generator) < 0.7
-    labels = torch.where(is_kept, truth, torch.randint(4, (2, 8, 7), generator=generator))
+    labels = torch.where(is_kept, truth, torch.randint(4, (2, 15, 7), generator=generator))
     draws = labels.flatten(0, 1).numpy()
     losses = [np.mean([distance(np.array(one), draw) for draw in draws]) for one in partitions(7)]
     found = relabel.partition(labels, loss).numpy()
