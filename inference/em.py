@@ -239,9 +239,16 @@ class EM(Backend[EMState, EMInfo]):
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
                 task.density.certify(program.finite, values, "Use Gibbs().")
-        expectation = self._expectation(values, averaged, task)
-        pilot = _fresh(values, pilots, Roles(averaged, {}, (), (), expectation, task))
-        pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
+        trial = values
+        if suggested and averaged:  # exactly there, latents may happen to be uncoupled, as they are along principal axes
+            with isolated(0, program.device):
+                trial = _around(program, {name: suggested[name] for name in suggested if name in maximised}, values, pilots)
+        expectation = self._expectation(trial, averaged, task)
+        pilot = _fresh(trial, pilots, Roles(averaged, {}, (), (), expectation, task))
+        pilot = self._find_families(pilot._replace(memory=expectation.init(trial, task)), program)
+        if suggested and averaged:
+            points = {name: family.initial(values[name]) for name, family in pilot.roles.families.items()}
+            pilot = pilot._replace(values=values, memory=expectation.init(values, task), points=points)
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:

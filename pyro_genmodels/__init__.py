@@ -4,6 +4,8 @@ from pyro_genmodels.base import GenerativeModel, StochasticModule
 from pyro_genmodels.classical import (
     GMM,
     LDA,
+    PPCA,
+    FactorAnalysis,
     LinearRegression,
     LogisticRegression,
     MarginClassifier,
@@ -15,6 +17,8 @@ from pyro_genmodels.classical import (
 __all__ = [
     "GMM",
     "LDA",
+    "PPCA",
+    "FactorAnalysis",
     "GenerativeModel",
     "LinearRegression",
     "LogisticRegression",

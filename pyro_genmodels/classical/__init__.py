@@ -1,5 +1,6 @@
 """Classical models: mixtures, regressions, factor models."""
 
+from pyro_genmodels.classical.factor import PPCA, FactorAnalysis
 from pyro_genmodels.classical.gmm import GMM
 from pyro_genmodels.classical.margin import MarginClassifier
 from pyro_genmodels.classical.mixture import Mixture
@@ -10,6 +11,8 @@ from pyro_genmodels.classical.topics import LDA
 __all__ = [
     "GMM",
     "LDA",
+    "PPCA",
+    "FactorAnalysis",
     "LinearRegression",
     "LogisticRegression",
     "MarginClassifier",
