@@ -1,7 +1,7 @@
 """Factor models beside scikit-learn's, beside formulas for complete and gappy rows, beside quadrature, and given bad input.
 
-False alarms. Samplers make 5 x 10 + 4 x 12 comparisons at 6.3e-5 each: a fresh seed would fail in one of 160 runs of this
-file. Two other statistical tests state theirs.
+False alarms. Samplers make 30 + 36 + 68 comparisons at 6.3e-5 each: a fresh seed would fail in one of 118 runs of this
+file. Another statistical test states its own.
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ def test_em_reaches_the_likelihood_of_scikit_learn_and_never_decreases() -> None
 @pytest.mark.parametrize("name", ["PPCA", pytest.param("FactorAnalysis", marks=pytest.mark.slow)])
 def test_with_and_without_factors_em_has_the_same_maximum_of_the_posterior(name: str) -> None:
     """By closed forms and by gradients, of a table with gaps. Both objectives end within 1e-4 of one another."""
-    x, ends = gappy(rows=40), []
+    x, ends = gappy(rows=30), []
     for latent in (True, False):
-        posterior = EM(steps=1500, standard_errors=False, **START).fit(MODELS[name](1, latent=latent), x)
+        posterior = EM(steps=600, standard_errors=False, **START).fit(MODELS[name](1, latent=latent), x)
         climb = posterior.history["log_joint"]
         assert float(climb.diff().min()) >= -1e-9 * abs(float(climb[-1]))
         ends.append(float(climb[-1]))
-    assert ends[0] == pytest.approx(ends[1], abs=1e-4 * 40)
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4 * 30)
 
 
 # --------------------------------------------------------------------------------------------- what a point says of rows
@@ -193,8 +193,8 @@ def test_the_guide_has_the_exact_conditional_of_the_factors(name: str, share: fl
 
 
 def test_draws_of_missing_entries_have_their_conditional_moments() -> None:
-    """Means of 4,000 draws within 4.5 standard errors of 60 entries: a false alarm in 2,400 runs. Intervals of 95 % hold
-    what was deleted as often as they say, within 4 standard errors of 70 entries."""
+    """Means of 4,000 draws of 85 entries, and those of 6 columns of new rows, within 4.5 standard errors: a false alarm in
+    1,600 runs. The covariance of a row of which nothing is known within six of its standard errors, far rarer."""
     x, point = gappy(rows=40), parameters("FactorAnalysis")
     model = FactorAnalysis(2, features=6)
     with isolated(0):
@@ -204,7 +204,9 @@ def test_draws_of_missing_entries_have_their_conditional_moments() -> None:
     error = (drawn.mean(0) - mean)[~known] / (drawn.std(0)[~known] / 4000**0.5)
     assert float(error.abs().max()) < 4.5
     empty = drawn[:, 0]  # a row of which nothing is known: the whole covariance
-    np.testing.assert_allclose(np.cov(empty.numpy().T), covariance(point), rtol=0.15, atol=0.35)
+    total = covariance(point)
+    bound = 6.0 * np.sqrt((np.outer(np.diag(total), np.diag(total)) + total**2) / 4000)
+    assert (np.abs(np.cov(empty.numpy().T) - total) < bound).all()
     with isolated(1):
         rows = model.sample(4000, point)
     assert float(((rows.mean(0) - point["location"]) / rows.std(0) * 4000**0.5).abs().max()) < 4.5
@@ -301,7 +303,7 @@ def draws_of(posterior: Posterior) -> dict[str, np.ndarray]:
     ("name", "backend", "latent"),
     [
         ("PPCA", "Gibbs", True), ("PPCA", "HMC", True), ("PPCA", "MetropolisHastings", False),
-        ("FactorAnalysis", "Gibbs", True), ("FactorAnalysis", "HMC", False),
+        ("FactorAnalysis", "Gibbs", True), ("FactorAnalysis", "HMC", False), ("FactorAnalysis", "MetropolisHastings", False),
     ],
 )  # fmt: skip
 def test_samplers_agree_with_quadrature(name: str, backend: str, latent: bool) -> None:
@@ -316,7 +318,7 @@ def test_samplers_agree_with_quadrature(name: str, backend: str, latent: bool) -
 @pytest.mark.parametrize("latent", [True, False])
 def test_the_guide_of_the_model_ends_near_the_posterior(name: str, latent: bool) -> None:
     """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
-    posterior = SVI(steps=1500, learning_rate=0.02, **START).fit(MODELS[name](1, latent=latent), ROWS)
+    posterior = SVI(steps=1000, learning_rate=0.03, **START).fit(MODELS[name](1, latent=latent), ROWS)
     for site, exact in solution(name).items():
         mean = posterior.draws[site].mean((0, 1)).numpy()
         assert (np.abs(mean - exact.mean) / exact.sd).max() < 0.5, site
@@ -346,7 +348,7 @@ def test_rows_are_drawn_from_the_prior_and_weights_go_through_a_file(name: str, 
 @graphless
 @every_model
 def test_an_empty_row_changes_nothing(name: str) -> None:
-    options: dict[str, Any] = {"steps": 30, "standard_errors": False, "start": parameters(name)}
+    options: dict[str, Any] = {"steps": 5, "standard_errors": False, "start": parameters(name)}
     one = EM(**options, **START).fit(MODELS[name](2), X[:40])
     x = torch.cat([X[:40], torch.full((3, 6), math.nan)])
     two = EM(**options, **START).fit(MODELS[name](2), x)
@@ -354,16 +356,22 @@ def test_an_empty_row_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_half_of_a_table_is_filled_in_as_well_as_by_a_full_covariance() -> None:
-    """The thirty measurements of 569 tumours: mean squared error 0.23 at most, in standard units."""
-    sets = pytest.importorskip("sklearn.datasets")
+def test_half_of_a_table_is_filled_in_better_than_by_neighbours() -> None:
+    """The thirty measurements of 569 tumours, in standard units; 90 % intervals hold 85 % at least."""
+    sets, impute = pytest.importorskip("sklearn.datasets"), pytest.importorskip("sklearn.impute")
     x = torch.from_numpy(sets.load_breast_cancer().data).double()
     x = (x - x.mean(0)) / x.std(0, correction=0)
     is_gone = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     gaps = torch.where(is_gone, math.nan, x)
-    model = FactorAnalysis(8)
-    posterior = EM(standard_errors=False, **START).fit(model, gaps)
-    assert float((model.impute(gaps, posterior) - x)[is_gone].square().mean()) <= 0.23
+    model = FactorAnalysis(5)
+    posterior = EM(steps=100, standard_errors=False, **START).fit(model, gaps)
+    peer = torch.from_numpy(impute.KNNImputer().fit_transform(gaps.numpy()))
+    error, theirs = (float((filled - x)[is_gone].square().mean()) for filled in (model.impute(gaps, posterior), peer))
+    assert error < theirs
+    with isolated(0):
+        drawn = model.imputations(gaps, posterior, 200)
+    is_inside = (x >= drawn.quantile(0.05, 0)) & (x <= drawn.quantile(0.95, 0))
+    assert 0.85 < float(is_inside[is_gone].double().mean()) < 0.95
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
@@ -423,7 +431,7 @@ def test_poor_tables_have_a_posterior(name: str, backend: str, kind: str) -> Non
     if kind == "constant column":
         x[:, 0] = 1e6
     backends = {
-        "EM": EM(steps=15, **START), "Gibbs": Gibbs(chains=2, warmup=5, draws=5, **START),
+        "EM": EM(steps=5, standard_errors=False, **START), "Gibbs": Gibbs(chains=2, warmup=5, draws=5, **START),
         "SVI": SVI(steps=10, draws=5, **START),
     }  # fmt: skip
     posterior = backends[backend].fit(MODELS[name](2), x)

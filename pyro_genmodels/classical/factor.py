@@ -306,7 +306,8 @@ class FactorModel(GenerativeModel):
         unit = self._unit.to(loadings)[:, None]
         standard = loadings / unit
         flat = standard.reshape(-1, *standard.shape[-2:])
-        values, vectors = torch.linalg.eigh(torch.einsum("sdk,sek->de", flat, flat) / len(flat))
+        side_by_side = flat.transpose(0, 1).flatten(1)  # (D, draw · q)
+        values, vectors = torch.linalg.eigh(side_by_side @ side_by_side.mT / len(flat))
         pivot = vectors.flip(1)[:, : self.factors] * values.flip(0)[: self.factors].clamp(min=0.0).sqrt()
         largest = pivot.gather(0, pivot.abs().argmax(0, keepdim=True))
         pivot = pivot * torch.where(largest < 0, -1.0, 1.0)
@@ -317,27 +318,25 @@ class FactorModel(GenerativeModel):
             table["z"] = torch.as_tensor(table["z"]) @ rotation.to(torch.as_tensor(table["z"]))
         return table
 
-    def _common(self, draws: Draws) -> Tensor:
-        """W Wᵀ of each draw, (draw, D, D)."""
-        return torch.stack([loadings @ loadings.mT for loadings, _, _ in self._tables(draws)])
-
     @torch.no_grad()
     def components(self, draws: Draws) -> Tensor:
         """Principal axes of the posterior mean of W Wᵀ, (q, D): orthonormal rows, the largest first.
 
         No rotation of W changes them. For ``PPCA`` at its maximum likelihood they are those of principal component analysis.
         """
-        vectors = torch.linalg.eigh(self._common(draws).mean(0)).eigenvectors.flip(1)[:, : self.factors]
+        side_by_side = torch.cat([loadings for loadings, _, _ in self._tables(draws)], 1)  # of all draws, (D, draw · q)
+        vectors = torch.linalg.eigh(side_by_side @ side_by_side.mT).eigenvectors.flip(1)[:, : self.factors]
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         return (vectors * torch.where(largest < 0, -1.0, 1.0)).mT
 
     @torch.no_grad()
     def explained(self, draws: Draws) -> Tensor:
         """Share of the total variance tr(W Wᵀ + Ψ) along each axis of W Wᵀ, the largest first, at each draw: (draw, q)."""
-        common = self._common(draws)
-        noise = torch.stack([noise.sum() for _, _, noise in self._tables(draws)])
-        shares = torch.linalg.eigvalsh(common).flip(-1)[:, : self.factors].clamp(min=0.0)
-        return shares / (common.diagonal(dim1=-2, dim2=-1).sum(-1) + noise)[:, None]
+        shares = []
+        for loadings, _, noise in self._tables(draws):
+            along = torch.linalg.svdvals(loadings).square()
+            shares.append(along / (along.sum() + noise.sum()))
+        return torch.stack(shares)
 
     @torch.no_grad()
     def transform(self, x: Tensor, draws: Draws) -> Scores:
