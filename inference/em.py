@@ -245,9 +245,16 @@ class EM(Backend[EMState, EMInfo]):
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
                 task.density.certify(program.finite, values, "Use Gibbs().")
-        expectation = self._expectation(values, averaged, task)
-        pilot = _fresh(values, pilots, Roles(averaged, {}, (), (), expectation, task))
-        pilot = self._find_families(pilot._replace(memory=expectation.init(values, task)), program)
+        trial = values
+        if suggested and averaged:  # exactly there, latents may happen to be uncoupled, as they are along principal axes
+            with isolated(0, program.device):
+                trial = _around(program, {name: suggested[name] for name in suggested if name in maximised}, values, pilots)
+        expectation = self._expectation(trial, averaged, task)
+        pilot = _fresh(trial, pilots, Roles(averaged, {}, (), (), expectation, task))
+        pilot = self._find_families(pilot._replace(memory=expectation.init(trial, task)), program)
+        if suggested and averaged:
+            points = {name: family.initial(values[name]) for name, family in pilot.roles.families.items()}
+            pilot = pilot._replace(values=values, memory=expectation.init(values, task), points=points)
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:
@@ -439,7 +446,7 @@ class EM(Backend[EMState, EMInfo]):
             distance, is_done = torch.full_like(objective, math.nan), count + 1 >= self.steps
         else:
             state = self._exact_step(state, moved.particles, weights, batch)
-            change = _relative_change(before, state.values | program.weights, like=objective)
+            change = _relative_change(before, state.values | program.weights, state.points, like=objective)
             ratio = (change / state.change).clamp(0.0, 0.999).nan_to_num(nan=0.0)
             distance = torch.where(change == 0, change, change * ratio / (1 - ratio) + 0.1 * change)
             if count < 2 and bool((change > 0).any()):
@@ -665,11 +672,18 @@ def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Ten
     return values | moved
 
 
-def _relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """Largest change of a value, relative to the largest value of its site, (restart,); weights have one restart."""
+def _relative_change(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], points: Mapping[str, Points], like: Tensor
+) -> Tensor:
+    """Largest change of a value, relative to the largest value of its site, (restart,); weights have one restart.
+
+    Or relative to its standard deviation, where that is larger: a mean of centred data is zero but for rounding.
+    """
     changes = [torch.zeros_like(like)]
     for name, value in before.items():
         size = value.abs().reshape(len(like), -1).amax(-1)
+        if name in points and points[name].spread.shape == value.shape:
+            size = torch.maximum(size, points[name].spread.nan_to_num(0.0, 0.0).reshape(len(like), -1).amax(-1))
         moved = (after[name].detach() - value).abs().reshape(len(like), -1).amax(-1)
         changes.append(moved / size.clamp(min=torch.finfo(value.dtype).tiny))
     return torch.stack(changes).amax(0)

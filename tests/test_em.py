@@ -554,3 +554,45 @@ def test_em_starts_where_the_model_suggests() -> None:
     y = torch.full((20,), 1.0).double()
     posterior = EM(seed=0, progress=False, standard_errors=False).fit(Narrow(), y)
     assert float(posterior.point()["mean"]) == pytest.approx(701.0, abs=0.01)
+
+
+class Turned(nn.Module):
+    """Two hidden numbers in each row, coupled given it, but for where the model suggests to start: at orthogonal slopes."""
+
+    def model(self, y: Tensor) -> None:
+        slopes = pyro.sample("slopes", dist.Normal(y.new_zeros(3, 2), 1.0).to_event(2))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z @ slopes.mT, 0.5).to_event(1), obs=y)
+
+    def start(self, y: Tensor) -> dict[str, Tensor]:
+        return {"slopes": torch.eye(3, 2, dtype=y.dtype)}
+
+
+def test_what_is_uncoupled_where_the_model_suggests_is_not_taken_to_be_so_elsewhere() -> None:
+    y = normal(40, 3, seed=0) @ normal(3, 3, seed=1)
+    posterior = EM(seed=0, progress=False, standard_errors=False, steps=500).fit(Turned(), y)
+    slopes, climb = posterior.point()["slopes"], posterior.history["log_joint"]
+
+    def log_density(slopes: Tensor) -> Tensor:
+        rows = dist.MultivariateNormal(slopes.new_zeros(3), slopes @ slopes.mT + 0.25 * torch.eye(3).double())
+        return rows.log_prob(y).sum() + dist.Normal(0.0, 1.0).log_prob(slopes).sum()
+
+    assert float(posterior.stats["lp"]) == pytest.approx(float(log_density(slopes)), rel=1e-9)
+    assert float(climb.diff().min()) >= -1e-9 * abs(float(climb[-1]))
+    assert torch.func.grad(log_density)(slopes).abs().max() < 1e-3
+
+
+def test_em_stops_at_a_mean_of_zero() -> None:
+    """Which it comes near by a factor in every step, so that the change is never small beside the value."""
+
+    def centred(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 10.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(mean + z, 0.5), obs=y)
+
+    y = torch.tensor([-1.5, 1.5, 0.25, -0.25]).double()
+    posterior = em(start={"mean": torch.tensor(3.0)}, steps=500).fit(centred, y)
+    assert len(posterior.history["log_joint"]) < 120  # by 0.8 a step, rounding is reached after 180
+    assert float(posterior.point()["mean"]) == pytest.approx(0.0, abs=1e-5)

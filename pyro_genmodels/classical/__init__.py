@@ -1,5 +1,6 @@
 """Classical models: mixtures, regressions, factor models."""
 
+from pyro_genmodels.classical.factor import PPCA, FactorAnalysis
 from pyro_genmodels.classical.gmm import GMM
 from pyro_genmodels.classical.hmm import HMM
 from pyro_genmodels.classical.margin import MarginClassifier
@@ -12,6 +13,8 @@ __all__ = [
     "GMM",
     "HMM",
     "LDA",
+    "PPCA",
+    "FactorAnalysis",
     "LinearRegression",
     "LogisticRegression",
     "MarginClassifier",
