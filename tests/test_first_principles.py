@@ -9,13 +9,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
-from inference import EM, SVI
+from inference import EM
 from pyro_genmodels import GMM, datasets
 from pyro_genmodels.distributions import InverseWishart
 from test_examples import load
@@ -62,21 +63,82 @@ def test_squared_distances_average_to_the_number_of_columns() -> None:
     assert distances.mean() == pytest.approx(2.0, rel=1e-9)
 
 
-def test_svi_of_a_point_is_maximum_likelihood_where_the_prior_is_flat() -> None:
-    """A delta on the simplex has no entropy, and Dirichlet(1) no slope; in steps of 1e-2 that shrink not at all."""
-    backend = SVI(guide=pyro.infer.autoguide.AutoDelta, steps=1500, learning_rate=1e-2, draws=1, seed=0, progress=False)
-    found = backend.fit(labels_one_by_one, COUNTS).point()["shares"]
-    torch.testing.assert_close(found.double(), COUNTS / COUNTS.sum(), rtol=1e-4, atol=1e-4)
-
-
-def test_the_likeliest_is_the_nearest_in_divergence() -> None:
+@pytest.mark.parametrize("counts", [[33.0, 31.0, 48.0], [1.0, 2.0, 40.0]])
+def test_the_likeliest_is_the_nearest_in_divergence(counts: list[float]) -> None:
     """−log L / N = entropy of the data + KL(data ‖ model), at every model of a grid that holds counts / N."""
-    counts = COUNTS.long().clamp(max=60)[:3]
-    rows = int(counts.sum())
+    seen = torch.tensor(counts).double()
+    rows, empirical = int(seen.sum()), (seen / seen.sum()).numpy()
     grid = np.array([(i, j, rows - i - j) for i in range(1, rows) for j in range(1, rows - i)]) / rows
-    empirical = counts.numpy() / rows
-    divergences = scipy.stats.entropy(empirical, grid, axis=1) if False else (empirical * np.log(empirical / grid)).sum(1)
-    likelihoods = np.array([float(dist.Categorical(torch.from_numpy(one)).log_prob(torch.arange(3)) @ counts.double()) for one in grid])
+    divergences = np.array([scipy.stats.entropy(empirical, model) for model in grid])
+    likelihoods = torch.distributions.Categorical(torch.from_numpy(grid)).logits @ seen
     np.testing.assert_allclose(-likelihoods / rows, scipy.stats.entropy(empirical) + divergences, rtol=1e-9)
-    np.testing.assert_allclose(grid[divergences.argmin()], empirical, rtol=1e-12)
-    assert divergences.argmin() == likelihoods.argmax()
+    assert divergences.argmin() == int(likelihoods.argmax())
+    shares = EM(**MLE).fit(EXAMPLE.multinomial, seen).point()["shares"]
+    np.testing.assert_allclose(grid[divergences.argmin()], shares, rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- the bound of EM
+POINT = {
+    "weights": torch.tensor([0.3, 0.7]).double(),
+    "means": torch.tensor([[2.0, 55.0], [4.0, 80.0]]).double(),
+    "covariances": torch.tensor([[[0.5, 2.0], [2.0, 40.0]], [[0.3, 1.0], [1.0, 30.0]]]).double(),
+}
+
+
+def log_terms(x: np.ndarray, point: dict[str, Tensor]) -> np.ndarray:
+    """log p(x_n, z_n = k) by scipy, (rows, 2)."""
+    parts = zip(*(point[name].numpy() for name in ("weights", "means", "covariances")))
+    return np.stack([np.log(w) + scipy.stats.multivariate_normal(m, c).logpdf(x) for w, m, c in parts], 1)
+
+
+def guesses() -> list[Tensor]:
+    """Any q at all, (rows, 2): drawn, equal, certain."""
+    drawn = torch.rand(len(X), generator=torch.Generator().manual_seed(0)).double()
+    return [torch.stack([one, 1.0 - one], -1) for one in (drawn, torch.full_like(drawn, 0.5), (drawn > 0.5).double())]
+
+
+@pytest.mark.parametrize("q", guesses())
+def test_evidence_is_bound_plus_divergence_whatever_q_is(q: Tensor) -> None:
+    terms = log_terms(X.numpy(), POINT)
+    evidence = scipy.special.logsumexp(terms, 1)
+    bound, divergence = EXAMPLE.parts(EXAMPLE.log_joint(X, POINT), q)
+    assert bound + divergence == pytest.approx(evidence.sum(), rel=1e-9)
+    posterior = np.exp(terms - evidence[:, None])
+    assert divergence == pytest.approx(scipy.stats.entropy(q.numpy(), posterior, axis=1).sum(), rel=1e-9)
+    assert divergence >= 0.0
+
+
+@pytest.mark.parametrize("q", guesses()[:2])
+def test_the_bound_is_that_of_pyro_on_the_program(q: Tensor) -> None:
+    """Pyro sums the labels of the guide out; with the parameters given, their priors are a constant."""
+    program = GMM(2)
+    program.prepare(X)
+    given = poutine.condition(program.model, POINT)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Categorical(q), infer={"enumerate": "parallel"})
+
+    found = -TraceEnum_ELBO(max_plate_nesting=1).loss(given, guide, X)
+    trace = poutine.trace(poutine.condition(program.model, POINT)).get_trace(X)
+    trace.compute_log_prob()
+    priors = sum(float(trace.nodes[name]["log_prob"].sum()) for name in POINT)
+    bound, _ = EXAMPLE.parts(EXAMPLE.log_joint(X, POINT), q)
+    assert found - priors == pytest.approx(bound, rel=1e-9)
+
+
+def test_an_e_step_closes_the_gap_and_an_m_step_maximises_the_bound() -> None:
+    q = EXAMPLE.log_joint(X, POINT).softmax(-1)
+    bound, divergence = EXAMPLE.parts(EXAMPLE.log_joint(X, POINT), q)
+    assert abs(divergence) < 1e-9
+    then = EM(steps=1, start=POINT, **MLE).fit(GMM(2), X).point()
+    at = {name: then[name].clone().requires_grad_() for name in POINT}
+    joint = EXAMPLE.log_joint(X, at)
+    (q * joint).sum().backward()
+    slopes = {name: value.grad for name, value in at.items()}
+    torch.testing.assert_close(slopes["weights"], torch.full((2,), float(len(X))).double(), rtol=1e-9, atol=0.0)  # Lagrange
+    scale = X.std(0)
+    assert float((slopes["means"] * scale).abs().max()) < 1e-9 * len(X)
+    assert float((slopes["covariances"] * scale[:, None] * scale).abs().max()) < 1e-9 * len(X)
+    lifted, gap = EXAMPLE.parts(joint.detach(), q)
+    assert lifted > bound and gap > 0.0
