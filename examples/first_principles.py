@@ -40,10 +40,10 @@ def main(smoke: bool = False, folder: str = "runs/first_principles") -> None:
     nearest = grid[(counted * np.log(counted / grid)).sum(1).argmin()]
     away = torch.linalg.solve_triangular(torch.linalg.cholesky(at["covariances"][0]), (x - at["means"]).mT, upper=False)
     names = ("no accident", "one accident", "more accidents")
-    table = [(f"share of years with {name}", *pair) for name, *pair in zip(names, shares, counted)]
+    table = [(f"EM  share of years with {name}", *pair) for name, *pair in zip(names, shares, counted)]
     table += [(f"KL(data ‖ model) on a grid is least at {name}", *pair) for name, *pair in zip(names, nearest, counted)]
-    table += [(f"mean {j}", at["means"][0, j], x.numpy().mean(0)[j]) for j in range(2)]
-    table += [(f"covariance {i}{j}", at["covariances"][0, i, j], covariance[i, j]) for i, j in ((0, 0), (0, 1), (1, 1))]
+    table += [(f"EM  mean {j}", at["means"][0, j], x.numpy().mean(0)[j]) for j in range(2)]
+    table += [(f"EM  covariance {i}{j}", at["covariances"][0, i, j], covariance[i, j]) for i, j in ((0, 0), (0, 1), (1, 1))]
     table += [("mean of squared Mahalanobis distances", away.square().sum(0).mean(), 2.0)]
 
     at = {"weights": torch.full((2,), 0.5).double(), "means": torch.tensor([[3.0, 66.0], [4.0, 76.0]]).double()}

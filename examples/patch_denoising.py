@@ -2,15 +2,16 @@
 
     PYRO_GENMODELS_DATA=FOLDER python examples/patch_denoising.py [--full]
 
-Patches of 8 x 8 pixels from BSDS300, other pictures for training than for the test; noise of 25 grey levels. The mean of a
-patch is left out of the mixture, as it was by Zoran and Weiss, whose prior has 200 components: --full takes as many, and all
-the patches, in mini-batches. One component is Wiener's filter. The mixture sees no noise until it is to remove it.
+Patches of 8 x 8 pixels of BSDS300, other pictures for the test; noise of 25 grey levels. The mean of a patch is left out of
+the mixture, as by Zoran and Weiss, whose prior has 200 components: --full takes as many, and all patches, in mini-batches.
+One component is Wiener's filter.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ NOISE = 25.0 / 255.0
 BASIS = torch.from_numpy(scipy.fft.dctn(np.eye(64).reshape(64, 8, 8), axes=(1, 2), norm="ortho").reshape(64, 64)[:, 1:])
 
 
-def filtered(y: Tensor, one: object) -> Tensor:
-    """A filter of images on every patch alone, mirrored at its edges."""
+def filtered(y: Tensor, one: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """Every patch alone through a filter of images, mirrored at its edges."""
     wide = np.pad(y.numpy().reshape(-1, 8, 8), ((0, 0), (2, 2), (2, 2)), mode="symmetric")
     return torch.from_numpy(np.stack([one(patch)[2:-2, 2:-2] for patch in wide])).reshape(y.shape)
 
@@ -50,28 +51,24 @@ def main(smoke: bool = False, folder: str = "runs/patch_denoising", full: bool =
         "local Wiener, scipy": filtered(y, lambda patch: scipy.signal.wiener(patch, 5, NOISE**2)),
     }
     for number in (1, components):
-        model = GMM(number)
-        torch.manual_seed(0)
+        model, _ = GMM(number), torch.manual_seed(0)
         steps = {"steps": 60, "batch_size": 5000} if full and number > 1 else {"steps": 15}
         backend = EM(**steps, start=model.start(x), tolerance=1e-3, standard_errors=False, seed=0, progress=False)
-        posterior = backend.fit(model, x)
         name = "one Gaussian (Wiener)" if number == 1 else f"GMM of {number} components"
-        found[name] = y.mean(1, keepdim=True) + model.denoise(y @ BASIS, NOISE, posterior) @ BASIS.mT
-    print(f"{len(clean)} patches of {len(x)} for training   PSNR in dB, all patches   the flattest half   the others")
-    contrast = clean.std(1)
-    parts = [contrast >= 0, contrast < contrast.median(), contrast >= contrast.median()]
+        found[name] = y.mean(1, keepdim=True) + model.denoise(y @ BASIS, NOISE, backend.fit(model, x)) @ BASIS.mT
+    print(f"{'PSNR in dB':24}{len(clean):8} patches   half with contrast   ({len(x)} patches for training)")
+    parts = (contrast := clean.std(1)) >= 0.0, contrast >= contrast.median()
     for name, one in found.items():
-        errors = (one - clean).square().mean(1)
-        print(f"{name:24}" + "".join(f"{-10.0 * float(errors[part].mean().log10()):20.2f}" for part in parts))
+        levels = [-10.0 * float((one - clean)[part].square().mean().log10()) for part in parts]
+        print(f"{name:24}" + "".join(f"{level:16.2f}" for level in levels))
 
-    shown = contrast.argsort()[torch.linspace(0.3, 0.99, 16).mul(len(clean) - 1).long()]
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    shown = contrast.argsort()[torch.linspace(0.3, 0.99, 12).mul(len(clean) - 1).long()]
+    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
     for axis, (name, one) in zip(figure.subplots(len(found) + 1, 1), [("clean", clean), *found.items()]):
         row = np.pad(one[shown].numpy().reshape(-1, 8, 8), ((0, 0), (0, 0), (1, 1)), constant_values=1.0)
         axis.imshow(np.concatenate(list(row), 1), cmap="gray", vmin=0.0, vmax=1.0)
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        axis.set(xticks=[], yticks=[], frame_on=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "patches.png", dpi=150)
     print(f"\nSaved {Path(folder) / 'patches.png'}")
