@@ -393,9 +393,7 @@ class EM(Backend[EMState, EMInfo]):
                     conditional = family.solve(at, task.gradients(name, at, values, particles, weights, batch))
                     start = _suggested(family, conditional)
                 # a function with a maximum need not be a density: a component of three rows has no Wishart, but a covariance
-                transform = site.transform
-                free = transform.inv(values[name])
-                proposal = transform(free + _TRIAL * torch.randn_like(free))
+                proposal = _nearby(site, values[name])
                 usable = conditional.mode().reshape(len(proposal), -1).isfinite().all(-1)
                 if 2 * int(usable.sum()) < len(usable):
                     continue
@@ -666,10 +664,25 @@ def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Ten
     """Given values, (restart, *site), each a little away from where it is, in place of those in ``values``."""
     moved = {}
     for name, value in given.items():
-        transform = program.latents[name].transform
-        free = transform.inv(value)[torch.arange(count, device=value.device) % len(value)]
-        moved[name] = transform(free + _TRIAL * torch.randn_like(free))
+        moved[name] = _nearby(program.latents[name], value[torch.arange(count, device=value.device) % len(value)])
     return values | moved
+
+
+def _nearby(site: Site, value: Tensor) -> Tensor:
+    """Values a little away from others, (restart, *site); labels stay.
+
+    A matrix L Lᵀ moves to that of (I + E) L, relatively: the entries of L have the scale of the data, and a step that has
+    not leaves a wide matrix singular.
+    """
+    if not site.is_continuous:
+        return value
+    if kind_of(site.support) != "positive definite":
+        free = site.transform.inv(value)
+        return site.transform(free + _TRIAL * torch.randn_like(free))
+    factor = torch.linalg.cholesky(value)
+    step = _TRIAL / math.sqrt(value.shape[-1]) * torch.randn_like(value)
+    factor = (step.tril(-1) + torch.diag_embed(step.diagonal(dim1=-2, dim2=-1).exp())) @ factor
+    return factor @ factor.mT
 
 
 def _relative_change(

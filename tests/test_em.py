@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from inference import EM, HMC, Gibbs, MetropolisHastings, Unsupported
 from pyro_genmodels import GMM, datasets
+from pyro_genmodels.distributions import InverseWishart
 
 FAITHFUL = datasets.load("faithful").x
 
@@ -596,3 +597,30 @@ def test_em_stops_at_a_mean_of_zero() -> None:
     posterior = em(start={"mean": torch.tensor(3.0)}, steps=500).fit(centred, y)
     assert len(posterior.history["log_joint"]) < 120  # by 0.8 a step, rounding is reached after 180
     assert float(posterior.point()["mean"]) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_wide_matrix_of_small_numbers_has_its_closed_form() -> None:
+    """The trial of the M-step goes as far as the matrix is large, not as far as the numbers of its factor."""
+    rows, width = 300, 30
+    x = 1e-3 * torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).double()
+
+    def program(x: Tensor) -> None:
+        scatter = pyro.sample("scatter", InverseWishart(width + 2.0, 1e-6 * torch.eye(width)))
+        factor = torch.linalg.cholesky(scatter)
+        with pyro.plate("row", rows):
+            pyro.sample("x", dist.MultivariateNormal(x.new_zeros(width), scale_tril=factor), obs=x)
+
+    backend = EM(start={"scatter": 1e-6 * torch.eye(width)}, standard_errors=False, seed=0, progress=False)
+    posterior = backend.fit(program, x)
+    expected = (1e-6 * torch.eye(width).double() + x.mT @ x) / (rows + width + 2.0 + width + 1.0)
+    torch.testing.assert_close(posterior.point()["scatter"], expected, rtol=1e-9, atol=1e-15)
+    assert len(posterior.history["log_joint"]) < 5  # no ascent by gradients
+
+
+def test_em_goes_on_from_its_own_point_labels_included() -> None:
+    x = datasets.load("faithful").x
+    options: dict[str, Any] = {"standard_errors": False, "seed": 0, "progress": False}
+    first = EM(steps=3, **options).fit(GMM(2), x)
+    assert "z" in first.point()
+    then = EM(steps=200, start=first.point(), **options).fit(GMM(2), x)
+    assert float(then.history["log_joint"][0]) >= float(first.history["log_joint"][-1])

@@ -31,6 +31,9 @@ def load(path: Path) -> Any:
 
 ON_DATA = {
     "anomaly_detection": "adbench.npz",
+    "clustering": "classical.npz",
+    "density_estimation": "uci_regression.npz",
+    "patch_denoising": "bsds300_patches.npz",
     "semi_supervised_text": "bow_20news_full.npz",
     "topics": "bow_ap.npz",
 }  # example to what it reads

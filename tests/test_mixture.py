@@ -443,6 +443,66 @@ def test_half_of_a_table_is_filled_in_better_than_by_regressions() -> None:
     assert 0.85 < float(is_inside[is_gone].double().mean()) < 0.93
 
 
+# ----------------------------------------------------------------------------------------- rows with noise
+NOISES = {"sphere": 3.0, "covariance": torch.tensor([[0.5, -1.0], [-1.0, 30.0]]).double()}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("covariance", KINDS)
+def test_denoised_rows_are_posterior_means(covariance: str, noise: str) -> None:
+    """By quadrature over x of p(x) N(y | x, R), p the density that two draws have on average."""
+    y, model = X[:4] + torch.tensor([0.5, -6.0]).double(), GMM(2, covariance)
+    both = [(SHARES, MEANS, PARAMETERS[covariance]), (WEIGHTS, MEANS.flip(0) + 1.0, 1.5 * PARAMETERS[covariance])]
+    draws = {name: torch.stack(parts) for name, parts in zip(("weights", "means", "covariances"), zip(*both))}
+    spread = NOISES[noise] if noise == "covariance" else NOISES[noise] ** 2 * torch.eye(2).double()
+    ends = ((-40.0, 45.0, 601), (-30.0, 170.0, 401))
+    grid = torch.cartesian_prod(*(torch.linspace(*end, dtype=torch.float64) for end in ends))
+    density = torch.zeros_like(grid[:, 0])
+    for weights, means, covariances in both:
+        for weight, mean, full in zip(weights, means, matrices(covariance, covariances)):
+            density += weight * torch.distributions.MultivariateNormal(mean, full).log_prob(grid).exp()
+    for row, found in zip(y, model.denoise(y, NOISES[noise], draws)):
+        posterior = density * torch.distributions.MultivariateNormal(row, spread).log_prob(grid).exp()
+        torch.testing.assert_close(found, posterior @ grid / posterior.sum(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("covariance", KINDS)
+def test_rows_without_noise_stay_and_with_much_noise_go_to_the_mean(covariance: str) -> None:
+    model, draws = GMM(2, covariance), point(covariance)
+    torch.testing.assert_close(model.denoise(X, 0.0, draws), X)
+    far = model.denoise(X, 1e6, draws)
+    torch.testing.assert_close(far, (SHARES @ MEANS).expand_as(X), rtol=1e-4, atol=0.0)
+
+
+def test_a_component_far_away_cannot_overflow() -> None:
+    model = GMM(2, "isotropic")
+    y = torch.tensor([[1e5, -1e5]]).double()
+    draws = {"weights": WEIGHTS.new_tensor([1.0, 0.0]), "means": MEANS, "covariances": torch.tensor(4.0).double()}
+    torch.testing.assert_close(model.denoise(y, 2.0, draws), 0.5 * (y + MEANS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (-1.0, "standard deviation must be"),
+        (math.nan, "standard deviation must be"),
+        (torch.ones(2), "torch.diag"),
+        (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "symmetric"),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "eigenvalue -1"),
+    ],
+)
+def test_noise_that_is_none_is_refused(noise: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GMM(2).denoise(X, noise, point("full"))
+
+
+def test_gappy_rows_are_not_denoised() -> None:
+    with pytest.raises(ValueError, match="row 0, column 0.*impute"):
+        GMM(2).denoise(gappy(), 1.0, point("full"))
+    with pytest.raises(ValueError, match="of 2 features"):
+        GMM(2).denoise(X[:, :1], 1.0, point("full"))
+
+
 @pytest.mark.parametrize("arguments", [{"weights": "some"}, {"weights": "stick-breaking", "concentration": 0.0}])
 def test_a_mixture_refuses_weights_that_it_does_not_know(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(reversed(arguments))):
