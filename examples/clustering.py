@@ -68,7 +68,7 @@ def main(smoke: bool = False, folder: str = "runs/clustering") -> None:
         axes[2, column].imshow(together, cmap="Greys", vmin=0.0, vmax=1.0)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    axes[2, 0].set_ylabel("rows by class: how often two share a cluster")
+    axes[2, 0].set_ylabel("how often rows go together")
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "clusters.png", dpi=150)
     print(f"\nSaved {Path(folder) / 'clusters.png'}")

@@ -676,12 +676,12 @@ def _nearby(site: Site, value: Tensor) -> Tensor:
     """
     if not site.is_continuous:
         return value
+    free = site.transform.inv(value)
+    step = _TRIAL * torch.randn_like(free)
     if kind_of(site.support) != "positive definite":
-        free = site.transform.inv(value)
-        return site.transform(free + _TRIAL * torch.randn_like(free))
-    factor = torch.linalg.cholesky(value)
-    step = _TRIAL / math.sqrt(value.shape[-1]) * torch.randn_like(value)
-    factor = (step.tril(-1) + torch.diag_embed(step.diagonal(dim1=-2, dim2=-1).exp())) @ factor
+        return site.transform(free + step)
+    move = torch.linalg.cholesky(site.transform(step / math.sqrt(value.shape[-1])))
+    factor = move @ torch.linalg.cholesky(value)
     return factor @ factor.mT
 
 
