@@ -9,6 +9,7 @@ multivariate normal; EM fits it to what is left, and the conditional distributio
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def main(smoke: bool = False, folder: str | os.PathLike[str] = "runs/missing_val
         "KNNImputer": KNNImputer(),
         "IterativeImputer": IterativeImputer(random_state=0, tol=1.0 if smoke else 1e-3),
     }
-    filled = {name: torch.from_numpy(np.asarray(peer.fit_transform(gappy.numpy()))) for name, peer in peers.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the peer stops after ten rounds, as it does by default
+        filled = {name: torch.from_numpy(np.asarray(peer.fit_transform(gappy.numpy()))) for name, peer in peers.items()}
     filled["GMM(1), EM"] = model.impute(gappy, posterior)
     errors = {name: float((one - x)[is_gone].square().mean()) for name, one in filled.items()}
     print(f"{'':20}mean squared error")

@@ -760,11 +760,12 @@ class Density:
         def pick(sites: tuple[str, ...], logits: Tensor, positions: Tensor | None = None) -> Tensor:
             cumulative = logits.exp().cumsum(-1)
             if positions is not None:
-                level = uniforms[offsets[sites[0]] + positions].unsqueeze(-1) * cumulative[..., -1:]
-                return (cumulative < level).sum(-1)
-            own = torch.arange(logits.shape[1:-1].numel(), device=logits.device)
-            where = torch.tensor([offsets[site] for site in sites], device=logits.device)[:, None] + own
-            level = uniforms[where].reshape(logits.shape[:-1]).unsqueeze(-1) * cumulative[..., -1:]
+                level = uniforms[offsets[sites[0]] + positions]
+            else:
+                own = torch.arange(logits.shape[1:-1].numel(), device=logits.device)
+                where = torch.tensor([offsets[site] for site in sites], device=logits.device)[:, None] + own
+                level = uniforms[where].reshape(logits.shape[:-1])
+            level = level.unsqueeze(-1) * cumulative[..., -1:]
             return (cumulative < level).sum(-1)
 
         picked, log_q = draw_back(self.program, records, pick)

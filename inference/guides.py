@@ -229,6 +229,8 @@ class GuideReference:
                 if not is_automatic and not is_drawn(node):
                     raise Unsupported(f"The guide puts all its mass for '{name}' on one point. Use a guide with a density.")
         self.auxiliary = [name for name, node in trace.nodes.items() if is_drawn(node) and name not in program.latents]
+        # what an automatic guide computes from them it computes again: our own bijection may differ in the last digit
+        self.computed = [name for name in program.latents if name in trace.nodes and not is_drawn(trace.nodes[name])]
         if is_automatic and not self.auxiliary:
             kind = type(guide.call).__name__
             raise Unsupported(f"{kind} puts all its mass on one point. Use a guide with a density, such as AutoNormal.")
@@ -260,7 +262,8 @@ class GuideReference:
             ("guide", id(self.guide)), lambda values: log_prob(self._trace(values)), (True,), evaluations=0
         )
         values = self.coordinates.values(position)
-        return staged(values | self._auxiliaries(position)) + vmap(self.coordinates.log_jacobian)(position)
+        drawn = {name: value for name, value in values.items() if name not in self.computed}
+        return staged(drawn | self._auxiliaries(position)) + vmap(self.coordinates.log_jacobian)(position)
 
     def _auxiliaries(self, position: Tensor) -> dict[str, Tensor]:
         """Values of what an automatic guide draws in place of the sites, (chain, ...)."""
