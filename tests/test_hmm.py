@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
+from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Posterior
 from inference.enumeration import log_normalizer
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
@@ -168,7 +169,7 @@ def test_svi_finds_the_rates() -> None:
     assert ((found.mean((0, 1)) - sampled.mean((0, 1))).abs() < 0.5 * sampled.std((0, 1))).all()
 
 
-def test_labels_of_states_are_known_to_be_exchangeable() -> None:
+def test_labels_of_states_are_known_to_be_exchangeable(tmp_path: Path) -> None:
     posterior = Gibbs(chains=4, warmup=20, draws=20, **QUIET).fit(HMM(3, "poisson"), series("poisson", 60))
     assert posterior.symmetry == {"initial": 0, "transitions": (0, 1), "rates": 0, "z": None}
     matched, raw = posterior.matched, posterior.draws
@@ -178,6 +179,8 @@ def test_labels_of_states_are_known_to_be_exchangeable() -> None:
     rows = raw["transitions"].gather(2, order[..., None].expand(-1, -1, -1, 3))
     both = rows.gather(3, order[..., None, :].expand(-1, -1, 3, -1))
     torch.testing.assert_close(matched["transitions"], both)
+    posterior.save(tmp_path / "saved")
+    assert Posterior.load(tmp_path / "saved").symmetry == posterior.symmetry
 
 
 def test_a_forecast_tends_to_the_shares_of_the_states() -> None:
