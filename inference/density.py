@@ -588,35 +588,24 @@ class Density:
 
         ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all.
         """
-        if key not in self.functions:
-            self.functions[key] = Staged(
-                function,
-                batched,
-                name=self.program.name,
-                rung=self.limit,
-                is_long=self.program.is_long,
-                has_rows=lambda: self.program.has_rows,
-                said=self.said,
-            )
-            self.functions[key].recall(self._past.get(repr(key), {}))
-        staged = self.functions[key]
-        staged.evaluations = max(staged.evaluations, self.evaluations if evaluations is None else evaluations)
-        return staged
+
+        def made(**rest: Any) -> Staged:
+            return Staged(function, batched, has_rows=lambda: self.program.has_rows, **rest)
+
+        return self._kept(key, made, evaluations)
 
     def random(self, key: Hashable, function: Callable[..., Any]) -> Staged:
         """``function`` of all chains, that draws random numbers; the same ``key`` gives the same again."""
+        return self._kept(key, lambda **rest: Random(function, self.program.device, **rest), None)
+
+    def _kept(self, key: Hashable, make: Callable[..., Staged], evaluations: int | None) -> Staged:
+        """The staged function of this key, made if there is none; see ``stage``."""
         if key not in self.functions:
-            self.functions[key] = Random(
-                function,
-                self.program.device,
-                name=self.program.name,
-                rung=self.limit,
-                is_long=self.program.is_long,
-                said=self.said,
-            )
+            program = self.program
+            self.functions[key] = make(name=program.name, rung=self.limit, is_long=program.is_long, said=self.said)
             self.functions[key].recall(self._past.get(repr(key), {}))
         staged = self.functions[key]
-        staged.evaluations = max(staged.evaluations, self.evaluations)
+        staged.evaluations = max(staged.evaluations, self.evaluations if evaluations is None else evaluations)
         return staged
 
     @cached_property

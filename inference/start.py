@@ -98,7 +98,8 @@ def suggested_values(program: Program, values: Mapping[str, Tensor]) -> dict[str
 def dispersed_values(program: Program, chains: int, start: Any = None) -> dict[str, Tensor]:
     """Where the chains of a sampler start, (chain, *site): each on its own, from what the model suggests if it does.
 
-    Finite sites that are neither given nor suggested are drawn from their conditional, so that they suit what is.
+    Suggestions that are the same for all chains are not taken: chains that start together show no disagreement. Finite
+    sites that are neither given nor suggested are drawn from their conditional, so that they suit what is.
 
     Args:
         program: The program.
@@ -109,9 +110,11 @@ def dispersed_values(program: Program, chains: int, start: Any = None) -> dict[s
     if start is not None or program.chain_data(chains):
         return values
     suggested = suggested_values(program, values)
+    if all(torch.equal(value, value[:1].expand_as(value)) for value in suggested.values()):
+        return values
     values |= suggested
     free = [name for name in program.finite if name not in suggested]
-    if suggested and free:
+    if free:
         with contextlib.suppress(Unsupported):  # what cannot be summed out is left as it is
             others = {name: value for name, value in values.items() if name not in free}
             density = Density(program, rung="vmapped")

@@ -11,13 +11,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference import Conjugate, Enumerate, Gibbs, Hamiltonian, Unsupported, arviz
 from inference.conditionals import NormalConditional
 from inference.messages import Normal
 from inference.plan import assign
 from inference.program import Program
+from inference.start import dispersed_values
 from pyro_genmodels import GMM, datasets
 from pyro_genmodels.classical.gmm import COVARIANCES
 from zoo import BY_NAME, ZOO, Instance
@@ -260,3 +261,27 @@ def test_a_certificate_that_held_for_long_is_taken_now_and_then_and_always_again
         state, _ = backend.sample(state, program)
     assert {*taken} >= {*range(200, 230)} and float(state.certificate.max()) > CERTIFICATE
     assert "certificate" in str(backend.plan(state, program))
+
+
+class Suggested(nn.Module):
+    """A model that suggests where to start: the same place always, or another one at every call."""
+
+    def __init__(self, is_fixed: bool) -> None:
+        super().__init__()
+        self.is_fixed = is_fixed
+
+    def model(self, y: torch.Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    def start(self, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mean": torch.zeros(()) if self.is_fixed else 0.01 * torch.rand(())}
+
+
+def test_chains_start_where_a_model_suggests_unless_all_would_start_there_together(inside_a_run: None) -> None:
+    y = 7.0 + normal(5, seed=0)
+    for is_fixed in (True, False):
+        found = dispersed_values(Program(Suggested(is_fixed), (y,)), 6)["mean"]
+        assert len(found.unique()) == 6
+        assert bool((found.abs() < 0.01).all()) != is_fixed

@@ -426,8 +426,11 @@ def test_the_dirichlet_process_finds_the_groups_of_galaxies() -> None:
 
 @pytest.mark.slow
 def test_half_of_a_table_is_filled_in_better_than_by_regressions() -> None:
-    """The thirty measurements of 569 tumours: mean squared error of a multivariate normal 0.23 at most, in standard
-    units; 90 % intervals, which take the point for known, hold 85 % at least."""
+    """The thirty measurements of 569 tumours: mean squared error of a multivariate normal 0.23 at most, in standard units.
+
+    90 % intervals hold 90 ± 3 % if they are those of Gibbs, which does not know the parameters either; those at EM's point
+    are narrower.
+    """
     sets = pytest.importorskip("sklearn.datasets")
     x = torch.from_numpy(sets.load_breast_cancer().data).double()
     x = (x - x.mean(0)) / x.std(0, correction=0)
@@ -436,11 +439,11 @@ def test_half_of_a_table_is_filled_in_better_than_by_regressions() -> None:
     model = GMM(1)
     posterior = EM(steps=100, standard_errors=False, seed=0, progress=False).fit(model, gaps)
     assert float((model.impute(gaps, posterior) - x)[is_gone].square().mean()) <= 0.23
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        drawn = model.imputations(gaps, posterior, 200)
+    gibbs = Gibbs(chains=2, warmup=40, draws=60, keep=("missing",), seed=0, progress=False)
+    drawn = gibbs.fit(GMM(1, missing="drawn"), gaps).draws["missing"].flatten(0, 1)
+    assert float((drawn.mean(0) - x)[is_gone].square().mean()) <= 0.23
     is_inside = (x >= drawn.quantile(0.05, 0)) & (x <= drawn.quantile(0.95, 0))
-    assert 0.85 < float(is_inside[is_gone].double().mean()) < 0.93
+    assert 0.87 < float(is_inside[is_gone].double().mean()) < 0.93
 
 
 # ----------------------------------------------------------------------------------------- rows with noise

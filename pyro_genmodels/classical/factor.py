@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inference.contract import Fitted
 from pyro_genmodels.base import GenerativeModel
+from pyro_genmodels.classical.tables import check_known, check_table, moments
 from pyro_genmodels.distributions import Columns, PartialNormal
 
 __all__ = ["PPCA", "FactorAnalysis", "FactorModel", "Scores"]
@@ -85,6 +86,11 @@ class FactorModel(GenerativeModel):
     def _unit(self) -> Tensor:
         """s, the scale of each column's prior, (D,)."""
 
+    @property
+    @abc.abstractmethod
+    def _jitter(self) -> float:
+        """How far from principal axes a fit starts, in units of s."""
+
     @abc.abstractmethod
     def _noise_shape(self, features: int) -> tuple[int, ...]:
         """Shape of the site ``noise``."""
@@ -140,44 +146,19 @@ class FactorModel(GenerativeModel):
         """
         if x is None:
             return
-        self._check(x)
+        check_table(x, self._name, self.features if self._has_features else None)
+        check_known(x)
         self._shape(x.shape[1], x)
-        is_known = ~x.isnan()
-        self._has_gaps = not bool(is_known.all())
-        if not self._has_location:
-            self.location = x.nanmean(0)
-        if not self._has_scale:
-            deviation = (x - x.nanmean(0)).square().nanmean(0).sqrt()
-            is_flat = ~(deviation > 1e-12 * x.nan_to_num().abs().amax(0))
-            self.scale = torch.where(is_flat, 1.0, deviation)
+        self._has_gaps = bool(x.isnan().any())
+        location, scale = moments(x)
+        self.location = self.location if self._has_location else location
+        self.scale = self.scale if self._has_scale else scale
         with torch.no_grad():
             found, size_of = self._principal(x), x.new_tensor(float(len(x))).log()
             self.guesses["loadings"].copy_(found["loadings"] / self._unit[:, None])
             self.guesses["noise"].copy_((found["noise"] / self._units(found["noise"])).log())
             for name in ("loadings_log_scale", "location_log_scale", "noise_log_scale"):
                 self.guesses[name].fill_(float(-0.5 * size_of))
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but must be a table (rows, features).")
-        if not x.shape[1]:
-            raise ValueError("x has no columns.")
-        if not len(x):
-            raise ValueError("x has no rows.")
-        if not x.is_floating_point():
-            raise ValueError(f"x holds {str(x.dtype).removeprefix('torch.')}, but must be floating: pass x.double().")
-        if self._has_features and x.shape[1] != self.features:
-            raise ValueError(f"x has {x.shape[1]} features, but this {self._name} was built for {self.features}.")
-        bad = x.isinf().nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise ValueError(
-                f"x holds {len(bad)} values that are infinite, the first in row {row}, column {column}. "
-                "Remove these rows, or set what is not known to NaN."
-            )
-        empty = x.isnan().all(0).nonzero()
-        if len(empty):
-            raise ValueError(f"Column {int(empty[0])} of x has no value that is known. Remove the column.")
 
     def _rows(self, x: Tensor | None, size: int | None) -> int:
         if self.location is None or self.scale is None:
@@ -250,6 +231,29 @@ class FactorModel(GenerativeModel):
             else:
                 mean, factor = _conditional(x, loadings, location, noise, self._is_gappy(x))
                 pyro.sample("z", dist.MultivariateNormal(mean, precision_matrix=factor @ factor.mT))
+
+    @torch.no_grad()
+    def start(self, x: Tensor, size: int | None = None) -> dict[str, Tensor]:
+        """Where a fit may start: near principal axes.
+
+        The likelihood of ``PPCA`` on a complete table is highest at them, and nowhere else. That of ``FactorAnalysis`` may
+        have several maxima: it starts a little away from those of the standardised columns, elsewhere at every call. EM
+        starts there by itself. Random numbers come from torch's global generator.
+
+        Args:
+            x: (rows, D), NaN where an entry is missing.
+            size: Not used.
+
+        Returns:
+            Site to value, such as ``EM(start=...)`` takes.
+        """
+        if self.location is None or self.scale is None:
+            self.prepare(x)
+        found = self._principal(x)
+        if self._jitter:
+            noise = self._unit.to(x)[:, None] * torch.randn_like(found["loadings"])
+            found["loadings"] = found["loadings"] + self._jitter * noise
+        return found
 
     @torch.no_grad()
     def _principal(self, x: Tensor) -> dict[str, Tensor]:
@@ -492,6 +496,10 @@ class PPCA(FactorModel):
         unit: Tensor = self.scale.square().mean().sqrt().expand(self.scale.shape)
         return unit
 
+    @property
+    def _jitter(self) -> float:
+        return 0.0
+
     def _noise_shape(self, features: int) -> tuple[int, ...]:
         return ()
 
@@ -499,21 +507,6 @@ class PPCA(FactorModel):
         left = spectrum[self.factors :].mean()
         floor = _LEAST_NOISE * spectrum.mean().clamp(min=_LEAST_NOISE)
         return torch.where(left > 1e-10 * spectrum[0], left, floor)
-
-    @torch.no_grad()
-    def start(self, x: Tensor, size: int | None = None) -> dict[str, Tensor]:
-        """Where EM may start: principal axes. The likelihood of a complete table is highest there, and nowhere else.
-
-        Args:
-            x: (rows, D), NaN where an entry is missing.
-            size: Not used.
-
-        Returns:
-            Site to value, such as ``EM(start=...)`` takes.
-        """
-        if self.location is None or self.scale is None:
-            self.prepare(x)
-        return self._principal(x)
 
 
 class FactorAnalysis(FactorModel):
@@ -551,28 +544,12 @@ class FactorAnalysis(FactorModel):
         unit: Tensor = self.scale
         return unit
 
+    @property
+    def _jitter(self) -> float:
+        return _JITTER
+
     def _noise_shape(self, features: int) -> tuple[int, ...]:
         return (features,)
 
     def _left(self, variances: Tensor, loadings: Tensor, spectrum: Tensor) -> Tensor:
         return torch.maximum(variances - loadings.square().sum(-1), _LEAST_NOISE * variances.clamp(min=_LEAST_NOISE))
-
-    @torch.no_grad()
-    def start(self, x: Tensor, size: int | None = None) -> dict[str, Tensor]:
-        """Where EM may start: near principal axes of the standardised columns.
-
-        EM starts there by itself, from several draws of which it takes the best. Random numbers come from torch's global
-        generator.
-
-        Args:
-            x: (rows, D), NaN where an entry is missing.
-            size: Not used.
-
-        Returns:
-            Site to value, such as ``EM(start=...)`` takes.
-        """
-        if self.location is None or self.scale is None:
-            self.prepare(x)
-        found = self._principal(x)
-        found["loadings"] = found["loadings"] + _JITTER * self.scale.to(x)[:, None] * torch.randn_like(found["loadings"])
-        return found

@@ -12,9 +12,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from inference.contract import Fitted
-from pyro_genmodels.base import GenerativeModel
+from pyro_genmodels.classical.components import Draws, FiniteMixture
 from pyro_genmodels.classical.seeding import apart
+from pyro_genmodels.classical.tables import check_known, check_table, check_weights, moments
 from pyro_genmodels.distributions import Columns, Filled, InverseWishart, Mixed, PartialNormal
 
 __all__ = ["GMM"]
@@ -23,10 +23,8 @@ COVARIANCES = ("full", "tied", "diagonal", "spherical")
 SHARES = ("free", "equal", "stick-breaking")
 _CHUNK = 2**23  # numbers in the covariances of gappy rows that are looked at together
 
-Draws = Fitted | Mapping[str, Tensor]
 
-
-class GMM(GenerativeModel):
+class GMM(FiniteMixture):
     """Gaussian mixture.
 
         w ~ Dirichlet(1),  μ_k ~ N(m, 9 diag s²),  Σ_k ~ InverseWishart(D + 2, diag s² / K^(2/D)),
@@ -185,16 +183,10 @@ class GMM(GenerativeModel):
         self._shape(x.shape[1], x)
         is_known = ~x.isnan()
         self._has_gaps = not bool(is_known.all())
-        if self._has_gaps or row_weights is not None:
-            counts = x.new_ones(len(x)) if row_weights is None else row_weights.to(x)
-            shares = counts[:, None] * is_known
-            shares = shares / shares.sum(0)
-            location = (shares * torch.where(is_known, x, 0.0)).sum(0)
-            deviation = (shares * torch.where(is_known, x - location, 0.0).square()).sum(0).sqrt()
-        else:
-            counts, location, deviation = x.new_ones(len(x)), x.mean(0), x.std(0, correction=0)
+        counts = x.new_ones(len(x)) if row_weights is None else row_weights.to(x)
+        location, scale = moments(x, row_weights)
         self.location = self.location if self._has_location else location
-        self.scale = self.scale if self._has_scale else torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        self.scale = self.scale if self._has_scale else scale
         with torch.no_grad():
             total = float(counts.sum())
             standard = torch.where(is_known, (x - self.location) / self.scale, 0.0)
@@ -211,31 +203,10 @@ class GMM(GenerativeModel):
                 )
 
     def _check(self, x: Tensor, row_weights: Tensor | None = None) -> None:
-        if x.dim() != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but must be a table (rows, features).")
-        if not x.shape[1]:
-            raise ValueError("x has no columns.")
-        if not x.is_floating_point():
-            raise ValueError(f"x holds {str(x.dtype).removeprefix('torch.')}, but must be floating: pass x.double().")
-        if self._has_features and x.shape[1] != self.features:
-            raise ValueError(f"x has {x.shape[1]} features, but this GMM was built for {self.features}.")
-        bad = x.isinf().nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise ValueError(
-                f"x holds {len(bad)} values that are infinite, the first in row {row}, column {column}. "
-                "Remove these rows, or set what is not known to NaN."
-            )
-        counts = torch.ones_like(x, dtype=torch.bool)
+        check_table(x, "GMM", self.features if self._has_features else None)
         if row_weights is not None:
             check_weights(row_weights, len(x))
-            counts = (row_weights > 0)[:, None]
-        empty = (~(~x.isnan() & counts).any(0)).nonzero()
-        if len(empty):
-            raise ValueError(
-                f"Column {int(empty[0])} of x has no value that is known{'' if row_weights is None else ' and counts'}. "
-                "Remove the column."
-            )
+        check_known(x, row_weights)
 
     def model(self, x: Tensor | None = None, size: int | None = None, row_weights: Tensor | None = None) -> Tensor:
         rows, components = self._rows(x, size, row_weights), self.components
@@ -424,7 +395,6 @@ class GMM(GenerativeModel):
         return weights, means, covariances
 
     def _log_joint(self, x: Tensor, draws: Draws) -> Tensor:
-        """log p(x_n, z_n = k | draw), (draw, rows, K)."""
         tables = self._tables(draws, x)
         return torch.stack([self._log_joint_at(x, *table) for table in zip(*tables, strict=True)])
 
@@ -437,29 +407,6 @@ class GMM(GenerativeModel):
 
     def _covariance_dim(self) -> int:
         return {"full": 3, "tied": 2, "diagonal": 2, "spherical": 1, "isotropic": 0}[self.covariance]
-
-    @torch.no_grad()
-    def predict_proba(self, x: Tensor, draws: Draws) -> Tensor:
-        """Probability of each component for each row, averaged over draws whose labels have been matched.
-
-        Args:
-            x: (rows, D), NaN where an entry is missing.
-            draws: A Posterior, or site to (…, *site).
-
-        Returns:
-            (rows, K), rows sum to 1.
-        """
-        return self._log_joint(x, draws).softmax(-1).mean(0)
-
-    def predict(self, x: Tensor, draws: Draws) -> Tensor:
-        """Most probable component of each row, (rows,)."""
-        return self.predict_proba(x, draws).argmax(-1)
-
-    @torch.no_grad()
-    def score_samples(self, x: Tensor, draws: Draws) -> Tensor:
-        """Log predictive density of what is known of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
-        log_densities = self._log_joint(x, draws).logsumexp(-1)
-        return log_densities.logsumexp(0) - math.log(len(log_densities))
 
     @property
     def parameters_free(self) -> int:
@@ -633,16 +580,3 @@ def _noise(noise: float | Tensor, like: Tensor) -> Tensor:
     if least < -slack:
         raise ValueError(f"noise has the eigenvalue {float(least):g}, but a covariance has none below zero.")
     return given
-
-
-def check_weights(row_weights: Tensor, rows: int) -> None:
-    if row_weights.shape != (rows,):
-        raise ValueError(f"row_weights has shape {tuple(row_weights.shape)}, but must be ({rows},): one for each row of x.")
-    if not row_weights.is_floating_point():
-        raise ValueError("row_weights must be floating: pass row_weights.double().")
-    bad = (~(row_weights >= 0) | row_weights.isinf()).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise ValueError(f"row_weights must be finite and not negative, but that of row {row} is {float(row_weights[row])}.")
-    if not bool((row_weights > 0).any()):
-        raise ValueError("row_weights are all zero: no row counts.")

@@ -13,10 +13,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from inference.contract import Fitted
-from pyro_genmodels.base import GenerativeModel
-from pyro_genmodels.classical.gmm import check_weights
+from pyro_genmodels.classical.components import Draws, FiniteMixture
 from pyro_genmodels.classical.seeding import apart
+from pyro_genmodels.classical.tables import check_known, check_weights, moments
 from pyro_genmodels.distributions import Columns, LatentScaleT, Mixed
 
 __all__ = ["Mixture"]
@@ -31,10 +30,8 @@ SITES = {
     "student": ("locations", "squares"),
 }
 
-Draws = Fitted | Mapping[str, Tensor]
 
-
-class Mixture(GenerativeModel):
+class Mixture(FiniteMixture):
     """Mixture whose columns are independent within a component, each of a kind of its own.
 
         w ~ Dirichlet(1),  z_n ~ Categorical(w),  x_nj ~ p_j(· | θ_{z_n j})
@@ -115,16 +112,8 @@ class Mixture(GenerativeModel):
             raise ValueError(f"Mixture has {self.components} components, but x has only {len(x)} rows.")
         if row_weights is not None:
             check_weights(row_weights, len(x))
-        counts = x.new_ones(len(x)) if row_weights is None else row_weights.to(x)
-        is_known = ~x.isnan()
-        empty = (~(is_known & (counts > 0)[:, None]).any(0)).nonzero()
-        if len(empty):
-            raise ValueError(f"Column {int(empty[0])} of x has no value that is known and counts. Remove the column.")
-        shares = counts[:, None] * is_known
-        shares = shares / shares.sum(0)
-        self.location = (shares * torch.where(is_known, x, 0.0)).sum(0)
-        deviation = (shares * torch.where(is_known, x - self.location, 0.0).square()).sum(0).sqrt()
-        self.scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        check_known(x, row_weights)
+        self.location, self.scale = moments(x, row_weights)
         self._check(x)
 
     def _check(self, x: Tensor) -> None:
@@ -267,7 +256,6 @@ class Mixture(GenerativeModel):
         return [dict(zip(names, row, strict=True)) for row in zip(*parts.values(), strict=True)]
 
     def _log_joint(self, x: Tensor, draws: Draws) -> Tensor:
-        """log p(x_n, z_n = k | draw), (draw, rows, K)."""
         if self.location is None:
             self.prepare(x)
         labels = torch.arange(self.components, device=x.device)
@@ -276,29 +264,6 @@ class Mixture(GenerativeModel):
             values = {name: value.to(x) for name, value in table.items()}
             terms.append(self._rows_given(values, labels).log_prob(x[:, None]) + values["weights"].log())
         return torch.stack(terms)
-
-    @torch.no_grad()
-    def predict_proba(self, x: Tensor, draws: Draws) -> Tensor:
-        """Probability of each component for each row, averaged over draws whose labels have been matched.
-
-        Args:
-            x: (rows, D), NaN where an entry is missing.
-            draws: A Posterior, or site to (…, *site).
-
-        Returns:
-            (rows, K), rows sum to 1.
-        """
-        return self._log_joint(x, draws).softmax(-1).mean(0)
-
-    def predict(self, x: Tensor, draws: Draws) -> Tensor:
-        """Most probable component of each row, (rows,)."""
-        return self.predict_proba(x, draws).argmax(-1)
-
-    @torch.no_grad()
-    def score_samples(self, x: Tensor, draws: Draws) -> Tensor:
-        """Log predictive density of what is known of each row: log-mean over the draws of p(x_n | draw), (rows,)."""
-        log_densities = self._log_joint(x, draws).logsumexp(-1)
-        return log_densities.logsumexp(0) - math.log(len(log_densities))
 
     @torch.no_grad()
     def impute(self, x: Tensor, draws: Draws) -> Tensor:

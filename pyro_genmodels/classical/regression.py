@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inference.contract import Fitted
 from pyro_genmodels.base import GenerativeModel
+from pyro_genmodels.classical.tables import check_table, moments
 
 __all__ = ["LinearModel", "LinearRegression", "LogisticRegression", "SoftmaxRegression"]
 
@@ -64,11 +65,10 @@ class LinearModel(GenerativeModel):
         """
         if x is None:
             return
-        self._check(x)
-        deviation = x.std(0, correction=0)
-        is_flat = ~(deviation > 1e-12 * x.abs().amax(0))
-        self.location = x.mean(0) if self.is_standardised else torch.zeros_like(deviation)
-        self.scale = torch.where(is_flat, 1.0, deviation) if self.is_standardised else torch.ones_like(deviation)
+        check_table(x, type(self).__name__, is_whole=True)
+        location, scale = moments(x)
+        self.location = location if self.is_standardised else torch.zeros_like(location)
+        self.scale = scale if self.is_standardised else torch.ones_like(scale)
         if y is not None:
             if y.shape != x.shape[:1]:
                 raise ValueError(f"y has shape {tuple(y.shape)}, but x has {x.shape[0]} rows.")
@@ -81,19 +81,6 @@ class LinearModel(GenerativeModel):
 
     def _adapt(self, x: Tensor, y: Tensor | None) -> None:
         """What else is scaled to the data."""
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 2 or not x.shape[1]:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but must be a table (rows, features).")
-        if not x.is_floating_point():
-            raise ValueError(f"x holds {str(x.dtype).removeprefix('torch.')}, but must be floating: pass x.double().")
-        bad = (~x.isfinite()).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            raise ValueError(
-                f"x holds {len(bad)} values that are NaN or infinite, the first in row {row}, column {column}. "
-                "Remove these rows, or fill them in."
-            )
 
     def _known(self, x: Tensor | None, y: Tensor | None = None) -> Tensor:
         """The table, of the right width."""
@@ -141,7 +128,7 @@ class LinearModel(GenerativeModel):
         Returns:
             (draw, rows).
         """
-        self._check(x)
+        check_table(x, type(self).__name__, is_whole=True)
         design = self.design(self._known(x))
         coefficients = _flat(draws, "coefficients", 1).to(x)
         return coefficients @ design.mT
@@ -374,7 +361,7 @@ class SoftmaxRegression(LinearModel):
     @torch.no_grad()
     def linear(self, x: Tensor, draws: Fitted | Mapping[str, Tensor]) -> Tensor:
         """The linear predictor of each row and class at each draw, (draw, rows, K)."""
-        self._check(x)
+        check_table(x, type(self).__name__, is_whole=True)
         coefficients = self.basis.to(x) @ _flat(draws, "contrasts", 2).to(x)
         return self.design(self._known(x)) @ coefficients.mT
 
