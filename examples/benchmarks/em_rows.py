@@ -39,6 +39,7 @@ from pyro_genmodels import GMM
 
 COMPONENTS, COLUMNS, CHUNK = 16, 16, 2048
 KINDS = ("ours", "scikit-learn", "by hand")
+THEIRS = {"full": "full", "tied": "tied", "diagonal": "diag", "spherical": "spherical"}  # names of covariances
 
 
 def data(rows: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,10 +61,10 @@ def data(rows: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
 Step = Callable[[], dict[str, Tensor]]  # one step of EM; the parameters after it
 
 
-def ours(x: Tensor, start: dict[str, Tensor]) -> Step:
+def ours(x: Tensor, start: dict[str, Tensor], covariance: str = "full") -> Step:
     """Steps of EM, inside the contexts of a run."""
     backend = EM(steps=10**6, tolerance=0.0, objective="mle", start=start, dtype=x.dtype, seed=0, progress=False)
-    program = Program(GMM(COMPONENTS), (x,), dtype=x.dtype)
+    program = Program(GMM(COMPONENTS, covariance), (x,), dtype=x.dtype)
     with reproducible(program.dtype), quiet(), torch.no_grad():
         state = backend.init(program)
 
@@ -76,15 +77,17 @@ def ours(x: Tensor, start: dict[str, Tensor]) -> Step:
     return step
 
 
-def scikit_learn(x: Tensor, start: dict[str, Tensor]) -> Step:
+def scikit_learn(x: Tensor, start: dict[str, Tensor], covariance: str = "full") -> Step:
     """The two halves of the loop in ``GaussianMixture.fit``."""
+    is_matrix, own = covariance in ("full", "tied"), start["covariances"]
     mixture: Any = GaussianMixture(
         COMPONENTS,
+        covariance_type=THEIRS[covariance],
         reg_covar=0.0,
         init_params="random",
         weights_init=start["weights"].numpy(),
         means_init=start["means"].numpy(),
-        precisions_init=torch.linalg.inv(start["covariances"]).numpy(),
+        precisions_init=(torch.linalg.inv(own) if is_matrix else own.reciprocal()).numpy(),
         random_state=0,
     )
     rows = x.numpy()

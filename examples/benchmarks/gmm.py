@@ -3,8 +3,8 @@
     python examples/benchmarks/gmm.py
 
 All start from the same parameters and take the same number of steps, which alternate in one process. Seconds are medians;
-log-likelihoods are computed in float64 from the parameters that each has reached. pomegranate has no tied covariance, and
-its steps take so long that it takes the last two only. Five million rows go by in mini-batches, in a process of their
+log-likelihoods are computed in float64 from the parameters that each has reached. pomegranate (to be installed with
+--no-deps, beside apricot-select and numba) has no tied covariance, and its steps take so long that it takes the last two only. Five million rows go by in mini-batches, in a process of their
 own whose peak memory is printed beside that of its data.
 """
 
@@ -20,23 +20,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
-from em_rows import COLUMNS, COMPONENTS, data
-from sklearn.mixture import GaussianMixture
+from em_rows import COLUMNS, COMPONENTS, THEIRS, Step, data, ours, scikit_learn
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from inference import EM
-from inference.handlers import quiet, reproducible
-from inference.program import Program
 from pyro_genmodels import GMM
 
-THEIRS = {"full": "full", "tied": "tied", "diagonal": "diag", "spherical": "spherical"}
 _PEER_STEPS = 2  # of pomegranate, whose steps take long
-Step = Callable[[], dict[str, Tensor]]  # one step of EM; the parameters after it
 
 
 def shaped(covariance: str, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -45,47 +38,7 @@ def shaped(covariance: str, start: dict[str, Tensor]) -> dict[str, Tensor]:
     return start | {"covariances": shapes[covariance].contiguous()}
 
 
-def ours(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step:
-    backend = EM(steps=10**6, tolerance=0.0, objective="mle", start=start, dtype=x.dtype, seed=0, progress=False)
-    program = Program(GMM(COMPONENTS, covariance), (x,), dtype=x.dtype)
-    with reproducible(program.dtype), quiet(), torch.no_grad():
-        state = backend.init(program)
-
-    def step() -> dict[str, Tensor]:
-        nonlocal state
-        with reproducible(program.dtype), quiet(), torch.no_grad():
-            state, _ = backend.step(state, program)
-        return {name: state.values[name][0] for name in start}
-
-    return step
-
-
-def scikit_learn(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step:
-    """The two halves of the loop in ``GaussianMixture.fit``."""
-    is_matrix, own = covariance in ("full", "tied"), start["covariances"]
-    mixture: Any = GaussianMixture(
-        COMPONENTS,
-        covariance_type=THEIRS[covariance],
-        reg_covar=0.0,
-        init_params="random",
-        weights_init=start["weights"].numpy(),
-        means_init=start["means"].numpy(),
-        precisions_init=(torch.linalg.inv(own) if is_matrix else own.reciprocal()).numpy(),
-        random_state=0,
-    )
-    rows = x.numpy()
-    mixture._initialize_parameters(rows, np.random.RandomState(0))
-
-    def step() -> dict[str, Tensor]:
-        _, log_weights = mixture._e_step(rows)
-        mixture._m_step(rows, log_weights)
-        found = mixture.weights_, mixture.means_, mixture.covariances_
-        return {name: torch.as_tensor(value) for name, value in zip(start, found, strict=True)}
-
-    return step
-
-
-def pomegranate(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step | None:
+def pomegranate(x: Tensor, start: dict[str, Tensor], covariance: str) -> Step | None:
     from pomegranate.distributions import Normal
     from pomegranate.gmm import GeneralMixtureModel
 
@@ -106,14 +59,14 @@ def pomegranate(covariance: str, x: Tensor, start: dict[str, Tensor]) -> Step | 
     return step
 
 
-KINDS = {"ours": ours, "scikit-learn": scikit_learn, "pomegranate": pomegranate}
+KINDS: dict[str, Callable[..., Step | None]] = {"ours": ours, "scikit-learn": scikit_learn, "pomegranate": pomegranate}
 
 
 def compare(covariance: str, x: Tensor, start: dict[str, Tensor], count: int, warmup: int, kinds: tuple[str, ...]) -> None:
     runs, failed = {}, {}
     for kind in kinds:
         try:
-            run = KINDS[kind](covariance, x, start)
+            run = KINDS[kind](x, start, covariance)
             if run is not None:
                 runs[kind] = run
         except Exception as error:
