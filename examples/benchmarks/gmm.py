@@ -5,7 +5,8 @@
 All start from the same parameters and take the same number of steps, which alternate in one process. Seconds are medians;
 log-likelihoods are computed in float64 from the parameters that each has reached. pomegranate (to be installed with
 --no-deps, beside apricot-select and numba) has no tied covariance, and its steps take so long that it takes the last two
-only. Five million rows go by in mini-batches, in a process of their own whose peak memory is printed beside that of its data.
+only. Five million rows go by in mini-batches, in a process of their own whose peak memory is printed beside that of its
+data.
 """
 
 from __future__ import annotations
