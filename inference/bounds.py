@@ -31,16 +31,16 @@ __all__ = ["ELBO", "IWELBO", "Bound", "Cyclical", "MultiplyIWELBO", "Particles",
 class Particles(NamedTuple):
     """What K particles of a guide weigh, by the independent elements of the program.
 
-    The first three are of shape (particle, *element), the next three of what is drawn once for all elements, ().
+    Of shape (particle, *element), and, of what is drawn once for all elements, ().
 
     Attributes:
         joint: log p(x_n, z_nk).
         log_q: log q(z_nk).
-        score: Log-probability of the guide's sites that are not reparameterised.
         shared_joint: log p of what belongs to no element.
         shared_log_q: log q of what belongs to no element.
-        shared_score: Its score.
         scale: How much an element counts, () or (*element): rows in all by rows in the batch, and any ``poutine.scale``.
+        score: Log-probability of the guide's sites that are not reparameterised; None if there are none.
+        shared_score: That of what belongs to no element.
         prior: log p(z_nk), (particle, *element); None where it is not known.
         shared_prior: That of what belongs to no element.
         parts: By group of latent numbers, log q − log p of it, (particle, *element, group); None where it is not asked for.
@@ -48,11 +48,11 @@ class Particles(NamedTuple):
 
     joint: Tensor
     log_q: Tensor
-    score: Tensor
     shared_joint: Tensor
     shared_log_q: Tensor
-    shared_score: Tensor
     scale: Tensor
+    score: Tensor | None = None
+    shared_score: Tensor | None = None
     prior: Tensor | None = None
     shared_prior: Tensor | None = None
     parts: Tensor | None = None
@@ -177,7 +177,7 @@ class Bound:
             particles: What the particles weigh.
             beta: Weight of the divergence, (); None is 1.
         """
-        log_w, score = self.log_weights(particles, beta), self._grouped(particles.score)
+        log_w = self.log_weights(particles, beta)
         shared = particles.shared_joint - particles.shared_log_q
         if beta is not None:
             assert particles.shared_prior is not None
@@ -185,8 +185,10 @@ class Bound:
         inside = self.combined(log_w)
         scale = particles.scale / max(1, inside.numel() // max(1, particles.joint[0].numel()))  # groups are averaged over
         bound = shared + (scale * inside).sum()
-        surrogate = bound + (scale * self._signal(log_w.detach()) * score).sum()
-        surrogate = surrogate + bound.detach() * particles.shared_score
+        surrogate = bound
+        if particles.score is not None and particles.shared_score is not None:
+            surrogate = surrogate + (scale * self._signal(log_w.detach()) * self._grouped(particles.score)).sum()
+            surrogate = surrogate + bound.detach() * particles.shared_score
         return surrogate, bound.detach()
 
     def _signal(self, log_w: Tensor) -> Tensor:

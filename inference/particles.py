@@ -178,13 +178,14 @@ class Weigher:
             if name not in self._nodes:
                 continue
             values = [trace.nodes[name]["value"] for trace in traces]
-            if len(traces) < count:
+            if name not in self.local:
+                found[name] = values[0].reshape(-1, *site.shape)[0]
+            elif len(traces) < count:
                 batch = values[0].shape[: values[0].dim() - site.event_dim][1:]
                 own = batch[len(batch) - len(site.batch_shape) :]
                 found[name] = values[0].reshape(count, *own, *values[0].shape[values[0].dim() - site.event_dim :])
-                found[name] = found[name] if name in self.local else found[name][0]
             else:
-                found[name] = torch.stack(values) if name in self.local else values[0]
+                found[name] = torch.stack(values)
         return Draws(count, traces, found)
 
     @cached_property
@@ -240,10 +241,10 @@ class Weigher:
         return Particles(
             joint=model.joint.elements / counts,
             log_q=log_q.elements / counts,
-            score=score.elements / counts,
+            score=None if score is None else score.elements / counts,
             shared_joint=model.joint.shared[0],
             shared_log_q=log_q.shared,
-            shared_score=score.shared,
+            shared_score=None if score is None else score.shared,
             scale=own * counts,
             prior=model.prior.elements / counts,
             shared_prior=model.prior.shared[0],
@@ -279,29 +280,29 @@ class Weigher:
                     ways.append(Ways(values[name], self.program.latents[name].event_dim, None, self.frames[name]))
         return values, frozen, ways
 
-    def _guided(self, traces: list[poutine.Trace], count: int) -> tuple[_Terms, _Terms]:
-        """log q of runs of the guide, and that of its sites that are not reparameterised."""
+    def _guided(self, traces: list[poutine.Trace], count: int) -> tuple[_Terms, _Terms | None]:
+        """log q of runs of the guide, and that of its sites that are not reparameterised, if there are any."""
         is_wide = len(traces) < count
-        both: tuple[list[list[Tensor]], list[list[Tensor]]] = ([[], []], [[], []])  # elements and shared, of both
-        for name, known in self._nodes.items():
-            terms = [self._reduced(trace.nodes[name], name, is_wide) for trace in traces]
-            term = terms[0] if is_wide else torch.stack(terms)
-            is_local = name in self.local
-            part = term if is_local else term[0]
-            both[0][not is_local].append(part)
-            if is_drawn(known) and not known["fn"].has_rsample:
-                both[1][not is_local].append(part)
         zero = torch.zeros((), dtype=self.program.dtype, device=self.program.device)
-        log_q, score = (_Terms(*(sum(part, zero) for part in pair)) for pair in both)
-        if score.elements.dim() == 0:
-            score = score._replace(elements=torch.zeros_like(log_q.elements, requires_grad=False))
-        return log_q, score
+        log_q = score = _Terms(zero, zero)
+        for name, known in self._nodes.items():
+            if name in self.local:
+                terms = [self._reduced(trace.nodes[name], name, is_wide) for trace in traces]
+                add = _Terms(terms[0] if is_wide else torch.stack(terms), zero)
+            else:
+                term = traces[0].nodes[name]["log_prob"]
+                add = _Terms(zero, (term[0] if is_wide and term.dim() > self._nesting else term).sum())
+            log_q = _Terms(*map(torch.add, log_q, add))
+            if is_drawn(known) and not known["fn"].has_rsample:
+                score = _Terms(*map(torch.add, score, add))
+        return log_q, score if self.has_scores else None
 
     def _reduced(self, node: Node, name: str, is_wide: bool) -> Tensor:
-        """log q of one site, ((particle), *element), or ((particle),) if the elements share it."""
+        """log q of one site, ((particle), *element)."""
         term = node["log_prob"]
-        dims = [self.frames[name][plate] for plate in self.plates] if name in self.local else []
-        dims = [*dims, *([-1 - self._nesting] if is_wide else [])]
+        if is_wide and term.dim() <= self._nesting:  # the same for all particles
+            return self._reduced(node, name, False).unsqueeze(0)
+        dims = [self.frames[name][plate] for plate in self.plates] + ([-1 - self._nesting] if is_wide else [])
         kept = {term.dim() + dim for dim in dims}
         summed = [dim for dim in range(term.dim()) if dim not in kept]
         return term.sum(summed) if summed else term

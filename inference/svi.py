@@ -567,10 +567,12 @@ class SVI(Backend[SVIState, SVIInfo]):
         traces = [guide.trace(program, data=data, scale=scale) for _ in range(self.bound.draws)]
         values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
         log_p = self._log_p(program, values, data, scale, is_recorded)
-        score = torch.stack([_score(trace) for trace in traces])
+        has_score = any(is_drawn(node) and not node["fn"].has_rsample for node in traces[0].nodes.values())
+        score = torch.stack([_score(trace) for trace in traces]) if has_score else None
         log_q = torch.stack([self._log_q(guide, program, path, trace, data, scale) for trace in traces])
         zero = torch.zeros_like(log_p[0])
-        surrogate, bound = self.bound.objective(Particles(log_p, log_q, score, zero, zero, zero, torch.ones_like(zero)))
+        particles = Particles(log_p, log_q, zero, zero, torch.ones_like(zero), score, zero)
+        surrogate, bound = self.bound.objective(particles)
         return -surrogate, -bound
 
     def _log_p(
