@@ -118,6 +118,7 @@ class Weigher:
         self.plates = self._common([frames[name] for name in local & drawn], list(frames.values()))
         self.local = tuple(name for name in frames if name in local or not self.plates)
         self.frames = frames
+        self._is_scaled = self._has_one_scale()  # found out now, and not while a graph is recorded
 
     def _common(self, local: list[dict[str, int]], guided: list[dict[str, int]]) -> tuple[str, ...]:
         """The plates that all local sites share, and all statements that are in any of these."""
@@ -319,8 +320,7 @@ class Weigher:
         kept = [scale.dim() + self.frames[name][plate] for plate in self.plates]
         return scale[tuple(slice(None) if dim in kept else 0 for dim in range(scale.dim()))]
 
-    @cached_property
-    def _is_scaled(self) -> bool:
+    def _has_one_scale(self) -> bool:
         """Whether one scale stands before all that an element consists of, so that it belongs before the bound."""
         with isolated(0, self.program.device), torch.no_grad():
             draws = self.draw(1, self.program.glimpse)

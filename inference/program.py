@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -154,6 +155,15 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         choices=choices,
         is_flat=isinstance(base(distribution), ImproperUniform),
     )
+
+
+def _tensor(leaf: Any) -> Any:
+    """A numpy array as a tensor, in its memory or on its disk: nothing is written to data."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(leaf)
 
 
 def _largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:
@@ -318,7 +328,7 @@ class Program:
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
         owner = model if isinstance(model, (nn.Module, Programmed)) else getattr(model, "__self__", None)
         leaves, self._structure = tree_flatten((tuple(args), dict(kwargs or {})))
-        leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+        leaves = [_tensor(leaf) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.rows = tensors[0].shape[0] if tensors and tensors[0].dim() else None
         if self.rows == 0:
@@ -419,7 +429,7 @@ class Program:
     def cast(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """New arguments for the program, in its dtype and on its device."""
         leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
-        leaves = [torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+        leaves = [_tensor(leaf) for leaf in leaves]
         return tree_unflatten([self._cast(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
     def handled(self, values: Mapping[str, Tensor], resampled: Collection[str] = ()) -> Callable[..., Any]:

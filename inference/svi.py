@@ -247,6 +247,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         weigher = Weigher(guide, program, trace)
         beta = self._beta(program, zero)
         self._check_bound(program, weigher)
+        _ = self.bound.draws == 1 or weigher.is_wide  # found out now, and not while a graph is recorded
         is_whole = self._is_whole(program, weigher, beta)
         path = self.bound.path and guide.has_path(trace, program) and (self.bound.order == 1.0 or not weigher.has_scores)
         loss = partial(self._whole_loss, guide, program, path) if is_whole else partial(self._loss, weigher, beta, path)
