@@ -39,8 +39,8 @@ class AnnealedEvidence(NamedTuple):
         lower: Its expectation is at most log p(x_n), (row,), float64.
         lower_se: Standard error of it, from the weights of the particles, (row,).
         upper: Its expectation is at least log p(x_n), (row,); NaN without a draw of the posterior.
-        upper_se: Of the weights of the particles, which all start at that one draw, so that the error between draws is not in
-            it, (row,).
+        upper_se: Of the weights of the particles, (row,). They all start at that one draw, so that what differs from draw to
+            draw is not in it.
         acceptance_rate: Mean acceptance of the transitions, forward, (row,).
     """
 
@@ -127,7 +127,7 @@ class _Path:
         for name, site in self.view.sites.items():
             free = site.transform.inv(values[name])
             free = free.movedim(self.view.axis(name), 0).unflatten(0, (self.chains, len(self.index)))
-            parts.append(free.transpose(0, 1).flatten(0, 1).flatten(1))
+            parts.append(free.transpose(0, 1).reshape(self.chains * len(self.index), -1))
         return torch.cat(parts, 1)
 
     def values(self, position: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -241,10 +241,10 @@ def annealed_evidence(
 
         f_t(z) = f_0(z)^(1 − β_t) p(x, z)^β_t,    w = Π_t f_t(z_{t−1}) / f_{t−1}(z_{t−1}),    E w = p(x)
 
-    All rows and particles move at once. Step sizes follow the acceptance of each row in a pilot run, and are fixed in the run
-    that counts: weights of transitions that still adapt are biased. Where x was drawn from the program (``simulated``), what
-    it hides is an exact draw of the posterior, and annealing from there to f_0 gives an upper bound; how far the two are apart
-    says how well data from elsewhere, of the same kind, are judged by the lower one.
+    All rows and particles move at once. Step sizes follow the acceptance of each row in a pilot run, and are fixed in the
+    run that counts: weights of transitions that still adapt are biased. Where x was drawn from the program (``simulated``),
+    what it hides is an exact draw of the posterior, and annealing from there to f_0 gives an upper bound. How far they are
+    apart says how far off the lower one may be at data of the same kind.
 
     Args:
         model: A Pyro program with a plate of the rows, or an object with the method ``model``.
@@ -255,8 +255,7 @@ def annealed_evidence(
         steps: Number of temperatures T.
         particles: Chains of each row.
         leapfrog: Leapfrog steps of a transition.
-        from_guide: Whether f_0 is q(z | x) instead of the prior; then a guide that misses a part of the posterior is not found
-            out.
+        from_guide: Whether f_0 is q(z | x) instead of the prior: faster with a good guide, blind to what the guide misses.
         seed: Of the draws.
 
     Raises:

@@ -21,7 +21,7 @@ class Evidence(NamedTuple):
     """Estimates of log p(x_n).
 
     Attributes:
-        log_p: Of each row, (row,), float64. Its expectation is below log p(x_n), by half the square of ``se`` for many draws.
+        log_p: Of each row, (row,), float64. Expected below log p(x_n), for many draws by half the square of ``se``.
         se: Its standard error, from the weights, (row,); worth nothing where k-hat is above 0.7.
         pareto_k: k-hat of the weights of each row, (row,): below 0.7 the estimate can be relied on; minus infinity where the
             largest weights are equal, NaN for fewer than 25 draws.
@@ -103,14 +103,14 @@ def log_evidence(
     estimate is below log p(x_n), the less so the more samples (Burda et al.); it says so itself, by ``pareto_k``.
 
     Args:
-        model: A Pyro program with a plate of the rows, or an object with the methods ``model`` and ``guide``. Its weights are
-            taken as they are; modules are in evaluation mode meanwhile. ``poutine.scale`` is taken off.
+        model: A Pyro program with a plate of the rows, or an object with the methods ``model`` and ``guide``. Its weights
+            are taken as they are; modules are in evaluation mode meanwhile. ``poutine.scale`` is taken off.
         x: Data, of which dimension 0 are the rows.
         *context: What else the program takes; a tensor with as many rows as x is taken row by row.
         guide: The guide; None takes that of the model.
         samples: Draws of each row, S.
-        chunk: How many rows, repeated ones among them, a network is given at once, by default as many as fit into a cache. The
-            answer does not depend on it, but for the rounding of matrix products.
+        chunk: How many rows, repeated ones among them, a network is given at once, by default as many as fit into a cache.
+            The answer does not depend on it, but for the rounding of matrix products.
         seed: Of the draws.
 
     Returns:
@@ -144,7 +144,8 @@ def log_evidence(
                 check_weights(log_weights, index, view.name)
                 tally.add(log_weights)
             found.append(tally.evidence())
-    return Evidence(*(torch.cat(column) for column in zip(*(part[:3] for part in found))), found[0].samples)
+    log_p, se, pareto_k = (torch.cat(column) for column in zip(*(part[:3] for part in found)))
+    return Evidence(log_p, se, pareto_k, found[0].samples)
 
 
 def check_count(name: str, count: int) -> None:

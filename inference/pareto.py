@@ -36,8 +36,8 @@ def tail_shape(top: Tensor, count: Tensor) -> Tensor:
         count: How many weights of each set are not zero, at most n, (set,).
 
     Returns:
-        k-hat, (set,): below 0.7 averages can be relied on; minus infinity where the largest weights are equal; infinity where
-        a few weights are all that count; NaN for fewer than 25 weights that are not zero.
+        k-hat, (set,): below 0.7 averages can be relied on; minus infinity where the largest weights are equal; infinity
+        where a few weights are all that count; NaN for fewer than 25 weights that are not zero.
     """
     parts = [_fitted(a, b) for a, b in zip(top.double().split(_SETS), count.double().split(_SETS), strict=True)]
     return torch.cat(parts) if parts else top.new_empty(0, dtype=torch.float64)

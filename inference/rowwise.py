@@ -111,10 +111,11 @@ class Rowwise:
         self._call = guide if guide is not None else model.guide if isinstance(model, Guided) else None
         if isinstance(self._call, type) or not (self._call is None or callable(self._call)):
             raise TypeError(f"guide= must be a fitted Pyro guide, but is {self._call!r}.")
+        self._shapes = [tuple(arg.shape) for arg in given if isinstance(arg, Tensor)]
         is_row = [isinstance(arg, Tensor) and arg.dim() > 0 and len(arg) == self.rows for arg in given]
         few = min(self.rows, _FEW)
         with self._evaluating():
-            self.program = self._looked_at([arg[:few] if row else arg for arg, row in zip(given, is_row)], given[0])
+            self.program = self._looked_at([arg[:few] if row else arg for arg, row in zip(given, is_row)])
         self.program.check_rows(purpose)
         self._plates = frozenset(self.program.row_plates)
         pairs = [(arg, row) for arg, row in zip(given, is_row) if isinstance(arg, Tensor)]
@@ -157,18 +158,26 @@ class Rowwise:
         with self._evaluating(), isolated(seed, program.device), reproducible(program.dtype, program.device), quiet():
             yield
 
-    def _looked_at(self, args: list[Any], x: Tensor) -> Program:
+    @contextlib.contextmanager
+    def _naming_shapes(self, who: str) -> Iterator[None]:
+        """Says what a network was given that could not take it."""
+        try:
+            yield
+        except (RuntimeError, IndexError) as error:
+            words = f"{who} does not run on x of shape {self._shapes[0]}"
+            if self._shapes[1:]:
+                words += " with context of shape " + ", ".join(map(str, self._shapes[1:]))
+            raise ValueError(f"{words}: {str(error).splitlines()[0]}") from error
+
+    def _looked_at(self, args: list[Any]) -> Program:
         weights = list(self._own.parameters()) if isinstance(self._own, nn.Module) else []
         tensors = [*weights, *(arg for arg in args if isinstance(arg, Tensor))]
         floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
         program = _unscaled(self._model.model if isinstance(self._model, Programmed) else self._model)
         program.__name__ = self.name
         dtype = floating[0] if floating else torch.get_default_dtype()
-        try:
+        with self._naming_shapes(self.name):
             return Program(program, tuple(args), dtype=dtype, device=tensors[0].device, follow=True)
-        except (RuntimeError, IndexError) as error:
-            words = str(error).splitlines()[0]
-            raise ValueError(f"{self.name} does not run on x of shape {tuple(x.shape)}: {words}") from error
 
     def _axis(self, site: Site) -> int:
         for plate in site.plates:
@@ -190,7 +199,8 @@ class Rowwise:
 
         self._plain, self._wide = Guide(unscaled), Guide(plated)
         program = self.program
-        trace = self._plain.trace(program, data=self._at(index))
+        with self._naming_shapes(f"The guide of {self.name}"):
+            trace = self._plain.trace(program, data=self._at(index))
         self._plain.check(trace, program)
         nodes = {name: node for name, node in trace.nodes.items() if is_statement(node) and not node["is_observed"]}
         for name, node in nodes.items():
@@ -244,7 +254,9 @@ class Rowwise:
             whole, constant = self._terms(values, self._at(index))
             constants.append(constant)
             if not self._is_alike(self._terms(part, self._at(half))[0].joint, whole.joint[: len(half)]):
-                raise Unsupported(f"Rows of {self.name} depend on one another, so that {self.purpose} cannot take them apart.")
+                raise Unsupported(
+                    f"Rows of {self.name} depend on one another, so that {self.purpose} cannot take them apart."
+                )
         if not self._is_alike(*constants):
             raise Unsupported(
                 f"A statement of {self.name} outside of the plate of the rows depends on what the rows hide, so that "

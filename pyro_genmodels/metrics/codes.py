@@ -34,7 +34,7 @@ class ActiveUnits(NamedTuple):
     """Which units of a code follow the data.
 
     Attributes:
-        variance: Site to Var_x E_q[z | x] of each unit, without the noise of the draws, so that it may be below zero by chance.
+        variance: Site to Var_x E_q[z | x] of each unit, without the noise of the draws, so that it may be below zero.
         threshold: Above which a unit is active.
     """
 
@@ -42,7 +42,7 @@ class ActiveUnits(NamedTuple):
     threshold: float
 
     @property
-    def count(self) -> int:
+    def active(self) -> int:
         """Number of active units, of all sites."""
         return sum(int((value > self.threshold).sum()) for value in self.variance.values())
 
@@ -99,7 +99,9 @@ def posterior_means(
     view = Rowwise(model, (x, *context), guide, purpose="posterior_means")
     for name, site in view.sites.items():
         if not site.is_continuous:
-            raise Unsupported(f"'{name}' ({site.family}) is discrete: a mean of its values says nothing. Leave it out of the guide.")
+            raise Unsupported(
+                f"'{name}' ({site.family}) is discrete: a mean of its values says nothing. Leave it out of the guide."
+            )
     if not view.sites:
         raise Unsupported("There are no means of what is hidden: all sites are discrete.")
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in view.sites}
@@ -225,5 +227,7 @@ def _table(codes: Any, labels: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{name} has shape {x.shape}, but must be (row, …) with the {y.shape} of its labels.")
     x = x.reshape(len(x), -1)
     if not np.isfinite(x).all():
-        raise ValueError(f"{name} holds values that are NaN or infinite; the first in row {np.argwhere(~np.isfinite(x))[0][0]}.")
+        raise ValueError(
+            f"{name} holds values that are NaN or infinite; the first in row {np.argwhere(~np.isfinite(x))[0][0]}."
+        )
     return x, y

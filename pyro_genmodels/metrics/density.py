@@ -1,8 +1,8 @@
 """How well a model with hidden variables describes data: log p(x), and what its codes say, row by row and in nats.
 
 Everything takes any program with a plate of rows, and its guide, however they were fitted: a model object with the methods
-``model`` and ``guide``, or a program and ``guide=``. Weights are taken as they are; modules are in evaluation mode meanwhile.
-A ``poutine.scale`` weighs a term of an objective, as β does, and is taken off.
+``model`` and ``guide``, or a program and ``guide=``. Weights are taken as they are; modules are in evaluation mode
+meanwhile. A ``poutine.scale`` weighs a term of an objective, as β does, and is taken off.
 
 References:
     M. Hoffman and M. Johnson, ELBO surgery: yet another way to carve up the variational evidence lower bound (2016).
@@ -139,10 +139,10 @@ def mutual_information(
 
         I = E log q(z | x) / q(z),    q(z) = E_x q(z | x)
 
-    q(z) is a mixture over the N rows. With the row that z came from among them, the estimate is the mutual information of these
-    rows exactly, up to the noise of the draws; of the population that they came from it is a lower bound, and at most log N:
-    where ``lower`` is near log N, it says no more than that. Without that row (leave-one-out) the expectation is an upper
-    bound for the population. The bounds meet as N grows.
+    q(z) is a mixture over the N rows. With the row that z came from among them, the estimate is the mutual information of
+    these rows exactly, up to the noise of the draws; of the population that they came from it is a lower bound, and at most
+    log N: where ``lower`` is near log N, it says no more than that. Without that row (leave-one-out) the expectation is an
+    upper bound for the population. The bounds meet as N grows.
 
     Args:
         model: A Pyro program with a plate of the rows, or an object with the methods ``model`` and ``guide``.
@@ -172,16 +172,14 @@ def aggregate_posterior_kl(
 
         KL(q(z) ‖ p(z)) = rate − I(x; z)
 
-    With the row that z came from in q(z) it is that of these rows exactly, up to the noise of the draws, and an upper bound for
-    the population; without it (leave-one-out), a lower bound. See ``mutual_information``, also for the arguments.
+    With the row that z came from in q(z) it is that of these rows exactly, up to the noise of the draws, and an upper bound
+    for the population; without it (leave-one-out), a lower bound. See ``mutual_information``, also for the arguments.
     """
     _, mixed, others, prior = _aggregate("aggregate_posterior_kl", model, x, context, guide, samples, seed, True)
     return _bracket(others - prior, mixed - prior)
 
 
-def _view(
-    model: Model, x: Any, context: Any, guide: Any, purpose: str, samples: int, chunk: int | None = None
-) -> Rowwise:
+def _view(model: Model, x: Any, context: Any, guide: Any, purpose: str, samples: int, chunk: int | None = None) -> Rowwise:
     check_count("samples", samples)
     if chunk is not None:
         check_count("chunk", chunk)
