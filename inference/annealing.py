@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.contract import Guided, Programmed, Unsupported
 from inference.evidence import Tally, check_count, check_weights
 from inference.handlers import isolated, quiet
 from inference.mcmc import HamiltonianKernel, HamiltonianState
-from inference.rowwise import Rowwise
+from inference.rowwise import Rowwise, evaluating, owner
 
 __all__ = ["AnnealedEvidence", "Simulated", "annealed_evidence", "simulated"]
 
@@ -84,7 +84,9 @@ def simulated(model: Callable[..., Any] | Programmed, size: int, *context: Any, 
     """
     check_count("size", size)
     call: Any = model.model if isinstance(model, Programmed) else model
-    with isolated(seed), quiet():
+    module = owner(model)
+    weight = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    with evaluating(module), isolated(seed, None if weight is None else weight.device), quiet():
         trace = poutine.trace(call).get_trace(None, *context, size=size)
     x = trace.nodes["_RETURN"]["value"]
     latents = {}
@@ -236,6 +238,7 @@ def annealed_evidence(
     leapfrog: int = 10,
     from_guide: bool = False,
     seed: int = 0,
+    progress: bool = False,
 ) -> AnnealedEvidence:
     """Bounds on log p(x_n) of each row, by annealed importance sampling with Hamiltonian transitions.
 
@@ -257,6 +260,7 @@ def annealed_evidence(
         leapfrog: Leapfrog steps of a transition.
         from_guide: Whether f_0 is q(z | x) instead of the prior: faster with a good guide, blind to what the guide misses.
         seed: Of the draws.
+        progress: Whether to show a bar over rows.
 
     Raises:
         ValueError: If the data do not fit the program, or a weight is not a number.
@@ -281,7 +285,7 @@ def annealed_evidence(
     betas, parts = _schedule(steps), []
     with view.running(seed):
         view.check_data()
-        for index in view.blocks(max(1, _CHAINS // particles)):
+        for index in view.blocks(max(1, _CHAINS // particles), progress):
             pilot = _Path(view, index, min(particles, _PILOTS), from_guide)
             first = torch.full((steps + 1, len(index)), _FIRST_STEP, dtype=view.program.dtype, device=index.device)
             moves = _Moves(first, leapfrog)

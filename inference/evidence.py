@@ -94,6 +94,7 @@ def log_evidence(
     samples: int = 5000,
     chunk: int | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Evidence:
     """log p(x_n) of each row, by importance sampling from the guide.
 
@@ -112,6 +113,7 @@ def log_evidence(
         chunk: How many rows, repeated ones among them, a network is given at once, by default as many as fit into a cache.
             The answer does not depend on it, but for the rounding of matrix products.
         seed: Of the draws.
+        progress: Whether to show a bar over rows.
 
     Returns:
         Estimates with their standard errors, float64.
@@ -131,7 +133,7 @@ def log_evidence(
     found = []
     with view.running(seed):
         view.check_data()
-        for index in view.blocks():
+        for index in view.blocks(progress=progress):
             if not view.sites:
                 exact = view.terms({}, index, 1, chunk).joint[0]
                 found.append(Evidence(exact, torch.zeros_like(exact), torch.full_like(exact, -torch.inf), 0))

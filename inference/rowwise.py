@@ -20,6 +20,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from inference.contract import Guided, Programmed, Unsupported
 from inference.density import Density
@@ -29,7 +30,7 @@ from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program, Site, is_statement
 from inference.start import starting_values
 
-__all__ = ["Rowwise", "Terms"]
+__all__ = ["Rowwise", "Terms", "evaluating", "owner"]
 
 _FEW = 5  # rows at which a program is looked at
 _CERTIFIED = 3  # draws of each of them
@@ -52,8 +53,23 @@ class _Unscaled(Messenger):
         msg["scale"] = 1.0
 
 
-def _owner(call: Any) -> Any:
+def owner(call: Any) -> Any:
+    """The model object that a program is, or is a method of; None if it is a function."""
     return call if isinstance(call, (nn.Module, Programmed)) else getattr(call, "__self__", None)
+
+
+@contextlib.contextmanager
+def evaluating(*owners: Any) -> Iterator[None]:
+    """Those that are modules are in evaluation mode inside, and as they were afterwards, part by part."""
+    modules = [module for module in owners if isinstance(module, nn.Module)]
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, is_training in before:
+            part.training = is_training
 
 
 def _unscaled(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +115,7 @@ class Rowwise:
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
-        self.purpose, self._model, self._own = purpose, model, _owner(model)
+        self.purpose, self._model, self._own = purpose, model, owner(model)
         self.name = getattr(model, "__name__", type(model).__name__) if self._own is None else type(self._own).__name__
         given = [torch.as_tensor(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
         if not given or not isinstance(given[0], Tensor) or not given[0].dim():
@@ -108,13 +124,15 @@ class Rowwise:
         self.rows = len(given[0])
         if not self.rows:
             raise ValueError("The data are empty: x has no rows.")
-        self._call = guide if guide is not None else model.guide if isinstance(model, Guided) else None
+        if guide is None and isinstance(model, Guided):
+            guide = model.guide
+        self._call = guide if needs_guide else None
         if isinstance(self._call, type) or not (self._call is None or callable(self._call)):
             raise TypeError(f"guide= must be a fitted Pyro guide, but is {self._call!r}.")
         self._shapes = [tuple(arg.shape) for arg in given if isinstance(arg, Tensor)]
         is_row = [isinstance(arg, Tensor) and arg.dim() > 0 and len(arg) == self.rows for arg in given]
         few = min(self.rows, _FEW)
-        with self._evaluating():
+        with evaluating(self._own, owner(self._call)):
             self.program = self._looked_at([arg[:few] if row else arg for arg, row in zip(given, is_row)])
         self.program.check_rows(purpose)
         self._plates = frozenset(self.program.row_plates)
@@ -140,22 +158,11 @@ class Rowwise:
 
     # ------------------------------------------------------------------------------ looking
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        owners = [owner for owner in (self._own, _owner(self._call)) if isinstance(owner, nn.Module)]
-        before = [(part, part.training) for owner in owners for part in owner.modules()]
-        for owner in owners:
-            owner.eval()
-        try:
-            yield
-        finally:
-            for part, is_training in before:
-                part.training = is_training
-
-    @contextlib.contextmanager
     def running(self, seed: int) -> Iterator[None]:
         """Random numbers from ``seed``, deterministic algorithms and modules in evaluation mode, all restored."""
         program = self.program
-        with self._evaluating(), isolated(seed, program.device), reproducible(program.dtype, program.device), quiet():
+        modes = evaluating(self._own, owner(self._call))
+        with modes, isolated(seed, program.device), reproducible(program.dtype, program.device), quiet():
             yield
 
     @contextlib.contextmanager
@@ -303,9 +310,12 @@ class Rowwise:
         most = _CHUNK_ON_GPU if program.device.type == "cuda" else _CHUNK
         return max(1, most // (choices * (1 + sum(numbers))))
 
-    def blocks(self, rows: int = _BLOCK) -> Iterator[Tensor]:
-        """Indices of rows that are taken together."""
-        return iter(torch.arange(self.rows, device=self.program.device).split(rows))
+    def blocks(self, rows: int = _BLOCK, progress: bool = False) -> Iterator[Tensor]:
+        """Indices of rows that are taken together, with a bar if ``progress``."""
+        with tqdm(total=self.rows, desc=f"{self.purpose} of {self.name}", disable=not progress, leave=False) as bar:
+            for index in torch.arange(self.rows, device=self.program.device).split(rows):
+                yield index
+                bar.update(len(index))
 
     def unit(self, rows: int) -> int:
         """How many draws of this many rows are made at once; it depends on nothing that a caller may choose."""
