@@ -80,6 +80,11 @@ def _unscaled(call: Callable[..., Any]) -> Callable[..., Any]:
     return handled
 
 
+def _half(index: Tensor) -> Tensor:
+    """Half of the rows, the last first: what belongs to a row goes with it, and what belongs to none shows."""
+    return index.flip(0)[: -(-len(index) // 2)]
+
+
 class Rowwise:
     """A program and its guide at given data.
 
@@ -240,11 +245,11 @@ class Rowwise:
         except Exception:  # whatever a guide raises that was written for just these dimensions
             is_same = False
         self._is_plated = is_same
-        half, part = index[: -(-len(index) // 2)], {}
+        half, part = _half(index), {}
         for name, value in values.items():
             axis = self._axes[name]
-            part[name] = value.unflatten(axis, (_CERTIFIED, -1)).narrow(axis + 1, 0, len(half)).flatten(axis, axis + 1)
-        if not self._is_alike(self.log_q(part, half, _CERTIFIED), flat[:, : len(half)]):
+            part[name] = value.unflatten(axis, (_CERTIFIED, -1)).index_select(axis + 1, half).flatten(axis, axis + 1)
+        if not self._is_alike(self.log_q(part, half, _CERTIFIED), flat[:, half]):
             raise Unsupported(f"The guide takes rows of {self.name} together: what it says of a row depends on the others.")
 
     def _is_alike(self, one: Tensor, other: Tensor) -> bool:
@@ -253,16 +258,16 @@ class Rowwise:
 
     def _certify(self, index: Tensor) -> None:
         """Holds at a few rows what everything rests on: rows are independent, and the sum over finite sites is right."""
-        half = index[: -(-len(index) // 2)]
-        constants = []
+        half, constants = _half(index), []
         for _ in range(2):
             values = {name: value for name, value in self.program.sample_prior().items() if name in self.sites}
-            part = {name: value.narrow(self._axes[name], 0, len(half)) for name, value in values.items()}
+            part = {name: value.index_select(self._axes[name], half) for name, value in values.items()}
             whole, constant = self._terms(values, self._at(index))
             constants.append(constant)
-            if not self._is_alike(self._terms(part, self._at(half))[0].joint, whole.joint[: len(half)]):
+            if not self._is_alike(self._terms(part, self._at(half))[0].joint, whole.joint[half]):
                 raise Unsupported(
-                    f"Rows of {self.name} depend on one another, so that {self.purpose} cannot take them apart."
+                    f"Rows of {self.name} depend on one another, or an argument that has as many rows as x is no table of "
+                    f"them, so that {self.purpose} cannot take them apart."
                 )
         if not self._is_alike(*constants):
             raise Unsupported(

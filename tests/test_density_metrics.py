@@ -117,6 +117,13 @@ def test_a_guide_beside_the_posterior_is_found_out() -> None:
     assert bool((found.pareto_k > 0.7).any()) and "k-hat is above 0.7" in found.findings[0]
 
 
+def test_one_row_is_enough() -> None:
+    """5 standard errors: a false alarm in 1.7 million runs."""
+    found = log_evidence(LINEAR, X[:1], samples=1000)
+    assert found.log_p.shape == (1,)
+    assert float(scores(found.log_p, LINEAR.log_p(X[:1]), found.se).abs()) < 5.0
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 130, 5000])
 def test_the_answer_does_not_depend_on_the_chunk(chunk: int) -> None:
     few = X[:9]
@@ -627,6 +634,13 @@ def test_the_examples_in_the_docstrings_are_true(module: Any) -> None:
 
 
 # ------------------------------------------------------------------------------ refusals
+def looked_up(x: Tensor, table: Tensor) -> None:
+    """A table of as many lines as there are rows, though its lines are none."""
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(table[0, 0], 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 def coupled(x: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
@@ -661,6 +675,10 @@ def given(x: Tensor, context: Tensor) -> None:
 def without_plate(x: Tensor) -> None:
     z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
     pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def code_in_context(x: Tensor, table: Tensor) -> None:
+    code(x)
 
 
 def empty_guide(x: Tensor) -> None:
@@ -729,6 +747,7 @@ def masked(x: Tensor) -> None:
         (lambda: log_evidence(apart, LINE, guide=at_once), Unsupported, "draws 'z' for all rows at once: put it"),
         (lambda: log_evidence(apart, LINE, guide=masked), Unsupported, "The guide masks 'z'"),
         (lambda: log_evidence(coupled, LINE, guide=code), Unsupported, "Rows of coupled depend on one another"),
+        (lambda: log_evidence(looked_up, LINE, X, guide=code_in_context), Unsupported, "Rows of looked_up depend on one"),
         (lambda: log_evidence(outside, LINE, guide=code), Unsupported, "outside of the plate of the rows depends on what"),
         (lambda: log_evidence(without_plate, LINE, guide=at_once), Unsupported, "log_evidence needs rows, but no plate"),
         (

@@ -3,9 +3,9 @@
     pip install pythae==0.1.2 --no-deps && pip install pydantic imageio cloudpickle
     PYRO_GENMODELS_DATA=FOLDER python examples/benchmarks/evidence.py
 
-Both evaluate one and the same fitted networks, pythae's own (784-512-20-512-784), on binarised images. As much as the peer does
-again for every draw is the encoder; what neither can do without are the matrix products of the decoder, timed on their own:
-they bound what a faster program can gain.
+Both evaluate one and the same fitted networks, pythae's own (784-512-20-512-784), on binarised images. The peer runs the
+encoder again for every draw. Neither can do without the matrix products of the decoder: they are timed on their own, and
+bound what a faster program can gain.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import io
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,8 +96,8 @@ def beside(peer: Any, x: Tensor, samples: int, rounds: int) -> None:
     miss = "" if min(ratios) >= WANTED else f"   MISS: below {WANTED:.0f}"
     print(f"times faster: {', '.join(f'{ratio:.1f}' for ratio in ratios)}{miss}")
     print(
-        f"the decoder's networks alone: {floor:.1f} s, which bound the gain to {seconds[0][1] / floor:.1f}. k-hat is above 0.7 at "
-        f"{int((ours.pareto_k > 0.7).sum())} images."
+        f"The decoder's networks alone take {floor:.2f} s, which bounds the gain to {seconds[-1][1] / floor:.1f}. "
+        f"k-hat is above 0.7 at {int((ours.pareto_k > 0.7).sum())} images."
     )
 
 
@@ -147,8 +148,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pyro-ppl", "pythae"))
-    print("python examples/benchmarks/evidence.py")
-    print(f"{datetime.date.today()}, 2 cores, shared; {options.threads} threads, float32")
+    print(" ".join(["python examples/benchmarks/evidence.py", *sys.argv[1:]]))
+    print(f"{datetime.date.today()}, 2 cores, shared; {options.threads} thread{'s'[: options.threads - 1]}, float32")
     print(f"Python {platform.python_version()}, {versions}")
     with np.load(Path(os.environ.get("PYRO_GENMODELS_DATA", "")) / "mnist.npz") as found:
         train, test = (torch.from_numpy(found[name]).float().flatten(1) / 255.0 for name in ("x_train", "x_test"))
