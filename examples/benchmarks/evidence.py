@@ -30,6 +30,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from inference.rowwise import Rowwise
 from pyro_genmodels.metrics import codes, density
 
 CODES = 20
@@ -74,6 +75,22 @@ def fitted(x: Tensor, passes: int) -> Any:
             loss.backward()
             optimiser.step()
     return peer.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def same_draws(peer: Any, x: Tensor, count: int = 100) -> None:
+    """Both answers from one and the same draws, which the peer is given in place of its own."""
+    view = Rowwise(Program(peer), (x,), purpose="This comparison")
+    with view.running(0):
+        index = torch.arange(len(x))
+        values, log_q = view.draw(index, count)
+        log_weights = view.terms(values, index, count).joint - log_q
+    ours = float((log_weights.logsumexp(0) - math.log(count)).mean())
+    draws = iter(values["z"].unflatten(0, (count, len(x))).unbind(1))
+    peer._sample_gauss = lambda mean, scale: (next(draws), None)
+    theirs = float(peer.get_nll(x.view(-1, 1, 28, 28), n_samples=count, batch_size=count))
+    del peer._sample_gauss
+    print(f"\nlog p(x) of {len(x)} images from the same {count} draws: {ours:.5f}, pythae {theirs:.5f}")
 
 
 @torch.no_grad()
@@ -156,6 +173,7 @@ def main() -> None:
     peer = fitted(train[:20_000], options.passes)
     torch.manual_seed(1)
     x = test[: options.images].bernoulli()
+    same_draws(peer, x[:20])
     beside(peer, x, options.samples, options.rounds)
     program = Program(peer)
     between(program, options.simulated, options.steps)
