@@ -102,6 +102,8 @@ def log_evidence(
 
     Finite sites that the guide lacks are summed out; where nothing else is hidden, the answer is exact. In expectation the
     estimate is below log p(x_n), the less so the more samples (Burda et al.); it says so itself, by ``pareto_k``.
+    A ``pyro.factor`` inside of the plate is part of what is averaged, as it is of any joint density of the program: one that
+    belongs to an objective alone, such as the loss of a classifier, is to be left out first.
 
     Args:
         model: A Pyro program with a plate of the rows, or an object with the methods ``model`` and ``guide``. Its weights
