@@ -119,7 +119,8 @@ class Rowwise:
         needs_guide: bool = True,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
-            raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
+            came = type(model).__name__
+            raise TypeError(f"A program is a function, or an object with a method model, but this is a {came}.")
         self.purpose, self._model, self._own = purpose, model, owner(model)
         self.name = getattr(model, "__name__", type(model).__name__) if self._own is None else type(self._own).__name__
         given = [torch.as_tensor(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
@@ -175,6 +176,12 @@ class Rowwise:
         """Says what a network was given that could not take it."""
         try:
             yield
+        except Unsupported:
+            raise
+        except ValueError as error:  # a program's own sentence, without the table of shapes that Pyro adds
+            words = str(error).split("\nTrace Shapes")[0]
+            few = min(self.rows, _FEW)
+            raise ValueError(f"{words} (Seen at the first {few} rows of x, whose shape is {self._shapes[0]}.)") from error
         except (RuntimeError, IndexError) as error:
             words = f"{who} does not run on x of shape {self._shapes[0]}"
             if self._shapes[1:]:

@@ -641,6 +641,13 @@ def looked_up(x: Tensor, table: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+def picky(x: Tensor) -> None:
+    if x.shape[1] != 5:
+        raise ValueError(f"x has {x.shape[1]} columns, but must have 5.")
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+
 def coupled(x: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
@@ -736,7 +743,12 @@ def masked(x: Tensor) -> None:
         (lambda: log_evidence(LINEAR, None), ValueError, "x must be a tensor with rows .*, but is a NoneType"),
         (lambda: log_evidence(LINEAR, torch.tensor(1.0)), ValueError, "rows along dimension 0"),
         (lambda: log_evidence(LINEAR, X[:0]), ValueError, "The data are empty"),
-        (lambda: log_evidence(3, X), TypeError, "A program is a function"),
+        (lambda: log_evidence(X, LINEAR), TypeError, "A program is a function, .* but this is a Tensor"),
+        (
+            lambda: log_evidence(picky, X[:, :3]),
+            ValueError,
+            r"must have 5. \(Seen at the first 5 rows of x, whose shape is \(200, 3\).\)$",
+        ),
         (lambda: log_evidence(apart, LINE, guide=Linear), TypeError, "must be a fitted Pyro guide"),
         (lambda: log_evidence(apart, LINE, guide=empty_guide), Unsupported, "guide does not sample 'z', a latent site"),
         (lambda: log_evidence(apart, LINE, guide=code_and_cluster), Unsupported, "The guide samples 'c', but apart has no"),
