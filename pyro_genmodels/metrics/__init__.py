@@ -1,5 +1,8 @@
-"""Figures of merit: plain functions of labels, scores, probabilities and draws; nothing here knows a model or a back-end."""
+"""Figures of merit: functions of labels, scores, probabilities and draws; and of any program with rows, by its guide.
 
-from pyro_genmodels.metrics import anomaly, bias_variance, calibration, clustering, topics
+Nothing here knows a model class or a back-end: ``density`` and ``codes`` take programs, all others take numbers.
+"""
 
-__all__ = ["anomaly", "bias_variance", "calibration", "clustering", "topics"]
+from pyro_genmodels.metrics import anomaly, bias_variance, calibration, clustering, codes, density, topics
+
+__all__ = ["anomaly", "bias_variance", "calibration", "clustering", "codes", "density", "topics"]

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Reliability", "brier_score", "coverage", "expected_calibration_error", "reliability"]
+__all__ = [
+    "IntervalCalibration",
+    "Reliability",
+    "brier_score",
+    "coverage",
+    "expected_calibration_error",
+    "interval_calibration",
+    "reliability",
+]
 
 
 class Reliability(NamedTuple):
@@ -100,3 +108,71 @@ def coverage(truth: Any, draws: Any, level: Any = 0.9) -> np.ndarray:
     tail = 0.5 * (1.0 - np.atleast_1d(levels))
     low, high = np.quantile(sample, tail, axis=0), np.quantile(sample, 1.0 - tail, axis=0)
     return np.asarray(((low <= values) & (values <= high)).mean(1).reshape(levels.shape))
+
+
+class IntervalCalibration(NamedTuple):
+    """How often central intervals of predictive draws hold entries that were missing, and how wide they are.
+
+    Attributes:
+        level: Probabilities of the intervals, (level,).
+        expected: Share of entries that they would hold if the draws were right; a little below ``level``, since the ends of
+            an interval come from finitely many draws, (level,).
+        coverage: Share of entries that they hold, (level,).
+        se: Its standard error; the entries of a row may depend on one another, rows may not, (level,).
+        width: Mean width, (level,).
+        entries: How many entries were judged.
+    """
+
+    level: np.ndarray
+    expected: np.ndarray
+    coverage: np.ndarray
+    se: np.ndarray
+    width: np.ndarray
+    entries: int
+
+
+def interval_calibration(
+    truth: Any, draws: Any, is_missing: Any = None, level: Any = (0.5, 0.8, 0.9, 0.95)
+) -> IntervalCalibration:
+    """Central intervals for missing entries, such as the pixels of an image, level by level.
+
+    Of values that take few levels, such as binary pixels, an interval holds whole ties and so more than its level.
+
+    Args:
+        truth: Values that were taken away, (rows, …), at least 2 rows.
+        draws: Draws of them, (draw, rows, …).
+        is_missing: Which entries were taken away, of the shape of truth; None judges all.
+        level: Probabilities of the intervals, each in (0, 1).
+
+    Raises:
+        ValueError: If shapes do not fit, nothing is missing, or a value that is judged is not finite.
+
+    Example:
+        >>> draws = np.random.default_rng(0).normal(size=(500, 100, 3))
+        >>> interval_calibration(np.zeros((100, 3)), draws, level=[0.9]).coverage
+        array([1.])
+    """
+    values, sample, levels = np.asarray(truth, float), np.asarray(draws, float), np.atleast_1d(np.asarray(level, float))
+    missing = np.ones(values.shape, bool) if is_missing is None else np.asarray(is_missing).astype(bool)
+    if values.ndim < 1 or sample.shape[1:] != values.shape or missing.shape != values.shape or len(values) < 2:
+        raise ValueError(
+            f"truth {values.shape} must be (rows, …) of at least 2 rows, draws {sample.shape} (draw, rows, …), and "
+            f"is_missing {missing.shape} like truth."
+        )
+    if not ((levels > 0) & (levels < 1)).all():
+        raise ValueError(f"Levels must be in (0, 1), but are {levels.tolist()}.")
+    if not missing.any():
+        raise ValueError("is_missing marks no entry: there is nothing to judge.")
+    rows = np.nonzero(missing)[0]
+    value, drawn = values[missing], sample[:, missing]
+    if not (np.isfinite(value).all() and np.isfinite(drawn).all()):
+        raise ValueError("Some of the values that are judged, or of their draws, are NaN or infinite.")
+    tail = 0.5 * (1.0 - levels)
+    low, high = np.quantile(drawn, tail, axis=0), np.quantile(drawn, 1.0 - tail, axis=0)
+    is_inside = (low <= value) & (value <= high)
+    share, counts = is_inside.mean(1), np.bincount(rows, minlength=len(values))
+    hits = np.stack([np.bincount(rows, inside, minlength=len(values)) for inside in is_inside])
+    off = np.square(hits - share[:, None] * counts).sum(1)
+    se = np.sqrt(off * len(values) / (len(values) - 1)) / len(value)
+    expected = levels * (len(sample) - 1) / (len(sample) + 1)
+    return IntervalCalibration(levels, expected, share, se, (high - low).mean(1), len(value))
