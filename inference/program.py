@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Unsupported
+from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Stepped, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -458,6 +458,7 @@ class Program:
         for name in (
             "density",
             "proposals",
+            "steps",
             "shard",
             "_grown",
             "row_plates",
@@ -817,13 +818,23 @@ class Program:
         """The moves that the model brings: sites to ``propose``; see ``inference.contract.Blocked``."""
         args, kwargs = self.arguments()
         found = dict(self.owner.blocks(*args, **kwargs)) if isinstance(self.owner, Blocked) else {}
-        for sites in found:
-            for name in sites:
-                if name not in self.latents:
-                    raise ValueError(
-                        f"blocks() of {self.name} names '{name}', but the latent sites are {', '.join(self.latents)}."
-                    )
+        self._check_named("blocks", found)
         return found
+
+    @cached_property
+    def steps(self) -> dict[tuple[str, ...], Callable[..., Any]]:
+        """The iterations that the model brings: sites to ``step``; see ``inference.contract.Stepped``."""
+        args, kwargs = self.arguments()
+        found = dict(self.owner.steps(*args, **kwargs)) if isinstance(self.owner, Stepped) else {}
+        self._check_named("steps", found)
+        return found
+
+    def _check_named(self, method: str, found: Mapping[tuple[str, ...], Any]) -> None:
+        for name in itertools.chain.from_iterable(found):
+            if name not in self.latents:
+                raise ValueError(
+                    f"{method}() of {self.name} names '{name}', but the latent sites are {', '.join(self.latents)}."
+                )
 
     @cached_property
     def density(self) -> Density:
