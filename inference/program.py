@@ -35,7 +35,11 @@ __all__ = ["Plate", "Program", "Shape", "Site", "is_statement", "kin", "kind_of"
 
 _LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
-_MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
+_MANY, _WIDE, _FEWER_LOOKS = (
+    200,
+    2**18,
+    3,
+)  # programs of many statements, or that draw many numbers, are looked at less often
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,11 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         choices=choices,
         is_flat=isinstance(base(distribution), ImproperUniform),
     )
+
+
+def _drawn(node: Mapping[str, Any]) -> int:
+    """How many numbers a statement draws."""
+    return node["value"].numel() if is_statement(node) and kind_of(node) == "latent" else 0
 
 
 def _largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:
@@ -515,7 +524,8 @@ class Program:
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
             traces = [self.trace({}, evaluated=False)]
-            looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
+            is_slow = len(traces[0].nodes) >= _MANY or sum(map(_drawn, traces[0].nodes.values())) >= _WIDE
+            looks = _FEWER_LOOKS if is_slow else _LOOKS if self._is_fixed else _MORE_LOOKS
             traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
             self._check_structure(traces)
             nodes = _largest(traces)

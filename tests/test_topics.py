@@ -138,7 +138,7 @@ def test_nuts_runs() -> None:
 def test_em_climbs_to_a_top_by_responsibilities_that_are_nowhere_written_down(with_start: bool) -> None:
     """Never down; and at the end every entry is its own M-step, (expected count + concentration − 1), normalised."""
     model = LDA(2, 3, 1.0 + ALPHA, 1.0 + BETA)
-    start = model.start(TINY) if with_start else None
+    start = model.start(TINY, seed=0) if with_start else None
     backend = EM(maximise=("shares", "topics"), start=start, tolerance=1e-10, steps=1000, seed=0, progress=False)
     posterior = backend.fit(model, TINY)
     assert posterior.plan is not None and posterior.plan["topics"].update == "Growth"
@@ -499,7 +499,12 @@ def test_topics_of_reuters_beat_the_frequencies_of_words_and_go_together() -> No
     training, (seen, rest) = x[:350], metrics.halves(x[350:])
     model = LDA(20, matrix.shape[1], 1.1, 1.01)
     posterior = EM(
-        maximise=("shares", "topics"), start=model.start(training), steps=60, seed=0, progress=False, standard_errors=False
+        maximise=("shares", "topics"),
+        start=model.start(training, seed=0),
+        steps=60,
+        seed=0,
+        progress=False,
+        standard_errors=False,
     ).fit(model, training)
     topics = posterior.draws["topics"][0, 0]
     cells = layout(training)
