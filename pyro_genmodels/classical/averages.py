@@ -16,7 +16,7 @@ _CHUNK = 2**17  # numbers of a table (cell, topic) that is made at once: several
 _PASSES = 3  # over all documents in one step, so that what is copied and summed anew for it costs little
 _LONGER = 0.8  # by so much, and less in each step by this factor, a move is longer than to where it leads
 _FIRST = 6  # rounds in which a document is assigned when it is first seen
-_WEIGHT = 0.05  # what the topics at the start are worth, as a share of all tokens
+_WEIGHT = 0.02  # what the topics at the start are worth, as a share of all tokens
 
 
 class Counts(NamedTuple):
