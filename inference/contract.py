@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared",
-    "Programmed", "Started", "Tempered", "Unsupported",
+    "Programmed", "Started", "Stepped", "Tempered", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -82,6 +82,23 @@ class Blocked(Protocol):
     ) -> Mapping[
         tuple[str, ...], Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Tensor | Callable[[], Tensor]]]
     ]: ...
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A model that brings a fixed-point iteration of its own for ``EM``, for structure that its log-joint does not show.
+
+    ``steps``, of the signature of ``model``, maps a tuple of continuous sites to ``step(values, memory)``. Values map every
+    maximised site to (restart, *site); ``memory`` is None at first, and then what the last call gave: tensors and numbers,
+    or tuples of them, which are not changed. What comes back are new values of these sites, and the memory.
+
+    It need not raise the log-joint, as where the values are means under an approximate posterior: ``EM`` takes its word for
+    what is better, says so in the plan, and has no standard errors. The model runs without it, too.
+    """
+
+    def steps(
+        self, *args: Any, **kwargs: Any
+    ) -> Mapping[tuple[str, ...], Callable[[Mapping[str, Tensor], Any], tuple[dict[str, Tensor], Any]]]: ...
 
 
 @runtime_checkable

@@ -70,8 +70,9 @@ _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging 
 class Roles(NamedTuple):
     """What EM does with each latent site; not tensors, and the same for every step.
 
-    ``families`` maps a maximised site to the family of its closed-form M-step; sites without one are in ``grown`` if they
-    are on a simplex and no entry has a negative exponent, else in ``climbed``.
+    ``owned`` are the groups of sites that the model's own steps move. ``families`` maps another maximised site to the family
+    of its closed-form M-step; sites without one are in ``grown`` if they are on a simplex and no entry has a negative
+    exponent, else in ``climbed``.
     """
 
     averaged: tuple[str, ...]
@@ -80,6 +81,7 @@ class Roles(NamedTuple):
     climbed: tuple[str, ...]
     expectation: Expectation
     task: Completed
+    owned: tuple[tuple[str, ...], ...] = ()
 
 
 class EMState(NamedTuple):
@@ -91,6 +93,7 @@ class EMState(NamedTuple):
         statistics: Maximised site to the averaged gradients at its points, if Q is random.
         averages: Maximised site to its mean over the last half of the steps, if Q is random.
         memory: What the E-step remembers.
+        own: What the model's own steps remember, for each group of sites that they move.
         adam: The optimiser of what has no closed M-step and is large or random; else None.
         rows: The order in which mini-batches take the rows, (row,); empty without mini-batches.
         objective: log p(data, θ), or the likelihood for "mle", before the last step; (restart,).
@@ -105,6 +108,7 @@ class EMState(NamedTuple):
     statistics: dict[str, Tensor]
     averages: dict[str, Tensor]
     memory: Any
+    own: tuple[Any, ...]
     adam: Adam | None
     rows: Tensor
     objective: Tensor
@@ -138,6 +142,9 @@ class EM(Backend[EMState, EMInfo]):
     Jacobian). The objective never falls if the E-step is exact, as it is for finite sites, chains of them included, for
     jointly Gaussian ones, and for a positive one whose conditional is Gamma or inverse Gaussian; others are averaged over
     draws.
+
+    A model may bring steps of its own (``inference.contract.Stepped``), which are taken for the sites that they move, unless
+    ``maximise=`` says that such a site is averaged. They need not raise the objective.
 
     ``posterior.stats["standard_error_<site>"]`` holds standard errors of the maximised sites, from the observed information
     at given weights; NaN along a ridge of the density, or where the point is no maximum inside the support.
@@ -199,6 +206,7 @@ class EM(Backend[EMState, EMInfo]):
                 "proposes from one distribution. Use HMC(chains=64), or RandomWalk() or Langevin() for a proposal."
             )
         averaged, maximised = self._split(program)
+        owned = self._owned(program, maximised)
         check_shards(program, averaged, maximised, self.batch_size)
         if not maximised and not program.weights:
             raise Unsupported("EM has nothing to maximise: every latent site is averaged. Use maximise=.")
@@ -207,7 +215,7 @@ class EM(Backend[EMState, EMInfo]):
         self._check_batches(program, averaged)
         task = self._task(program, maximised)
         given = given_values(program, self.start, self.restarts)
-        seen = self._thinned(program, averaged, maximised)
+        seen = program if owned else self._thinned(program, averaged, maximised)
         if seen is program:
             roles, values, points = self._piloted(program, task, averaged, given)
         else:
@@ -222,6 +230,17 @@ class EM(Backend[EMState, EMInfo]):
         state = _fresh(values, restarts, roles._replace(task=task))
         return state._replace(points=points, memory=roles.expectation.init(values, task))
 
+    def _owned(self, program: Program, maximised: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        """The groups of sites that the model's own steps move."""
+        owned = tuple(sites for sites in program.steps if set(sites) <= set(maximised))
+        if owned and (self._is_cut(program) or self.objective == "mle"):
+            given = "batch_size=" if self._is_batched(program) else "several processes" if self._is_cut(program) else "'mle'"
+            raise Unsupported(
+                f"The steps that {program.name} brings for {', '.join(owned[0])} are of all rows under their priors, and "
+                f"know no {given}. Leave that out, or the model's own steps."
+            )
+        return owned
+
     def _piloted(
         self, program: Program, task: Completed, averaged: tuple[str, ...], given: dict[str, Tensor]
     ) -> tuple[Roles, dict[str, Tensor], dict[str, Points]]:
@@ -229,7 +248,9 @@ class EM(Backend[EMState, EMInfo]):
         maximised = task.maximised
         is_given, suggested = set(given) >= set(maximised), {}
         numbers = sum(site.shape.numel() for site in program.latents.values())
-        is_alone = program.weights or (is_given and given and numbers > _MOST_PILOTED)  # a trial of the M-step takes one
+        owned = self._owned(program, maximised)
+        is_wide = is_given and given and numbers > _MOST_PILOTED  # a trial of the M-step takes one
+        is_alone = program.weights or owned or is_wide
         pilots = self.restarts if is_alone else max(_PILOTS, 2 * self.restarts)
         is_given_all = given.keys() == program.latents.keys()
         if is_given and given:  # whether an M-step is closed is tried nearby
@@ -240,7 +261,7 @@ class EM(Backend[EMState, EMInfo]):
             values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
             suggested = {} if program.weights else suggested_values(program, values)
             values |= suggested
-        if program.continuous and not suggested and not program.weights and not is_given and not self._is_batched(program):
+        if program.continuous and not suggested and not is_alone and not is_given and not self._is_batched(program):
             values = ascended(program, values, longest=ASCENT, is_split=True)
         if program.finite:
             with isolated(0, program.device):  # looking changes nothing
@@ -250,7 +271,7 @@ class EM(Backend[EMState, EMInfo]):
             with isolated(0, program.device):
                 trial = _around(program, {name: suggested[name] for name in suggested if name in maximised}, values, pilots)
         expectation = self._expectation(trial, averaged, task)
-        pilot = _fresh(trial, pilots, Roles(averaged, {}, (), (), expectation, task))
+        pilot = _fresh(trial, pilots, Roles(averaged, {}, (), (), expectation, task, owned))
         pilot = self._find_families(pilot._replace(memory=expectation.init(trial, task)), program)
         if suggested and averaged:
             points = {name: family.initial(values[name]) for name, family in pilot.roles.families.items()}
@@ -258,7 +279,7 @@ class EM(Backend[EMState, EMInfo]):
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:
-            for _ in range(0 if program.weights else _PILOT_STEPS):
+            for _ in range(0 if is_alone else _PILOT_STEPS):
                 pilot, _ = self.step(pilot, program)
             chosen = _ranked(pilot.objective)[: self.restarts]
         if program.is_long:  # another number of restarts would have to be recorded anew, for longer than the copies take
@@ -318,6 +339,7 @@ class EM(Backend[EMState, EMInfo]):
             chosen = alone - set(program.row_loops)
             if not chosen and not program.weights:
                 chosen = alone
+            chosen |= {name for sites in program.steps for name in sites}
         averaged = tuple(name for name in program.latents if name not in chosen)
         return averaged, tuple(name for name in program.latents if name in chosen)
 
@@ -374,6 +396,9 @@ class EM(Backend[EMState, EMInfo]):
 
     def _find_families(self, state: EMState, program: Program) -> EMState:
         """Tries which M-steps are closed: the message of Q must give its differences, at a random draw."""
+        owned = {name for sites in state.roles.owned for name in sites}
+        if owned >= set(state.roles.task.maximised):
+            return state
         task, batch = state.roles.task, self._batch(state, program)[0]
         moved = state.roles.expectation.step(state.memory, state.values, task, batch, self.steps)
         values, particles = {**state.values, **moved.values}, moved.particles
@@ -384,7 +409,7 @@ class EM(Backend[EMState, EMInfo]):
         is_random = self._is_batched(program) or state.roles.expectation.is_random
         for name in task.maximised:
             site = program.latents[name]
-            if site.is_constant:
+            if site.is_constant or name in owned:
                 continue
             for family in candidates(site.support, site.shape):
                 start = family.initial(values[name])
@@ -436,6 +461,7 @@ class EM(Backend[EMState, EMInfo]):
         state = state._replace(memory=moved.memory, values={**state.values, **moved.values}, rows=rows)
         log_z, weights = task.expect(state.values, moved.particles, batch)
         objective = batch.processes.mean((log_z - batch.scale * moved.log_q).mean(1))
+        state = self._owned_step(state)
         if is_random:
             # draws: all of them count anew until the last half; batches: each one counts less than the last from the start
             age = count + 1 if is_batched else max(count - half + 1, 1)
@@ -457,6 +483,8 @@ class EM(Backend[EMState, EMInfo]):
     def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
         """Raises Q, or leaves it."""
         roles, task = state.roles, state.roles.task
+        if roles.owned and not (roles.grown or roles.families or roles.climbed or task.program.weights):
+            return state
         if roles.grown:
             proposed, reached = grow(task, roles.grown, state.values, particles, weights, batch)
             state, reached = _take(state, proposed, particles, weights, reached, batch)
@@ -493,6 +521,14 @@ class EM(Backend[EMState, EMInfo]):
                 for weight, old in zip(trained, kept.values(), strict=True):
                     weight.copy_(old)
         return state
+
+    def _owned_step(self, state: EMState) -> EMState:
+        values, memories = state.values, []
+        for sites, memory in zip(state.roles.owned, state.own, strict=True):
+            moved, memory = state.roles.task.program.steps[sites](state.roles.task.theta(values), memory)
+            values = {**values, **{name: moved[name].detach() for name in sites}}
+            memories.append(memory)
+        return state._replace(values=values, own=tuple(memories))
 
     def _random_step(
         self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch, gain: float
@@ -561,7 +597,7 @@ class EM(Backend[EMState, EMInfo]):
         stats = {"lp": end.objective[best][None]}
         task = end.roles.task
         sizes = sum(program.latents[name].shape.numel() for name in task.maximised)
-        if self.standard_errors and not self.hard and 0 < sizes <= WIDEST:
+        if self.standard_errors and not self.hard and not end.roles.owned and 0 < sizes <= WIDEST:
             memory = end.roles.expectation.init(values, task)
             errors = standard_errors(end.roles.expectation, memory, values, task)
             stats |= {f"standard_error_{name}": error for name, error in errors.items()}
@@ -584,6 +620,9 @@ class EM(Backend[EMState, EMInfo]):
         rest = tuple(name for name in roles.averaged if name not in finite)
         if rest:
             updates.append(Update(rest, roles.expectation.update, note="averaged"))
+        updates += [
+            Update(sites, "Own", note="the model's own steps, which need not raise log_joint") for sites in roles.owned
+        ]
         updates += [Update((name,), family.name, note="maximised") for name, family in roles.families.items()]
         updates += [Update((name,), "Growth", note="maximised; no closed form") for name in roles.grown]
         if roles.climbed:
@@ -609,7 +648,8 @@ def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles) -> EMState:
     infinite = torch.full((restarts,), math.inf, dtype=program.dtype, device=program.device)
     rows = torch.empty(0, dtype=torch.long, device=program.device)
     return EMState(
-        values, {}, {}, {}, None, None, rows, -infinite, infinite, infinite, infinite.new_zeros(()), roles
+        values, {}, {}, {}, None, (None,) * len(roles.owned), None, rows, -infinite, infinite, infinite,
+        infinite.new_zeros(()), roles,
     )  # fmt: skip
 
 

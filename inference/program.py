@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Unsupported
+from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Stepped, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -40,7 +40,8 @@ _LOOKS = 8  # a site that appears half the time is missed with probability 2â»â
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
 _CHUNK = 4096  # rows that are checked at a time, where a run sees batches
 _LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
-_MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
+_MANY, _WIDE = 200, 2**18  # statements, and numbers drawn, from which a program is looked at less often
+_FEWER_LOOKS = 3
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,11 @@ def _tensor(leaf: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.as_tensor(leaf)
+
+
+def _drawn(node: Mapping[str, Any]) -> int:
+    """How many numbers a statement draws."""
+    return node["value"].numel() if is_statement(node) and kind_of(node) == "latent" else 0
 
 
 def _largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:
@@ -527,6 +533,7 @@ class Program:
         for name in (
             "density",
             "proposals",
+            "steps",
             "shard",
             "_grown",
             "row_plates",
@@ -583,7 +590,8 @@ class Program:
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
             traces = [self.trace({}, evaluated=False)]
-            looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
+            is_slow = len(traces[0].nodes) >= _MANY or sum(map(_drawn, traces[0].nodes.values())) >= _WIDE
+            looks = _FEWER_LOOKS if is_slow else _LOOKS if self._is_fixed else _MORE_LOOKS
             traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
             self._check_structure(traces)
             nodes = _largest(traces)
@@ -937,13 +945,23 @@ class Program:
         """The moves that the model brings: sites to ``propose``; see ``inference.contract.Blocked``."""
         args, kwargs = self.arguments()
         found = dict(self.owner.blocks(*args, **kwargs)) if isinstance(self.owner, Blocked) else {}
-        for sites in found:
-            for name in sites:
-                if name not in self.latents:
-                    raise ValueError(
-                        f"blocks() of {self.name} names '{name}', but the latent sites are {', '.join(self.latents)}."
-                    )
+        self._check_named("blocks", found)
         return found
+
+    @cached_property
+    def steps(self) -> dict[tuple[str, ...], Callable[..., Any]]:
+        """The iterations that the model brings: sites to ``step``; see ``inference.contract.Stepped``."""
+        args, kwargs = self.arguments()
+        found = dict(self.owner.steps(*args, **kwargs)) if isinstance(self.owner, Stepped) else {}
+        self._check_named("steps", found)
+        return found
+
+    def _check_named(self, method: str, found: Mapping[tuple[str, ...], Any]) -> None:
+        for name in itertools.chain.from_iterable(found):
+            if name not in self.latents:
+                raise ValueError(
+                    f"{method}() of {self.name} names '{name}', but the latent sites are {', '.join(self.latents)}."
+                )
 
     @cached_property
     def density(self) -> Density:

@@ -71,10 +71,12 @@ def exchangeable(program: Program) -> dict[str, Axis]:
 def _holds(program: Program, guess: Mapping[str, Axis], size: int) -> bool:
     labels = torch.arange(size, device=program.device)
     swap = torch.cat([labels[:2].flip(0), labels[2:]])
+    draws = []
     with isolated(1, program.device):
         for _ in range(3):
             try:
                 values = program.sample_prior()
+                draws.append(values)
                 before = program.log_joint(values)
                 afters = [program.log_joint(permuted(values, guess, p, program)) for p in (swap, labels.roll(1))]
             except (Unsupported, RuntimeError, ValueError):
@@ -82,12 +84,13 @@ def _holds(program: Program, guess: Mapping[str, Axis], size: int) -> bool:
             rounding = 1e-9 if before.dtype == torch.float64 else 1e-4
             if not all(torch.allclose(before, after, rtol=rounding) for after in afters):
                 return False
-        return None in guess.values() or _are_coupled(program, guess)
+        return None in guess.values() or _are_coupled(program, guess, *draws[:2])
 
 
-def _are_coupled(program: Program, guess: Mapping[str, Axis]) -> bool:
+def _are_coupled(
+    program: Program, guess: Mapping[str, Axis], here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+) -> bool:
     """Whether the log-joint is more than a sum over elements: f(a, b) − f(a, ·) − f(·, b) + f(·, ·) is not zero."""
-    here, there = program.sample_prior(), program.sample_prior()
 
     def moved(*elements: int) -> Tensor:
         values = dict(here)

@@ -18,7 +18,7 @@ from inference.handlers import reproducible
 from inference.program import Program
 
 ROWS, WIDTH = 90, 6
-GREY = torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+GREY = torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(5))
 BITS = (GREY > 0.5).float()
 
 
