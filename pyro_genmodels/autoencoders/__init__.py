@@ -1,0 +1,1 @@
+"""Models whose hidden numbers reach the data through a network."""
