@@ -348,7 +348,9 @@ class SVI(Backend[SVIState, SVIInfo]):
 
         values, log_q = batched(drawn, count)
         enumerated = tuple(name for name in program.finite if name not in values)
-        if program.weights:
+        if not values:  # nothing is hidden but what is summed out
+            lp = log_normalizer(program, {}, enumerated).expand(count)
+        elif program.weights:
             lp = mapped(lambda value: log_normalizer(program, value, enumerated), values)
         else:
             lp = program.density.marginal(enumerated)(values)

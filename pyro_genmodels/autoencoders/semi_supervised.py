@@ -212,7 +212,8 @@ class SemiSupervisedVAE(GenerativeModel):
         """p(y | x) of the model, by importance sampling: p(y | x, z) averaged over draws of z from the guess.
 
         Args:
-            x: (rows, *shape), NaN where an entry is missing.
+            x: (rows, *shape), NaN where an entry is missing. Grey pixels, under a ``Bernoulli`` that was fitted to draws of
+                them, count as the mean over such draws.
             draws: Of z; random numbers come from torch's global generator. Each costs K passes of the decoder.
 
         Returns:
@@ -223,7 +224,8 @@ class SemiSupervisedVAE(GenerativeModel):
         joint = []
         for _ in range(draws):
             z = guess.sample()
-            given = self.decoder(z.unsqueeze(-2), every).log_prob(x.unsqueeze(1))
+            with pyro.validation_enabled(False):
+                given = self.decoder(z.unsqueeze(-2), every).log_prob(x.unsqueeze(1))
             joint.append(given + self.shares.log() + (self.family().log_prob(z) - guess.log_prob(z)).unsqueeze(-1))
         return torch.stack(joint).logsumexp(0).softmax(-1)
 
