@@ -99,7 +99,7 @@ class SemiSupervisedVAE(GenerativeModel):
         reader = f"a normal guess at {features} features"
         self.encoder = Encoder(shape, self.family.outputs, reader, encoder, hidden, classes)
         self.classifier = Encoder(shape, classes, f"a classifier of {classes} classes", classifier, hidden)
-        self._is_partly_labelled, self._weight = True, _ALPHA if alpha is None else alpha
+        self._known: float | None = None  # share of the rows whose label is known; None: not prepared yet
 
     def prepare(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> None:
         """Looks at the data, and at which labels are known.
@@ -119,19 +119,18 @@ class SemiSupervisedVAE(GenerativeModel):
         if y is None:
             return
         check_labels(y, len(x), self.classes, least=-1)
-        known = int((y >= 0).sum())
-        self._is_partly_labelled = known < len(x)
-        if self.alpha is None:
-            self._weight = _ALPHA * len(x) / max(known, 1)
+        self._known = _share(y)
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> Tensor:
         with pyro.plate("rows", self._rows(x, y, size)):
-            label = self._labels(y)
+            known = 0.0 if y is None else _share(y) if self._known is None else self._known
+            label = self._labels(y, known)
             z = pyro.sample("z", self.family())
             drawn = pyro.sample("x", self.decoder(z, one_hot(label, self.classes, z.dtype)), obs=x)
-            if x is not None and y is not None and self._weight:
-                known = self._classified(x).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-                pyro.factor("classified", torch.where(y >= 0, self._weight * known, 0.0))
+            weight = _ALPHA / known if self.alpha is None and known else self.alpha
+            if x is not None and y is not None and known and weight:
+                right = self._classified(x).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+                pyro.factor("classified", torch.where(y >= 0, weight * right, 0.0))
         return drawn
 
     def guide(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> None:
@@ -144,9 +143,9 @@ class SemiSupervisedVAE(GenerativeModel):
             return len(y)
         return rows_of(x, size, self.shape, "SemiSupervisedVAE")
 
-    def _labels(self, y: Tensor | None) -> Tensor:
+    def _labels(self, y: Tensor | None, known: float) -> Tensor:
         prior = dist.Categorical(self.shares)
-        if y is None or not self._is_partly_labelled:
+        if y is None or known == 1.0:
             return pyro.sample("y", prior, obs=y)
         return pyro.sample("y", prior, obs=y.clamp(min=0), obs_mask=y >= 0)
 
@@ -233,3 +232,8 @@ class SemiSupervisedVAE(GenerativeModel):
     def predict(self, x: Tensor, draws: int = 50) -> Tensor:
         """Most probable label of each row, (rows,)."""
         return self.predict_proba(x, draws).argmax(-1)
+
+
+def _share(y: Tensor) -> float:
+    """Share of the labels that are known."""
+    return float((y >= 0).double().mean())
