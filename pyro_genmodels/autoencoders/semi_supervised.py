@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ class SemiSupervisedVAE(GenerativeModel):
         classes: Number of classes K, at least 2.
         features: Numbers in z, at least 1.
         alpha: Weight of log c(y | x) of each labelled row; None: 0.1 · rows / labelled rows, as in the paper.
+        labelled_weight: Power to which the density of each labelled row is raised (``poutine.scale``): more than 1 where labels
+            are so few that clusters form beside them. The posterior of z in these rows is tempered by it, too.
         shares: π, (K,); None: all the same.
         likelihood: p(x | decoder(z, y)); None: ``Bernoulli()``.
         encoder: Network from (batch, *shape) and (batch, K) to (batch, 2 · features); None: an ``MLP``.
@@ -74,6 +77,7 @@ class SemiSupervisedVAE(GenerativeModel):
         features: int = 20,
         *,
         alpha: float | None = None,
+        labelled_weight: float = 1.0,
         shares: Tensor | None = None,
         likelihood: Likelihood | None = None,
         encoder: nn.Module | None = None,
@@ -87,11 +91,14 @@ class SemiSupervisedVAE(GenerativeModel):
             raise ValueError(f"SemiSupervisedVAE needs at least 2 classes, but classes is {classes}. Take a VAE for one.")
         if alpha is not None and not 0.0 <= alpha < float("inf"):
             raise ValueError(f"alpha is {alpha}, but must be finite and at least 0.")
+        if not 0.0 < labelled_weight < float("inf"):
+            raise ValueError(f"labelled_weight is {labelled_weight}, but must be positive and finite.")
         if shares is not None and (
             shares.shape != (classes,) or bool((shares <= 0).any()) or abs(float(shares.sum()) - 1.0) > 1e-4
         ):
             raise ValueError(f"shares must be {classes} positive numbers that sum to 1, but is {shares.tolist()}.")
         self.shape, self.classes, self.alpha, self.beta = tuple(shape), classes, alpha, check_beta(beta)
+        self.labelled_weight = labelled_weight
         self.family = StandardNormal(features)
         self.shares: Tensor
         self.register_buffer("shares", torch.full((classes,), 1.0 / classes) if shares is None else shares)
@@ -123,31 +130,50 @@ class SemiSupervisedVAE(GenerativeModel):
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> Tensor:
         with pyro.plate("rows", self._rows(x, y, size)):
-            known = 0.0 if y is None else _share(y) if self._known is None else self._known
-            label = self._labels(y, known)
-            z = pyro.sample("z", self.family())
-            drawn = pyro.sample("x", self.decoder(z, one_hot(label, self.classes, z.dtype)), obs=x)
-            weight = _ALPHA / known if self.alpha is None and known else self.alpha
-            if x is not None and y is not None and known and weight:
+            known = self._share_of(y)
+            weight = self._weight(y, known)
+            label = self._labels(y, known, weight)
+            with poutine.scale(scale=weight):
+                z = pyro.sample("z", self.family())
+                drawn = pyro.sample("x", self.decoder(z, one_hot(label, self.classes, z.dtype)), obs=x)
+            alpha = _ALPHA / max(known, 1e-9) if self.alpha is None else self.alpha
+            if x is not None and y is not None and known and alpha:
                 right = self._classified(x).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-                pyro.factor("classified", torch.where(y >= 0, weight * right, 0.0))
+                pyro.factor("classified", torch.where(y >= 0, alpha * right, 0.0))
         return drawn
 
     def guide(self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None) -> None:
         """z of each row from q(z | x, w); without data, from the prior. Labels are left to be summed out."""
-        with pyro.plate("rows", self._rows(x, y, size)):
+        with pyro.plate("rows", self._rows(x, y, size)), poutine.scale(scale=self._weight(y, self._share_of(y))):
             pyro.sample("z", self.family() if x is None else self._guess(x, y))
+
+    def _share_of(self, y: Tensor | None) -> float:
+        """Share of the rows whose label is known, of all the data where they have been seen."""
+        return 0.0 if y is None else _share(y) if self._known is None else self._known
+
+    def _weight(self, y: Tensor | None, known: float) -> Tensor | float:
+        """Power of each row's density; one number where all are the same."""
+        if y is None or known == 0.0 or self.labelled_weight == 1.0:
+            return 1.0
+        return torch.where(y < 0, 1.0, self.labelled_weight).to(self.shares)
 
     def _rows(self, x: Tensor | None, y: Tensor | None, size: int | None) -> int:
         if x is None and y is not None:
             return len(y)
         return rows_of(x, size, self.shape, "SemiSupervisedVAE")
 
-    def _labels(self, y: Tensor | None, known: float) -> Tensor:
+    def _labels(self, y: Tensor | None, known: float, weight: Tensor | float) -> Tensor:
         prior = dist.Categorical(self.shares)
         if y is None or known == 1.0:
-            return pyro.sample("y", prior, obs=y)
-        return pyro.sample("y", prior, obs=y.clamp(min=0), obs_mask=y >= 0)
+            with poutine.scale(scale=weight):
+                return pyro.sample("y", prior, obs=y)
+        is_known = y >= 0
+        with poutine.mask(mask=is_known), poutine.scale(scale=weight):
+            pyro.sample("y_observed", prior, obs=y.clamp(min=0))
+        # ``obs_mask`` would give each value of what a known label leaves unused the weight 1, K of them together
+        shares = torch.where(is_known.unsqueeze(-1), 1.0 / self.classes, self.shares)
+        label = torch.where(is_known, y, pyro.sample("y_unobserved", dist.Categorical(shares)))
+        return pyro.deterministic("y", label)
 
     def _classified(self, x: Tensor) -> Tensor:
         """log c(y | x), (rows, K)."""
