@@ -1,4 +1,4 @@
-"""Autoencoders: densities by hand, closed forms of linear networks, posteriors by quadrature, and sentences for bad input."""
+"""Autoencoders: densities by hand, closed forms of linear networks, posteriors by quadrature, sentences for bad input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from agreement import assert_agree
 from exact import Moments
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
-from inference.bounds import ELBO
 from inference.enumeration import log_normalizer
 from inference.handlers import isolated, reproducible
 from inference.program import Program
 from pyro_genmodels import CVAE, IWAE, VAE, Autoencoder, SemiSupervisedVAE, VaDE
-from pyro_genmodels.autoencoders.likelihoods import Bernoulli, Likelihood
+from pyro_genmodels.autoencoders import priors
+from pyro_genmodels.autoencoders.likelihoods import Gaussian
 from pyro_genmodels.autoencoders.priors import StandardNormal
 from pyro_genmodels.nets import MLP, ConvDecoder, ConvEncoder
 
@@ -211,26 +210,8 @@ def test_beta_is_no_part_of_the_program() -> None:
 
 
 # ------------------------------------------------------------------------------ linear networks
-class Gaussian(Likelihood):
-    """x ~ N(output, σ²), one σ for all entries."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-
-    def given(self, outputs: Tensor) -> Any:
-        return dist.Normal(outputs[..., 0], self.log_scale.exp())
-
-    def is_inside(self, x: Tensor) -> Tensor:
-        return x.isfinite()
-
-    @property
-    def domain(self) -> str:
-        return "finite"
-
-
 LOADINGS = torch.tensor([[2.0, 0.0], [1.5, 1.0], [-1.0, 1.0], [0.5, -1.0], [0.0, 0.7]]).double()
-TABLE = normal(120, 2, seed=6) @ LOADINGS.mT + 0.5 * normal(120, 5, seed=7) + torch.arange(5.0)
+TABLE = normal(120, 2, seed=6) @ LOADINGS.mT + 0.5 * normal(120, 5, seed=7) + 0.3
 
 
 class Principal:
@@ -247,28 +228,54 @@ def linear() -> VAE:
     return VAE((5,), 2, likelihood=Gaussian(), hidden=())
 
 
-def assert_is_principal(model: VAE) -> None:
-    """Span of the loadings, noise variance, mean and log p(x) are those of probabilistic PCA, within 1e-3."""
+def assert_is_principal(model: VAE, log_likelihood: float = 1e-3, noise: float = 1e-3, angle: float = 1e-3) -> None:
+    """Span of the loadings, noise variance and log p(x) are those of probabilistic PCA."""
     layer: Any = model.decoder.network.layers[-1]  # type: ignore[union-attr,index]
-    loadings, noise = layer.weight.detach().double(), model.decoder.likelihood.log_scale.detach().double().exp() ** 2
-    covariance = loadings @ loadings.mT + noise * torch.eye(5)
-    log_likelihood = dist.MultivariateNormal(layer.bias.detach().double(), covariance).log_prob(TABLE).sum()
-    torch.testing.assert_close(log_likelihood, Principal.log_likelihood, rtol=0.0, atol=1e-3)
-    assert float(noise) == pytest.approx(float(Principal.noise), rel=1e-3)
+    given: Any = model.decode(torch.zeros(2))
+    loadings, variance = layer.weight.detach(), given.given.scale[0] ** 2
+    covariance = loadings @ loadings.mT + variance * torch.eye(5)
+    found = dist.MultivariateNormal(layer.bias.detach(), covariance).log_prob(TABLE).sum()
+    torch.testing.assert_close(found, Principal.log_likelihood, rtol=0.0, atol=log_likelihood)
+    assert float(variance) == pytest.approx(float(Principal.noise), rel=noise)
     basis = torch.linalg.qr(loadings).Q
     overlap = torch.linalg.svdvals(Principal.axes[:, :2].mT @ basis)
-    assert bool((overlap > 1.0 - 1e-6).all())  # the sine of the largest angle is below 1.5e-3
+    assert float(overlap.clamp(max=1.0).acos().max()) < angle
 
 
-@pytest.mark.parametrize("particles", [1, 5])
-def test_svi_of_a_linear_vae_finds_probabilistic_pca(particles: int) -> None:
+def exact_bound(model: VAE) -> Tensor:
+    """The bound without noise: what is averaged is quadratic in z, so that four points with the moments of q(z | x) do."""
+    guess: Any = model._guess(TABLE)
+    mean, scale = guess.base_dist.loc, guess.base_dist.scale
+    signed = torch.cat([torch.eye(2), -torch.eye(2)]).double() * 2.0**0.5
+    points = [mean + scale * direction for direction in signed]
+    terms = [log_joint(model.model, {"z": z}, TABLE) - guess.log_prob(z) for z in points]
+    return torch.stack(terms).mean(0).sum()
+
+
+def test_the_maximum_of_the_bound_of_a_linear_vae_is_probabilistic_pca() -> None:
+    """Lucas et al., Don't blame the ELBO! (2019): the bound has no other maximum, and is log p(x) there."""
     model = built(linear, TABLE, gain=1.0)
-    fit = SVI(steps=6000, learning_rate=0.02, bound=ELBO(particles=particles), draws=20, seed=0, progress=False)
-    posterior = fit.fit(model, TABLE)
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=2000, history_size=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = -exact_bound(model)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
     assert_is_principal(model)
-    # at the optimum the guess is the posterior: the bound is log p(x) at every draw
-    bound = posterior.stats["lp"] - posterior.stats["log_q"]
-    torch.testing.assert_close(bound, Principal.log_likelihood.expand(1, 20), rtol=0.0, atol=0.05)
+    torch.testing.assert_close(exact_bound(model).detach(), Principal.log_likelihood, rtol=0.0, atol=1e-3)
+    values, log_q = drawn(model.guide, TABLE)  # at any noise: the guess is the posterior
+    bound = (log_joint(model.model, values, TABLE) - log_q).sum().detach()
+    torch.testing.assert_close(bound, Principal.log_likelihood, rtol=0.0, atol=0.02)
+
+
+def test_svi_of_a_linear_vae_finds_probabilistic_pca() -> None:
+    """Up to the noise of its last steps: a hundredth of the noise variance, a thousandth of a nat a row."""
+    model = built(linear, TABLE, gain=1.0)
+    SVI(steps=2500, learning_rate=0.03, draws=1, seed=0, progress=False).fit(model, TABLE)
+    assert_is_principal(model, log_likelihood=1e-3 * len(TABLE), noise=1e-2, angle=1e-2)
 
 
 def test_em_of_a_linear_vae_finds_probabilistic_pca() -> None:
@@ -287,7 +294,7 @@ def test_a_linear_autoencoder_finds_the_principal_components() -> None:
 
 
 # ------------------------------------------------------------------------------ back-ends agree with quadrature
-GRID = torch.linspace(-6.0, 6.0, 241, dtype=torch.float64)
+GRID = torch.linspace(-12.0, 12.0, 321, dtype=torch.float64)
 
 
 def weighted(values: Tensor, mass: Tensor) -> Moments:
@@ -298,7 +305,7 @@ def weighted(values: Tensor, mass: Tensor) -> Moments:
 
 
 def quadrature(model: Any, sites: Mapping[str, int], finite: str | None, choices: int, *data: Tensor) -> dict[str, Moments]:
-    """Posterior moments of each row on a grid over its continuous sites, one or two numbers, and all values of a finite one."""
+    """Posterior moments of each row on a grid over continuous sites, one or two numbers, and all values of a finite one."""
     widths = list(sites.values())
     points = torch.cartesian_prod(*[GRID] * sum(widths)).reshape(-1, sum(widths))
     values = dict(zip(sites, points.split(widths, -1), strict=True))
@@ -337,9 +344,9 @@ BACKENDS: dict[str, Any] = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_samplers_find_the_posterior_of_what_is_hidden(case: str, backend: str) -> None:
-    """Four standard errors, some 25 comparisons each: 300 in all, of which one of 50 runs under fresh seeds has a false alarm."""
+    """Four standard errors, 8 to 16 comparisons each, 200 in all: a false alarm in one of 80 runs under fresh seeds."""
     make, data, sites, finite = CASES[case]
-    model = built(make, *data)
+    model = built(make, *data, gain=5.0 if "layers" in case else 20.0)  # so that a grid is fine enough
     exact = quadrature(model, sites, finite, 1 if finite is None else 3, *data)
     posterior = BACKENDS[backend].fit(model, *data)
     assert_agree({name: posterior.draws[name].double().numpy() for name in exact}, exact)
@@ -356,8 +363,8 @@ def test_importance_sampling_finds_the_probability_of_a_label() -> None:
             joint.append(log_joint(model.model, given, rows).logsumexp(0))
         exact.append(torch.stack(joint))
     with isolated(0):
-        found = model.predict_proba(PIXELS, draws=20_000)
-    torch.testing.assert_close(found, torch.stack(exact, -1).softmax(-1).detach(), rtol=0.0, atol=0.02)
+        found = model.predict_proba(PIXELS, draws=4000)
+    torch.testing.assert_close(found, torch.stack(exact, -1).softmax(-1).detach(), rtol=0.0, atol=0.03)
 
 
 # ------------------------------------------------------------------------------ training
@@ -373,14 +380,14 @@ def test_svi_raises_the_bound_of_every_model(case: str) -> None:
 
 
 def test_few_labels_are_carried_to_the_other_rows() -> None:
-    """Three patterns with a tenth of their pixels turned over, two labels each."""
+    """Three patterns with a tenth of their pixels turned over, four labels each."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.arange(300) % 3
     patterns = (torch.rand(3, 4, 4, generator=generator) < 0.5).float()
     x = (patterns[truth] - (torch.rand(300, 4, 4, generator=generator) < 0.1).float()).abs()
-    y = torch.where(torch.arange(300) < 6, truth, -1)
+    y = torch.where(torch.arange(300) < 12, truth, -1)
     with isolated(0):
-        model = SemiSupervisedVAE((4, 4), 3, 1, hidden=(16,))
+        model = SemiSupervisedVAE((4, 4), 3, 1, labelled_weight=10.0, hidden=(16,))
     SVI(steps=500, learning_rate=0.01, batch_size=100, draws=1, seed=0, progress=False).fit(model, x, y)
     with isolated(0):
         found = model.predict(x, draws=20)
@@ -408,7 +415,7 @@ def test_the_mixture_starts_at_the_maximum_that_scikit_learn_finds() -> None:
         dist.Categorical(logits=model.logits), dist.Normal(model.means, model.log_scales.exp()).to_event(1)
     )
     # the floor of a hundredth of the variance costs a few thousandths of a nat a row
-    assert float(mixture.log_prob(codes).mean()) == pytest.approx(peer.score(codes.numpy()), abs=0.01)
+    assert float(mixture.log_prob(codes).mean().detach()) == pytest.approx(peer.score(codes.numpy()), abs=0.01)
 
 
 def test_a_vade_finds_clusters_that_pretraining_has_parted() -> None:
@@ -448,7 +455,7 @@ def test_a_completion_keeps_what_is_known_and_draws_the_rest() -> None:
     assert found.shape == (4000, ROWS, *SHAPE)
     assert torch.equal(found[:, known], GAPS[known].expand(4000, -1))
     with isolated(1):
-        expected = model.decoder.mean(model.encode(GAPS).sample((4000,))).mean(0)
+        expected = model.decode(model.encode(GAPS).sample((4000,))).mean.mean(0)
     # two estimates of a probability from 4000 draws each, 5 standard errors
     assert float((found.mean(0) - expected)[~known].abs().max()) < 5 * (2 * 0.25 / 4000) ** 0.5
 
@@ -477,7 +484,7 @@ def test_convolutions_read_and_write_images_of_any_size(shape: tuple[int, ...]) 
         model = VAE(shape, 3, encoder=ConvEncoder(shape, 6, (4, 8), (5,)), decoder=ConvDecoder(3, shape, 1, (8, 4), (5,)))
     x = torch.zeros(2, *shape)
     assert model.reconstruct(x).shape == x.shape and model.sample(4).shape == (4, *shape)
-    loss = log_joint(model.model, {"z": model.encode(x).mean}, x).sum()
+    loss = log_joint(model.model, {"z": normal(2, 3, seed=0).float()}, x).sum()
     gradients = torch.autograd.grad(loss, list(model.decoder.parameters()))
     assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
 
@@ -504,11 +511,11 @@ def test_leading_dimensions_are_those_of_the_batch() -> None:
 def test_a_network_of_the_user_is_looked_at_without_a_trace() -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    generator = torch.get_rng_state()
-    VAE(SHAPE, 2, encoder=encoder, decoder=nn.Linear(2, 6))
+    decoder, generator = nn.Linear(2, 6), torch.get_rng_state()
+    VAE(SHAPE, 2, encoder=encoder, decoder=decoder)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert all(module.training for module in encoder.modules())
-    assert torch.equal(torch.get_rng_state(), generator) or True
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -549,7 +556,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "wide decoder": (
         lambda: VAE(SHAPE, 2, decoder=ConvDecoder(2, SHAPE, 2, (4,))),
-        r"The decoder gives 12 numbers, \(2, 2, 3\), for z of 2 features, but must give 6: Bernoulli takes 1 for each of the 6",
+        r"The decoder gives 12 numbers, \(2, 2, 3\), for z of 2 features, but must give 6: Bernoulli takes 1",
     ),
     "encoder of other images": (
         lambda: VAE(SHAPE, 2, encoder=MLP(7, 4)),
@@ -579,6 +586,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "classes that float": (lambda: fit(SemiSupervisedVAE(SHAPE, 3), PIXELS, LABELS.double()), "labels are integers"),
     "one class": (lambda: SemiSupervisedVAE(SHAPE, 1), "at least 2 classes, but classes is 1"),
+    "guesses without a context": (
+        lambda: CVAE(SHAPE, 3, prior=priors.VampPrior(2, 3, SHAPE)),
+        "made of guesses at x alone, but a CVAE guesses from x and a context",
+    ),
+    "weight": (lambda: SemiSupervisedVAE(SHAPE, 2, labelled_weight=0.0), "labelled_weight is 0.0, but must be positive"),
     "shares": (lambda: SemiSupervisedVAE(SHAPE, 2, shares=torch.tensor([0.5, 0.6])), "2 positive numbers that sum to 1"),
     "no clusters": (lambda: VaDE(SHAPE, 0), "at least 1 cluster, but clusters is 0"),
     "few codes": (lambda: VaDE(SHAPE, 5, 2).start_from(torch.zeros(3, 2)), "codes has 3 rows, but there are 5 clusters"),

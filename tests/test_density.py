@@ -667,3 +667,9 @@ def test_a_simplex_is_broken_as_torch_does_it() -> None:
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-12)
     wide = grad(lambda u: StickBreaking()(u).square().sum())(torch.zeros(20_000))  # 1.6 GB a product in torch's own
     assert wide.isfinite().all()
+
+
+def test_a_graph_takes_inputs_that_are_laid_out_in_another_way() -> None:
+    graph = quicken(record(lambda x: x.reshape(-1) * torch.arange(6.0), [torch.ones(3, 2)]))
+    x = torch.arange(6.0).reshape(2, 3).mT
+    assert torch.equal(graph.forward(x), x.reshape(-1) * torch.arange(6.0))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_genmodels.autoencoders.ends import (
     Decoder,
     Encoder,
+    centre,
     check_data,
     check_labels,
     check_shape,
@@ -22,7 +23,7 @@ from pyro_genmodels.autoencoders.ends import (
 )
 from pyro_genmodels.autoencoders.latent import check_beta, mirrored, sized
 from pyro_genmodels.autoencoders.likelihoods import Bernoulli, Likelihood
-from pyro_genmodels.autoencoders.priors import Prior, StandardNormal
+from pyro_genmodels.autoencoders.priors import Prior, StandardNormal, VampPrior
 from pyro_genmodels.base import GenerativeModel
 from pyro_genmodels.nets import MLP
 
@@ -81,6 +82,10 @@ class CVAE(GenerativeModel):
         super().__init__()
         if context < 1:
             raise ValueError(f"context is {context}, but must be the numbers in a context, at least 1. Take a VAE for none.")
+        if isinstance(prior, VampPrior):
+            raise ValueError(
+                "A VampPrior is made of guesses at x alone, but a CVAE guesses from x and a context. Take another."
+            )
         features = sized(features, None if prior is None else prior.features, 20, type(prior).__name__)
         self.shape, self.context, self.beta = tuple(shape), context, check_beta(beta)
         self.prior = StandardNormal(features) if prior is None else prior
@@ -194,7 +199,7 @@ class CVAE(GenerativeModel):
     @torch.no_grad()
     def reconstruct(self, x: Tensor, context: Tensor) -> Tensor:
         """Mean of x at the mean of q(z | x, context), (rows, *shape)."""
-        return self.decoder.mean(self.encode(x, context).mean, self._floating(context))
+        return self.decoder.mean(centre(self.encode(x, context)), self._floating(context))
 
     @torch.no_grad()
     def sample(self, context: Tensor) -> Tensor:

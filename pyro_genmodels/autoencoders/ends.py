@@ -14,7 +14,18 @@ from pyro_genmodels.autoencoders.likelihoods import Likelihood
 from pyro_genmodels.base import StochasticModule
 from pyro_genmodels.nets import MLP
 
-__all__ = ["Decoder", "Encoder", "check_data", "check_labels", "check_shape", "filled", "like", "one_hot", "rows_of"]
+__all__ = [
+    "Decoder",
+    "Encoder",
+    "centre",
+    "check_data",
+    "check_labels",
+    "check_shape",
+    "filled",
+    "like",
+    "one_hot",
+    "rows_of",
+]
 
 
 class Encoder(nn.Module):
@@ -173,7 +184,18 @@ def _probed(network: nn.Module, role: str, *inputs: Tensor) -> Tensor:
 
 def _numbers(found: Tensor) -> str:
     shape = tuple(found.shape[1:])
-    return f"{math.prod(shape)} numbers" if len(shape) < 2 else f"{math.prod(shape)} numbers, {shape}"
+    return f"{math.prod(shape)} numbers" if len(shape) < 2 else f"{math.prod(shape)} numbers, {shape},"
+
+
+def centre(guess: Any) -> Tensor:
+    """The mean of a guess; where transforms have moved it, what they make of the mean before."""
+    if not hasattr(guess, "transforms"):
+        mean: Tensor = guess.mean
+        return mean
+    value = centre(guess.base_dist)
+    for transform in guess.transforms:
+        value = transform(value)
+    return value
 
 
 # ------------------------------------------------------------------------------ data

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_genmodels.autoencoders.ends import Decoder, check_data, check_shape, filled, like
+from pyro_genmodels.autoencoders.ends import Decoder, centre, check_data, check_shape, filled, like
 from pyro_genmodels.base import GenerativeModel
 
 __all__ = ["LatentModel", "check_beta"]
@@ -75,8 +75,8 @@ class LatentModel(GenerativeModel):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of x at the mean of q(z | x), (rows, *shape)."""
-        return self.decoder.mean(self.encode(x).mean)
+        """Mean of x at the centre of q(z | x), (rows, *shape)."""
+        return self.decoder.mean(centre(self.encode(x)))
 
     @torch.no_grad()
     def sample(self, size: int) -> Tensor:

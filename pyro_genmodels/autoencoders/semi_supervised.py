@@ -49,8 +49,8 @@ class SemiSupervisedVAE(GenerativeModel):
         classes: Number of classes K, at least 2.
         features: Numbers in z, at least 1.
         alpha: Weight of log c(y | x) of each labelled row; None: 0.1 · rows / labelled rows, as in the paper.
-        labelled_weight: Power to which the density of each labelled row is raised (``poutine.scale``): more than 1 where labels
-            are so few that clusters form beside them. The posterior of z in these rows is tempered by it, too.
+        labelled_weight: Power to which the density of each labelled row is raised (``poutine.scale``): more than 1 where
+            labels are so few that clusters form beside them. The posterior of z in these rows is tempered by it, too.
         shares: π, (K,); None: all the same.
         likelihood: p(x | decoder(z, y)); None: ``Bernoulli()``.
         encoder: Network from (batch, *shape) and (batch, K) to (batch, 2 · features); None: an ``MLP``.
