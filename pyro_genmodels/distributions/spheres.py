@@ -191,9 +191,13 @@ class PowerSpherical(TorchDistribution):
 
     @property
     def _normaliser(self) -> tuple[Tensor, Tensor]:
-        """Log-density at μ, and −E log((1 + μᵀx) / 2)."""
-        ratio, slope = log_gamma_ratio(self.concentration + self._half, torch.full_like(self.concentration, self._half))
-        return ratio - self._half * math.log(4.0 * math.pi), slope
+        """Log-density at μ, relative to the uniform distribution, and −E log((1 + μᵀx) / 2)."""
+        kappa, half = self.concentration, torch.full_like(self.concentration, self._half)
+        ratio, slope = log_gamma_ratio(kappa + half, half)
+        at_zero = self._half * math.log(4.0 * math.pi) - _log_area(self.event_shape[0])
+        # log Γ of four numbers, two of which are close to the others: which ones, depends on κ
+        small = log_gamma_ratio(2.0 * half, kappa)[0] - log_gamma_ratio(half, kappa)[0]
+        return torch.where(kappa < half, small, ratio - at_zero), slope
 
     @property
     def mean(self) -> Tensor:
@@ -208,11 +212,11 @@ class PowerSpherical(TorchDistribution):
             self._validate_sample(value)
         away = 0.25 * (value - self.loc).square().sum(-1)  # (1 − μᵀx) / 2
         most = 1.0 - torch.finfo(away.dtype).eps
-        return self._normaliser[0] + self.concentration * torch.log1p(-away.clamp(max=most))
+        relative = self._normaliser[0] + self.concentration * torch.log1p(-away.clamp(max=most))
+        return relative - _log_area(self.event_shape[0])
 
     def entropy(self) -> Tensor:
-        highest, fall = self._normaliser
-        return self.concentration * fall - highest
+        return _log_area(self.event_shape[0]) - _to_uniform(self)
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
         shape = Size(sample_shape) + self.batch_shape
@@ -326,31 +330,29 @@ class _Quantile(torch.autograd.Function):
         return None, grad * _slope(angle, kappa, ctx.dimension), None
 
 
-def _to_uniform(p: VonMisesFisher) -> Tensor:
-    """Divergence from the uniform distribution, κ A(κ) − log E exp(κ t), by that of two forms that rounding spares."""
-    found, kappa = p._tilted, p.concentration
+def _to_uniform(p: VonMisesFisher | PowerSpherical) -> Tensor:
+    """Divergence from the uniform distribution, without differences of large numbers."""
+    kappa = p.concentration
+    if isinstance(p, PowerSpherical):
+        highest, fall = p._normaliser
+        return highest - kappa * fall
+    found = p._tilted
     return torch.where(kappa < 1.0, kappa * found.mean - found.log_normaliser, -kappa * found.rest - found.excess)
 
 
 @register_kl(VonMisesFisher, HypersphericalUniform)
-def _(p: VonMisesFisher, q: HypersphericalUniform) -> Tensor:
+@register_kl(PowerSpherical, HypersphericalUniform)
+def _(p: VonMisesFisher | PowerSpherical, q: HypersphericalUniform) -> Tensor:
     return _to_uniform(p).expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 
-@register_kl(PowerSpherical, HypersphericalUniform)
-def _(p: PowerSpherical, q: HypersphericalUniform) -> Tensor:
-    kl = _log_area(p.event_shape[0]) - p.entropy()
-    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
-
-
 @register_kl(VonMisesFisher, VonMisesFisher)
-def _(p: VonMisesFisher, q: VonMisesFisher) -> Tensor:
-    return _to_uniform(p) - _tilt(p, q)
-
-
 @register_kl(PowerSpherical, VonMisesFisher)
-def _(p: PowerSpherical, q: VonMisesFisher) -> Tensor:
-    return _log_area(p.event_shape[0]) - p.entropy() - _tilt(p, q)
+def _(p: VonMisesFisher | PowerSpherical, q: VonMisesFisher) -> Tensor:
+    """E log q, relative to the uniform distribution, needs no more of p than its mean."""
+    rest = p._tilted.rest if isinstance(p, VonMisesFisher) else 2.0 * p._half / (p.concentration + 2.0 * p._half)
+    near = 1.0 - 0.5 * (p.loc - q.loc).square().sum(-1)  # μ_pᵀ μ_q
+    return _to_uniform(p) - q.concentration * (near - 1.0 - rest * near) + q._tilted.excess
 
 
 @register_kl(HypersphericalUniform, VonMisesFisher)
@@ -361,10 +363,3 @@ def _(p: HypersphericalUniform, q: VonMisesFisher) -> Tensor:
 @register_kl(HypersphericalUniform, HypersphericalUniform)
 def _(p: HypersphericalUniform, q: HypersphericalUniform) -> Tensor:
     return p.entropy().new_zeros(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
-
-
-def _tilt(p: VonMisesFisher | PowerSpherical, q: VonMisesFisher) -> Tensor:
-    """E log q under p, relative to the uniform distribution."""
-    rest = p._tilted.rest if isinstance(p, VonMisesFisher) else 2.0 * p._half / (p.concentration + 2.0 * p._half)
-    near = 1.0 - 0.5 * (p.loc - q.loc).square().sum(-1)  # μ_pᵀ μ_q
-    return q.concentration * (near - 1.0 - rest * near) - q._tilted.excess
