@@ -19,7 +19,7 @@ from inference.blocks import (
     PriorDraw,
     Slice,
 )
-from inference.bounds import ELBO
+from inference.bounds import ELBO, IWELBO, Cyclical, MultiplyIWELBO, Renyi, Warmup
 from inference.contract import Backend, Draw, Unsupported
 from inference.em import EM
 from inference.gibbs import Gibbs
@@ -34,11 +34,13 @@ __all__ = [
     "ELBO",
     "EM",
     "HMC",
+    "IWELBO",
     "NUTS",
     "SVI",
     "AdaptiveWalk",
     "Backend",
     "Conjugate",
+    "Cyclical",
     "Draw",
     "EllipticalSlice",
     "Enumerate",
@@ -49,14 +51,17 @@ __all__ = [
     "Independence",
     "Langevin",
     "MetropolisHastings",
+    "MultiplyIWELBO",
     "PolyaGamma",
     "Posterior",
     "Prior",
     "PriorDraw",
     "RandomWalk",
+    "Renyi",
     "Slice",
     "Unsupported",
     "Until",
+    "Warmup",
     "calibration",
     "markov",
     "relabel",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared",
-    "Programmed", "Started", "Unsupported",
+    "Programmed", "Started", "Tempered", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -110,6 +110,16 @@ class Prepared(Protocol):
     """A model whose prior is scaled to the data: every fit calls ``prepare`` once, with all the data, before it looks."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@runtime_checkable
+class Tempered(Protocol):
+    """A model to be trained with ``beta`` times the divergence of its guide from its prior, as a beta-VAE is.
+
+    The program is what it is: β is no part of its density, and so of no sampler's target and of no evaluation.
+    """
+
+    beta: float
 
 
 @runtime_checkable
@@ -219,6 +229,11 @@ class Backend(abc.ABC, Generic[S, I]):
         """Who runs in this one's place a program whose sites, shapes or supports change from run to run; None refuses it."""
         return None
 
+    @property
+    def view(self) -> dict[str, Any]:
+        """``batch_size`` and ``transform`` of ``Program``, where it does not see all data, as they are."""
+        return {}
+
     @abc.abstractmethod
     def init(self, program: Program) -> S:
         """A place to start, for every chain.
@@ -246,6 +261,17 @@ class Backend(abc.ABC, Generic[S, I]):
     def history(self, records: dict[str, Tensor], state: S) -> dict[str, Tensor]:
         """What is kept of the infos of all steps, name to (step, …)."""
         return records
+
+    def is_sound(self, state: S, program: Program) -> bool:
+        """Whether a state is worth a checkpoint: one that is not would take the place of the last good one."""
+        return True
+
+    def shown(self, info: I, program: Program) -> str:
+        """What the progress bar says of a step."""
+        for name in ("acceptance_rate", "loss", "log_joint"):
+            if hasattr(info, name):
+                return f"{name.replace('_', ' ')} {float(getattr(info, name).mean()):.4g}"
+        return ""
 
     def weights(self, state: S, program: Program) -> dict[str, Tensor]:
         """The weights that the run trained or held fixed."""

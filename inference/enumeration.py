@@ -30,7 +30,7 @@ from inference.program import Program
 from inference.rows import Rows, log_sum, weighted
 from inference.sequences import Passage, drawn_back, passage
 
-__all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place"]
+__all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place", "run"]
 
 WIDEST = 2**20  # entries of one table, per chain; 8 MiB in float64
 _SMALL = 4096  # entries of a table up to which sites with two neighbours are eliminated together
@@ -211,6 +211,17 @@ def factors(
     Raises:
         Unsupported: If a site depends on an enumerated site of a plate that it is not in.
     """
+    return run(program, values, enumerated, data, is_lazy)[0]
+
+
+def run(
+    program: Program,
+    values: Mapping[str, Tensor],
+    enumerated: Collection[str],
+    data: list[Tensor] | None = None,
+    is_lazy: bool = False,
+) -> tuple[list[Factor], Mapping[str, Mapping[str, Any]]]:
+    """``factors``, and the statements of Pyro's trace that they are of."""
     lives = lifetimes(program.dependence, enumerated)
     lane = lanes(lives)
     try:
@@ -247,7 +258,7 @@ def factors(
                 node = nodes[name] if name in program.augmented else None
                 found.append(Factor(sources[kept], labels, plates, name, own, rows, shape, kept, is_left, node))
     number = {name: i for i, name in enumerate(statements)}
-    return sorted(found, key=lambda factor: number[factor.site])
+    return sorted(found, key=lambda factor: number[factor.site]), nodes
 
 
 def _links(program: Program, node: Mapping[str, Any], name: str) -> list[Factor]:

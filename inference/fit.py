@@ -130,13 +130,6 @@ class _Begun(NamedTuple):
     calls: dict[str, Any]
 
 
-def _shown(info: Any) -> str:
-    for name in ("acceptance_rate", "loss", "log_joint"):
-        if hasattr(info, name):
-            return f"{name.replace('_', ' ')} {float(getattr(info, name).mean()):.4g}"
-    return ""
-
-
 def _first_device(args: tuple[Any, ...]) -> torch.device | None:
     return next((arg.device for arg in args if isinstance(arg, Tensor)), None)
 
@@ -173,6 +166,7 @@ def run(
                 follow=backend.follows_data,
                 evaluations=backend.schedule.evaluations,
                 is_fixed=backend.changing is None,
+                **backend.view,
             )
             sites = (*program.latents, *program.deterministic)
             unknown = [name for name in backend.keep or () if name not in sites]
@@ -542,7 +536,7 @@ class _Run:
                 self.improved = i + 1
                 bar.update()
                 if i % 20 == 0 and not bar.disable:
-                    bar.set_postfix_str(_shown(info), refresh=False)
+                    bar.set_postfix_str(self.backend.shown(info, self.program), refresh=False)
                 is_done = stop is not None and self.processes.any(bool(stop(info)))
                 is_last = is_done or self._is_called_off(i, info) or i + 1 == total
                 if is_last and stop and not is_done:
@@ -601,6 +595,8 @@ class _Run:
                     self.read = last
                     if is_done:
                         self._write_if_due(state)
+                if not draws.tensors and not self.backend.keep and self.read < total:
+                    return state  # nothing is kept of them
         return state
 
     @property
@@ -613,7 +609,8 @@ class _Run:
         """At a fixed number of steps, whatever the time."""
         if (self.improved + self.read) % _MEETING == 0:
             self.processes.meet()
-        if self.journal is not None and (self.improved + self.read) % self.asked.checkpoint_every == 0:
+        is_due = self.journal is not None and (self.improved + self.read) % self.asked.checkpoint_every == 0
+        if is_due and self.backend.is_sound(state, self.program):
             self._write(state)
 
     def _is_called_off(self, step: int, info: Any) -> bool:

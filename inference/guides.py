@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
@@ -22,6 +24,8 @@ from inference.program import Program
 __all__ = ["Guide", "GuideReference", "batched", "mapped"]
 
 _log = logging.getLogger("inference")
+
+PARTICLES = "_particles"  # the plate of draws that are made at once
 
 
 class _Owner(nn.Module):
@@ -57,6 +61,7 @@ class Guide:
         scale: float = 1.0,
         is_frozen: bool = False,
         dtype: torch.dtype | None = None,
+        particles: tuple[int, int] | None = None,
     ) -> poutine.Trace:
         """Runs the guide.
 
@@ -67,6 +72,7 @@ class Guide:
             scale: Of the sites of the plates that hold the rows.
             is_frozen: Whether its weights are taken without gradients.
             dtype: Floating type that frozen weights are cast to; None leaves them.
+            particles: How many draws are made at once, in a dimension left of this many others; None makes one.
         """
         args, kwargs = program.arguments(data)
         table, call = self.table, self.call
@@ -84,8 +90,13 @@ class Guide:
         handled = Weights(table)(Substitute(values or {})(call))
         if scale != 1.0:
             handled = Rescale(program.row_plates, scale)(handled)
+        beside = (
+            contextlib.nullcontext() if particles is None else pyro.plate(PARTICLES, particles[0], dim=-1 - particles[1])
+        )
         with quiet():
-            trace = poutine.trace(handled).get_trace(*args, **kwargs)
+            tracer = poutine.trace(handled)
+            with beside:
+                trace = tracer.get_trace(*args, **kwargs)
             trace.compute_log_prob()
         return trace
 
@@ -110,7 +121,7 @@ class Guide:
         values = {name: node["value"].detach() for name, node in trace.nodes.items() if is_drawn(node)}
         held = [] if self.owner is None else list(self.owner.buffers())
         before = [buffer.clone() for buffer in held]
-        first, second = (self.trace(program, values) for _ in range(2))
+        first, second = (self.trace(program, values, program.glimpse) for _ in range(2))
         is_written = not all(torch.equal(*pair) for pair in zip(held, before, strict=True))
         with torch.no_grad():
             for buffer, value in zip(held, before, strict=True):

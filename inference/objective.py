@@ -66,20 +66,28 @@ class Objective:
 
     Args:
         loss: Takes the tensors of a batch, None for all data, and whether it is being recorded; returns what to
-            differentiate and the loss to report, both scalars. It reads the weights by itself.
+            differentiate, a scalar, and the loss to report. It reads the weights by itself.
         weights: The leaves to differentiate in.
         owners: Modules and other callables that the loss runs, whose buffers it may write to.
         name: Of the program, for the log.
         is_watched: Whether code of the user runs between steps, which may change what the owners are.
+        is_compiled: Whether a graph is compiled by ``torch.compile``.
 
     Attributes:
         rung: The rung that the last call ran on.
     """
 
     def __init__(
-        self, loss: Loss, weights: Sequence[Tensor], owners: Sequence[Any], name: str, is_watched: bool = False
+        self,
+        loss: Loss,
+        weights: Sequence[Tensor],
+        owners: Sequence[Any],
+        name: str,
+        is_watched: bool = False,
+        is_compiled: bool = False,
     ) -> None:
         self.loss, self.weights, self.name, self.is_watched = loss, list(weights), name, is_watched
+        self.is_compiled = is_compiled
         self.owners = list({id(owner): owner for owner in owners if owner is not None}.values())
         self.can_stage = highest_rung() >= _STAGED and not self._has_hooks()
         self.rung = "looped"
@@ -193,6 +201,10 @@ class Objective:
             before.restore()
         if len(graph.graph.nodes) <= _LARGEST:
             variant.graph, variant.held, variant.recorded = graph, held, variant.calls
+            if self.is_compiled:
+                torch.compiler.reset()
+                with torch._inductor.config.patch(fallback_random=True):
+                    graph.forward = torch.compile(graph.forward, dynamic=False)
 
     def _checked(self, variant: _Variant, data: list[Tensor] | None) -> Tensor:
         buffers = variant.held[len(self.weights) :]
@@ -286,7 +298,7 @@ def _frozen(value: Any, tensors: list[Tensor], depth: int = _DEPTH) -> Hashable:
         tensors.append(value)
         return id(value), value._version, value.requires_grad
     parts: Iterable[Any] = ()
-    if depth and isinstance(value, Mapping):
+    if depth and isinstance(value, dict):  # other mappings may read a file at every look
         parts = itertools.chain(value, value.values())
     elif depth and isinstance(value, (list, tuple)):
         parts = value

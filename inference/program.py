@@ -6,10 +6,10 @@ import copy
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Plate", "Program", "Shape", "Site", "is_statement", "kin", "kind_of", "loops"]
 
+T = TypeVar("T")
+
 _LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
+_CHUNK = 4096  # rows that are checked at a time, where a run sees batches
+_LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
 _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 
 
@@ -183,6 +187,11 @@ def _batch_shape(node: Mapping[str, Any]) -> torch.Size:
     return torch.broadcast_shapes(own, value.shape[: value.dim() - node["fn"].event_dim])
 
 
+def _frames(node: Mapping[str, Any]) -> dict[str, int]:
+    """The plates around a statement to their dimensions."""
+    return {frame.name: frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
+
+
 def _bounds(support: Any) -> list[Tensor]:
     """The numbers that a constraint is made of."""
     found = []
@@ -267,6 +276,8 @@ class Program:
         follow: Whether dtype None follows the data instead of being float64, as stochastic gradients do.
         evaluations: How many evaluations of the density the run asks for; decides the rung (see ``inference.density``).
         is_fixed: Whether to refuse a program whose structure changes from run to run.
+        batch_size: Rows that are seen at a time; None sees all. Only as many are looked at, but for a check of the data.
+        transform: Applied to the first tensor of every batch, such as ``torch.bernoulli``; may draw.
 
     Attributes:
         latents: Name to site, in the order of the program.
@@ -300,6 +311,8 @@ class Program:
         follow: bool = False,
         evaluations: int = 0,
         is_fixed: bool = True,
+        batch_size: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
@@ -310,15 +323,16 @@ class Program:
         self.rows = tensors[0].shape[0] if tensors and tensors[0].dim() else None
         if self.rows == 0:
             raise ValueError("The data are empty: the first argument has no rows.")
+        self.transform = transform
+        self._leaves, self._evaluations = leaves, evaluations
         if isinstance(owner, Prepared):
-            prepared_args, prepared_kwargs = tree_unflatten(leaves, self._structure)
+            prepared_args, prepared_kwargs = self.arguments(self.fed(tensors))
             owner.prepare(*prepared_args, **prepared_kwargs)
         parameters = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         floating = [leaf for leaf in tensors if leaf.is_floating_point()]
         default = torch.get_default_dtype() if follow else torch.float64
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
-        self._leaves, self._evaluations = leaves, evaluations
         self._is_fixed, self.is_changing = is_fixed, False
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
@@ -329,7 +343,9 @@ class Program:
         self.has_rows = False
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)
-        used = self._used_weights(owner)
+        self.nesting, self.data = 0, [tensor.detach() for tensor in tensors]
+        part = None if self.rows is None or batch_size is None or self.rows <= batch_size else batch_size
+        used = self._at_a_glance(part, lambda: self._used_weights(owner))
         if used and dtype is None:
             self.dtype = next(iter(used.values())).dtype
         elif isinstance(owner, nn.Module) and not used and not follow:
@@ -338,10 +354,10 @@ class Program:
         if isinstance(self.owner, nn.Module):
             self.owner.to(self.device)
         self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        self._known = Known(self.data)
         self.weights: dict[str, Tensor] = {}
-        self._look()
-        self.weights = self._used_weights(self.owner)
+        self._at_a_glance(part, self._look_for_weights)
+        if part is not None:
+            self._widen(part)
 
     def _bind(self, model: Any, owner: Any) -> None:
         self.owner = owner
@@ -351,9 +367,52 @@ class Program:
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
 
+    def fed(self, data: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a batch as the program sees them: the first one transformed.
+
+        Raises:
+            ValueError: If ``transform`` gives other rows than it was given, or no tensor.
+        """
+        if self.transform is None or not data:
+            return [*data]
+        made = self.transform(data[0])
+        if not isinstance(made, Tensor) or made.shape[:1] != data[0].shape[:1]:
+            came = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, Tensor) else repr(type(made).__name__)
+            raise ValueError(
+                f"transform= must give a tensor of as many rows as it is given, {len(data[0])}, but gave {came}."
+            )
+        is_cast = made.is_floating_point() and hasattr(self, "dtype")
+        return [made.to(self.dtype) if is_cast else made, *data[1:]]
+
+    def _at_a_glance(self, part: int | None, look: Callable[[], T]) -> T:
+        """What ``look`` finds in the first ``part`` rows, None for all, as a batch shows them."""
+        whole, rows, transform = self.data, self.rows, self.transform
+        if part is not None:
+            self.data = self.minibatch(torch.arange(part))
+        self.data, self.rows, self.transform = self.fed(self.data), part or rows, None
+        self._known = Known(self.data)
+        try:
+            return look()
+        except (RuntimeError, IndexError, TypeError) as error:
+            if part is None:
+                raise
+            raise ValueError(
+                f"{self.name} does not run with {part} of its {rows} rows ({str(error).splitlines()[0]}). Write it for any "
+                "number of rows, such as pyro.plate('rows', len(x)), or leave batch_size out."
+            ) from error
+        finally:
+            self.glimpse = self.data
+            self.data, self.rows, self.transform = whole, rows, transform
+            self._known = Known(self.data)
+
+    def _look_for_weights(self) -> None:
+        self._look()
+        self.weights = self._used_weights(self.owner)
+        _ = self.row_plates, self.knows_rows, self.row_loops  # found with the rows that are seen
+
     def arguments(self, data: list[Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The program's arguments, with its tensors replaced by ``data`` if given."""
-        tensors = iter(self.data if data is None else data)
+        tensors = iter(self.fed(self.data) if data is None else data)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._structure)
 
@@ -534,9 +593,10 @@ class Program:
                 name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"
             }
             self.batch_shapes = {name: _batch_shape(node) for name, node in nodes.items()}
+            self.frames = {name: _frames(node) for name, node in nodes.items()}
             self.nesting = max(map(len, self.batch_shapes.values()), default=0)
             self._check_supports(traces)
-            self._check_data(traces)
+            self._check_data(traces, self.observed)
             self._check_randomness(traces)
             if not self._is_fixed and not self.is_changing:
                 self.is_changing = self._is_read(traces[0])
@@ -628,8 +688,61 @@ class Program:
                     "sample it on a fixed support and scale it: u ~ Uniform(0, 1), x = low + (high - low) * u."
                 )
 
-    def _check_data(self, traces: list[poutine.Trace]) -> None:
-        for name, value in self.observed.items():
+    def _widen(self, part: int) -> None:
+        """Makes of what a part of the rows has shown what all rows have, and checks the data of all."""
+        plates, rows = set(self.row_plates), self.rows
+        assert rows is not None
+        if not plates:
+            return  # for the back-end to refuse
+
+        def widened(shape: torch.Size, name: str, behind: int) -> torch.Size:
+            sizes = [*shape]
+            for plate, dim in self.frames[name].items():
+                if plate in plates and len(sizes) - behind + dim >= 0:
+                    sizes[len(sizes) - behind + dim] = rows
+            return torch.Size(sizes)
+
+        for sites in (self.latents, self.observed_sites):
+            for name, site in sites.items():
+                known = tuple(replace(p, size=rows) if p.name in plates else p for p in site.plates)
+                sites[name] = replace(site, shape=widened(site.shape, name, site.event_dim), plates=known)
+        self.batch_shapes = {name: widened(shape, name, 0) for name, shape in self.batch_shapes.items()}
+        for name, shape in self.deterministic.items():
+            if plates & self.frames[name].keys():
+                self.deterministic[name] = torch.Size(rows if size == part else size for size in shape)
+        self._see_all(part, [name for name in self.observed_sites if plates & self.frames[name].keys()])
+
+    def _see_all(self, part: int, names: list[str]) -> None:
+        """Runs through all rows: checks the data of the sites ``names``, and keeps them if they are not too large."""
+        assert self.rows is not None
+        sizes = {name: self.observed[name].numel() * self.observed[name].element_size() for name in names}
+        is_kept = sum(sizes.values()) * self.rows <= _LARGEST * part
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        with isolated(0, self.device), reproducible(self.dtype, self.device), torch.no_grad():
+            for index in torch.arange(self.rows).split(max(part, _CHUNK)):
+                trace = self.trace({}, data=self.fed(self.minibatch(index)), evaluated=False)
+                seen = {name: trace.nodes[name]["value"].detach() for name in self.observed if name in trace.nodes}
+                self._check_data([trace], seen, int(index[0]))
+                for name in names if is_kept else ():
+                    found[name].append(seen[name])
+        self.observed = {name: value for name, value in self.observed.items() if name not in names}
+        if is_kept:
+            self.observed |= {name: self._joined(name, found[name]) for name in names}
+
+    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
+        """Values of a site of the rows, from those of parts of them; rows of an argument are not copied."""
+        whole = next(
+            (leaf for leaf in self.data if torch.is_tensor(leaf) and leaf.shape == self.observed_sites[name].shape), None
+        )
+        if whole is not None and whole.dtype == parts[0].dtype and torch.equal(whole[: len(parts[0])], parts[0]):
+            return whole
+        site = self.observed_sites[name]
+        dims = [dim - site.event_dim for plate, dim in self.frames[name].items() if plate in self.row_plates]
+        return torch.cat(parts, dims[0])
+
+    def _check_data(self, traces: list[poutine.Trace], observed: Mapping[str, Tensor], first: int = 0) -> None:
+        """Checks values of observed sites at some runs; of the rows from ``first`` on."""
+        for name, value in observed.items():
             nodes = [t.nodes[name] for t in traces if name in t.nodes and t.nodes[name]["value"].shape == value.shape]
             site, mask = self.observed_sites[name], nodes[0]["mask"]
             came = str(value.dtype).removeprefix("torch.")
@@ -648,9 +761,10 @@ class Program:
             bad = (~inside if mask is None else ~inside & mask).nonzero()
             if len(bad):
                 where = tuple(bad[0].tolist())
+                told = (where[0] + first, *where[1:])
                 raise ValueError(
                     f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
-                    f"the first, at {where}, is {value[where].tolist()}."
+                    f"the first, at {told}, is {value[where].tolist()}."
                 )
 
     def _check_fit(self, name: str, node: Mapping[str, Any]) -> None:
@@ -704,7 +818,7 @@ class Program:
     @property
     def named_arguments(self) -> list[tuple[str, Any]]:
         """The arguments, by the names of the program's parameters."""
-        args, kwargs = self.arguments()
+        args, kwargs = self.arguments(self.data)
         names = [p.name for p in inspect.signature(self.call).parameters.values()]
         named = zip(names + [f"argument {i}" for i in range(len(names), len(args))], args, strict=False)
         return [*named, *kwargs.items()]
@@ -718,10 +832,6 @@ class Program:
         named: dict[str, Tensor] = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
         named = {name: weight for name, weight in named.items() if weight.requires_grad}
         with isolated(0), reproducible(self.dtype):
-            if not hasattr(self, "data"):
-                self.data = [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
-                self._known = Known(self.data)
-                self.nesting = 0
             if not named and not self._table:
                 return {}
             trace = self.trace({})
@@ -886,7 +996,8 @@ class Program:
         return {
             label: value
             for label, value in self._labelled()
-            if not any(value.shape == data.shape and torch.equal(value, data.to(value.dtype)) for data in seen)
+            if not (self.transform is not None and value is self.data[0])
+            and not any(value.shape == data.shape and torch.equal(value, data.to(value.dtype)) for data in seen)
         }
 
     @cached_property

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from pyro import poutine
@@ -26,16 +26,19 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from inference.bounds import ELBO
-from inference.contract import Backend, Draw, Unsupported
+from inference.bounds import ELBO, Bound, Particles
+from inference.contract import Backend, Draw, Tempered, Unsupported
 from inference.density import Density, Unconstrained
 from inference.distributed import check_shards
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, batched, is_drawn, log_prob, mapped
 from inference.handlers import Arithmetic, isolated, quiet, refill
-from inference.objective import Objective
+from inference.networks import autocast, first_not_finite
+from inference.objective import Loss, Objective
+from inference.particles import Weigher
 from inference.program import Program
 from inference.start import ascended, starting_values
 
@@ -43,7 +46,19 @@ __all__ = ["SVI", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
 _CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint
+_NOT_FINITE = 25  # steps in a row without a finite bound after which training is given up
+_ROWS = 4096  # that a guide draws at a time, where it is trained on batches
 _LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
+
+
+class Beta(nn.Module):
+    """The weight of the divergence at the present step, as a buffer: graphs that are recorded take it as an input."""
+
+    def __init__(self, value: Callable[[int], float], like: Tensor) -> None:
+        super().__init__()
+        self.value = value
+        self.now: Tensor
+        self.register_buffer("now", like.new_tensor(value(0)))
 
 
 class SVIState(NamedTuple):
@@ -57,6 +72,13 @@ class SVIState(NamedTuple):
         skipped: Steps whose bound was not finite, ().
         objective: The loss and its gradients.
         order: The rows in the order of this pass, of which every step takes the next few, (rows,); empty without batches.
+        streak: Steps in a row whose bound was not finite, ().
+        weigher: What makes and weighs the particles.
+        beta: The weight of the divergence; None is 1.
+        averaged: Moving averages of the weights, in the order of the optimiser; () without ``average``.
+        best: The weights of the best validation bound, in that order; () before the first one.
+        validation: That bound, in nats a row, ().
+        waited: Evaluations since, ().
     """
 
     guide: Guide
@@ -66,12 +88,31 @@ class SVIState(NamedTuple):
     skipped: Tensor
     objective: Objective
     order: Tensor
+    streak: Tensor
+    weigher: Weigher
+    beta: Beta | None
+    averaged: tuple[Tensor, ...]
+    best: tuple[Tensor, ...]
+    validation: Tensor
+    waited: Tensor
 
 
 class SVIInfo(NamedTuple):
-    """loss (): minus the bound, in nats, for all rows."""
+    """What a step has seen, in nats for all rows; each ().
+
+    Attributes:
+        loss: Minus the bound.
+        rate: Divergence of the guide from the prior, E_q[log q(z) − log p(z)]; None where it is not told apart.
+        distortion: −E_q log p(x | z).
+        validation: The bound at the validation data, in nats a row; NaN where it was not looked at.
+        waited: Looks at the validation data since the best one.
+    """
 
     loss: Tensor
+    rate: Tensor | None = None
+    distortion: Tensor | None = None
+    validation: Tensor | None = None
+    waited: Tensor | None = None
 
 
 class _Evaluated(torch.autograd.Function):
@@ -92,16 +133,33 @@ class _Evaluated(torch.autograd.Function):
 class SVI(Backend[SVIState, SVIInfo]):
     """Stochastic variational inference of any program; finite discrete sites that the guide lacks are summed out.
 
-    The learning rate is constant for the first half of the steps and then falls along a cosine to a hundredth. Batches are
-    passes over the shuffled rows. A step is recorded once and then replayed without Pyro (see ``inference.objective``).
+    Batches are passes over the shuffled rows. A step is recorded once and then replayed without Pyro (see
+    ``inference.objective``). Data stay where they are: a tensor on a GPU is cut there, ``numpy.memmap`` is read row by row
+    (give it the floating type of the weights, or ``transform``).
+
+    Draws of latent sites of the rows are taken from an amortised guide (one that a model with weights brings) without their
+    ``lp``, and not at all if they would not be kept.
 
     Args:
-        steps: Steps of Adam.
+        steps: Steps of the optimiser.
         learning_rate: Its learning rate, positive.
         bound: The objective.
         guide: A Pyro guide, or a class of Pyro's automatic guides; None takes the model's own, else ``AutoNormal``.
         batch_size: Rows per step; None takes all.
         draws: Draws from the fitted guide.
+        transform: Applied to the first tensor of every batch: ``torch.bernoulli`` binarises anew at every visit.
+        optimiser: Makes the optimiser of a list of weights; None takes Adam. ``learning_rate`` is then its affair.
+        scheduler: Makes a schedule of the optimiser, one of ``torch.optim.lr_scheduler``, stepped after every step; None
+            keeps the rate for the first half of the steps, then lets it fall along a cosine to a hundredth.
+        clip_norm: Largest norm of the gradient, which is scaled down to it; None leaves it.
+        average: Decay of an exponential moving average of the weights, such as 0.999, which then takes their place; None
+            keeps the last ones.
+        validation: A tensor or tuple of arguments, rows that are not trained on; their bound a row is in
+            ``history["validation"]``.
+        validate_every: Steps from one look at them to the next; None looks once a pass.
+        patience: Looks without a better bound after which training stops; the best weights are then taken. None trains on.
+        autocast: Type of the arithmetic of networks, such as ``torch.bfloat16``; densities stay in the type of the weights.
+        compile: Whether the recorded step is compiled by ``torch.compile``; pays on a GPU.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -118,23 +176,57 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     steps: int = 2000
     learning_rate: float = 1e-2
-    bound: ELBO = field(default_factory=ELBO)
+    bound: Bound = field(default_factory=ELBO)
     guide: Callable[..., Any] | None = None
     batch_size: int | None = None
     draws: int = 1000
+    transform: Callable[[Tensor], Tensor] | None = None
+    optimiser: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
+    clip_norm: float | None = None
+    average: float | None = None
+    validation: Any = None
+    validate_every: int | None = None
+    patience: int | None = None
+    autocast: torch.dtype | None = None
+    compile: bool = False
 
     @property
     def schedule(self) -> Optimise:
-        return Optimise(self.steps, self.draws)
+        return Optimise(self.steps, self.draws, stop=self._has_waited if self.patience is not None else None)
 
-    def init(self, program: Program) -> SVIState:
+    @property
+    def view(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "transform": self.transform}
+
+    def _has_waited(self, info: SVIInfo) -> bool:
+        assert self.patience is not None
+        return info.waited is not None and int(info.waited) >= self.patience
+
+    def _check_settings(self, program: Program) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, but must be positive.")
+        for name in ("clip_norm", "validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value!r}, but must be positive.")
+        if self.average is not None and not 0.0 < self.average < 1.0:
+            raise ValueError(f"average is {self.average!r}, but a decay lies between 0 and 1, such as 0.999.")
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast is {self.autocast!r}, but must be torch.bfloat16 or torch.float16.")
+        if self.validation is None and (self.patience is not None or self.validate_every is not None):
+            raise ValueError("patience and validate_every need validation=, rows that are not trained on.")
         if self.batch_size is not None:
             program.check_rows("batch_size")
+            assert program.rows is not None
+            if self.batch_size > program.rows:
+                raise ValueError(f"batch_size is {self.batch_size}, but {program.name} has {program.rows} rows.")
+
+    def init(self, program: Program) -> SVIState:
+        self._check_settings(program)
         check_shards(program, batch_size=self.batch_size)
         guide = self._guide(program)
-        trace = guide.trace(program)
+        trace = guide.trace(program, data=program.glimpse)
         program.processes.equalise([*guide.leaves.values(), *program.leaves.values()])
         guide.check(trace, program)
         enumerated = [name for name in program.finite if name not in trace.nodes]
@@ -148,17 +240,75 @@ class SVI(Backend[SVIState, SVIInfo]):
         trained = {id(w): w for w in (*guide.weights().values(), *program.weights.values()) if w.requires_grad}
         if not trained:
             raise Unsupported(f"Neither the guide nor {program.name} has weights to train.")
-        optimiser = _adam(list(trained.values()), self.learning_rate)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate)
+        leaves = list(trained.values())
+        optimiser = _adam(leaves, self.learning_rate) if self.optimiser is None else self.optimiser(leaves)
+        scheduler = (self.scheduler or partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=self._rate))(optimiser)
         zero = torch.zeros((), dtype=program.dtype, device=program.device)
+        weigher = Weigher(guide, program, trace)
+        beta = self._beta(program, zero)
+        self._check_bound(program, weigher)
+        is_whole = self._is_whole(program, weigher, beta)
+        path = self.bound.path and guide.has_path(trace, program) and (self.bound.order == 1.0 or not weigher.has_scores)
+        loss = partial(self._whole_loss, guide, program, path) if is_whole else partial(self._loss, weigher, beta, path)
         objective = Objective(
-            partial(self._loss, guide, program, self.bound.path and guide.has_path(trace, program)),
+            self._in_networks(loss, program, guide),
             [*trained.values()],
-            [program.owner, program.call, guide.call, getattr(guide.call, "__self__", None)],
+            [program.owner, program.call, guide.call, getattr(guide.call, "__self__", None), beta],
             name=program.name,
-            is_watched=bool(self.callbacks),
+            is_watched=any(not getattr(callback, "is_passive", False) for callback in self.callbacks),
+            is_compiled=self.compile,
         )
-        return SVIState(guide, optimiser, scheduler, zero, zero, objective, torch.empty(0))
+        weights = tuple(weight.detach().clone() for weight in objective.weights) if self.average is not None else ()
+        worst = zero - math.inf
+        return SVIState(
+            guide, optimiser, scheduler, zero, zero, objective, torch.empty(0), zero, weigher, beta, weights, (), worst, zero
+        )  # fmt: skip
+
+    def _beta(self, program: Program, zero: Tensor) -> Beta | None:
+        """The weight of the divergence: that of the bound, else of the model."""
+        chosen = self.bound.beta
+        if chosen is None:
+            chosen = program.owner.beta if isinstance(program.owner, Tempered) else 1.0
+        if not callable(chosen):
+            if chosen == 1.0:
+                return None
+            value = float(chosen)
+            return Beta(lambda step: value, zero)
+        return Beta(chosen, zero)
+
+    def _is_whole(self, program: Program, weigher: Weigher, beta: Beta | None) -> bool:
+        """Whether all of the program has one weight, and nothing is told of its parts."""
+        is_plain = beta is None and self.bound.order == 1.0 and not self.bound.floor
+        return is_plain and not (program.weights and weigher.has_rows)
+
+    def _check_bound(self, program: Program, weigher: Weigher) -> None:
+        name = type(self.bound).__name__
+        if self.bound.floor:
+            weigher.check_floor()
+        if self.bound.order == 1.0:
+            return
+        if self.batch_size is not None and not weigher.has_rows:
+            raise Unsupported(
+                f"{name} weighs draws row by row, but the guide draws nothing in a plate over the rows of {program.name}, "
+                "and all rows together cannot be weighed from a part of them. Leave batch_size out, or use ELBO()."
+            )
+        coupled = weigher.couples()
+        if coupled:
+            raise Unsupported(f"{name} weighs the draws of every element by themselves, but {coupled}. Use ELBO().")
+
+    def _in_networks(self, loss: Loss, program: Program, guide: Guide) -> Loss:
+        """The loss, with the arithmetic of networks in the type ``autocast``."""
+        if self.autocast is None:
+            return loss
+        owners = [program.owner, None if guide.owner is None else guide.owner.module]
+        networks = {id(net): net for owner in owners if isinstance(owner, nn.Module) for net in owner.children()}
+        dtype = self.autocast
+
+        def cast(data: list[Tensor] | None, is_recorded: bool) -> tuple[Tensor, Tensor]:
+            with autocast([*networks.values()], program.device, dtype):
+                return loss(data, is_recorded)
+
+        return cast
 
     def _has_rows(self, guide: Guide, program: Program, trace: poutine.Trace) -> bool:
         """Whether the guide draws sites of single rows; of the rows that a process sees, it can only draw those.
@@ -250,26 +400,129 @@ class SVI(Backend[SVIState, SVIInfo]):
         return {name: value[best] for name, value in values.items()}
 
     def step(self, state: SVIState, program: Program) -> tuple[SVIState, SVIInfo]:
+        if state.beta is not None:
+            state.beta.now.fill_(state.beta.value(state.scheduler.last_epoch))
         order, data = self._batch(state, program)
         objective = state.objective
-        loss = program.processes.average(objective(data), objective.weights, objective.buffers)
+        found = program.processes.average(objective(data), objective.weights, objective.buffers)
+        loss, rate, distortion = found.unbind() if found.dim() else (found, None, None)
         is_finite = loss.isfinite()
         if not state.scheduler.last_epoch and not is_finite:
             raise ValueError(f"The bound of {program.name} is {-float(loss)} at the start. Give start=, or check the data.")
-        is_skipped = (~is_finite).float()
-        if state.optimiser.defaults["fused"]:
-            state.optimiser.found_inf = is_skipped  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
+        if self.clip_norm is not None:
+            is_finite = is_finite & nn.utils.clip_grad_norm_(objective.weights, self.clip_norm).isfinite()
+        is_skipped = (~is_finite).to(loss.dtype)
+        if state.optimiser.defaults.get("fused"):
+            state.optimiser.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
             state.optimiser.step()
         elif is_finite:
             state.optimiser.step()
         state.scheduler.step()
-        return state._replace(step=state.step + 1, skipped=state.skipped + is_skipped, order=order), SVIInfo(loss)
+        state = state._replace(
+            step=state.step + 1,
+            skipped=state.skipped + is_skipped,
+            streak=(state.streak + 1) * is_skipped,
+            order=order,
+        )
+        if state.averaged:
+            self._follow(state)
+        if state.scheduler.last_epoch % _NOT_FINITE == 0 and state.streak >= _NOT_FINITE:
+            self._give_up(state, program, data)
+        if self.validation is None:
+            return state, SVIInfo(loss, rate, distortion)
+        state, seen = self._validated(state, program)
+        return state, SVIInfo(loss, rate, distortion, seen, state.waited)
+
+    @torch.no_grad()
+    def _follow(self, state: SVIState) -> None:
+        """Moves the averages, which first are means of all that there was."""
+        assert self.average is not None
+        count = state.scheduler.last_epoch
+        decay = min(self.average, (count - 1) / count)
+        get_ema_multi_avg_fn(decay)([*state.averaged], [w.detach() for w in state.objective.weights], count)
+
+    @torch.no_grad()
+    def _put(self, state: SVIState, values: Sequence[Tensor]) -> list[Tensor]:
+        """Sets the weights; returns what they were."""
+        before = [weight.detach().clone() for weight in state.objective.weights]
+        for weight, value in zip(state.objective.weights, values, strict=True):
+            weight.copy_(value)
+        return before
+
+    def _give_up(self, state: SVIState, program: Program, data: list[Tensor] | None) -> NoReturn:
+        """Raises: weights from which no step leads back."""
+        layer = first_not_finite(program, state.guide, lambda: state.objective.loss(data, False))
+        raise ValueError(
+            f"The bound of {program.name} has not been finite since step {state.scheduler.last_epoch - int(state.streak)}"
+            f"{'' if layer is None else f'; the first layer that gives NaN or infinity is {layer}'}. Take a smaller "
+            "learning_rate or clip_norm=1.0; a checkpoint holds the last weights that were finite."
+        )
+
+    def is_sound(self, state: SVIState, program: Program) -> bool:
+        return not self.steps or all(bool(weight.isfinite().all()) for weight in state.objective.weights)
+
+    # ------------------------------------------------------------------------------------------- validation
+    def _validated(self, state: SVIState, program: Program) -> tuple[SVIState, Tensor]:
+        """Looks at the validation data where it is time; NaN where it is not."""
+        rows = program.rows or 1
+        every = self.validate_every or max(1, rows // min(self.batch_size or rows, rows))
+        if state.scheduler.last_epoch % every:
+            return state, state.validation.new_tensor(math.nan)
+        mine = self._put(state, state.averaged) if state.averaged else []
+        try:
+            bound = self._validation_bound(state, program)
+            if not bound > state.validation:
+                return state._replace(waited=state.waited + 1), bound
+            best = tuple(weight.detach().clone() for weight in state.objective.weights) if self.patience is not None else ()
+            return state._replace(best=best, validation=bound, waited=torch.zeros_like(state.waited)), bound
+        finally:
+            if mine:
+                self._put(state, mine)
+
+    @torch.no_grad()
+    def _validation_bound(self, state: SVIState, program: Program) -> Tensor:
+        """The bound at the validation data, in nats a row; with the same random numbers each time."""
+        given = self.validation if isinstance(self.validation, tuple) else (self.validation,)
+        args, _ = program.cast(given, {})
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(
+                "validation= must be a tensor or a tuple of the program's arguments, the first of them a tensor."
+            )
+        if not state.weigher.has_rows:
+            raise Unsupported(f"validation= needs latent sites that the guide draws for every row of {program.name}.")
+        rows, total = len(args[0]), torch.zeros((), dtype=torch.float64, device=program.device)
+        with isolated(self.seed or 0, program.device):
+            for index in torch.arange(rows, device=program.device).split(self.batch_size or rows):
+                cut = [a[index] if a.dim() and len(a) == rows else a for a in args if isinstance(a, Tensor)]
+                data = program.fed(cut)
+                draws = state.weigher.draw(self.bound.draws, data)
+                particles, _ = state.weigher.weigh(draws, data, 1.0, False)
+                inside = self.bound.combined(self.bound.log_weights(particles, None))
+                total += (particles.scale * inside).sum() / max(1, inside.numel() // max(1, particles.joint[0].numel()))
+        return (total / rows).to(program.dtype)
+
+    def history(self, records: dict[str, Tensor], state: SVIState) -> dict[str, Tensor]:
+        if "validation" not in records:
+            return records
+        seen = records["validation"]
+        kept = {name: values for name, values in records.items() if name != "waited"}
+        return kept | {"validation": seen[~seen.isnan()]}
+
+    def shown(self, info: SVIInfo, program: Program) -> str:
+        """The bound, rate and distortion in nats a row, where rows have latent values of their own."""
+        if info.rate is None or info.distortion is None:
+            return f"loss {float(info.loss):.4g}"
+        rows = program.rows or 1
+        parts = {"bound": -info.loss, "rate": info.rate, "distortion": info.distortion}
+        shown = ", ".join(f"{name} {float(value) / rows:.4g}" for name, value in parts.items())
+        return f"{shown} a row"
 
     def _batch(self, state: SVIState, program: Program) -> tuple[Tensor, list[Tensor] | None]:
         """The order of the rows, and the data of the next step: passes over all rows, what is left at their end put back."""
         processes = program.processes
         if self.batch_size is None or program.rows is None or self.batch_size >= program.rows:
-            return state.order, program.shard
+            whole = [*program.data] if program.shard is None and program.transform is not None else program.shard
+            return state.order, whole
         first = state.scheduler.last_epoch % (program.rows // self.batch_size) * self.batch_size
         order = state.order if first else torch.randperm(program.rows, device=program.device)
         processes.equalise([] if first else [order])
@@ -281,24 +534,43 @@ class SVI(Backend[SVIState, SVIInfo]):
         return program.processes.size * rows / min(self.batch_size or rows, rows)
 
     def _loss(
-        self, guide: Guide, program: Program, path: bool, data: list[Tensor] | None, is_recorded: bool
+        self, weigher: Weigher, beta: Beta | None, path: bool, data: list[Tensor] | None, is_recorded: bool
     ) -> tuple[Tensor, Tensor]:
-        """What to differentiate, and minus the bound.
+        """What to differentiate, and minus the bound, rate and distortion, (3,).
 
         Args:
-            guide: The guide.
-            program: The program.
+            weigher: What makes and weighs particles.
+            beta: The weight of the divergence.
             path: Whether the score of the guide is left out of the gradient.
             data: The tensors of a batch; None takes all.
             is_recorded: Whether this run is recorded as a graph, which should be that of the program alone.
         """
+        program, bound = weigher.program, self.bound
         scale = 1.0 if data is None else self._scale(program)
-        traces = [guide.trace(program, data=data, scale=scale) for _ in range(self.bound.particles)]
+        data = None if data is None else program.fed(data)
+        draws = weigher.draw(bound.draws, data, scale)
+        particles, ways = weigher.weigh(draws, data, scale, path, bool(bound.floor))
+        now = None if beta is None else beta.now
+        surrogate, value = bound.objective(particles, now)
+        if bound.order != 1.0 and bound.draws > 1:
+            loadings = bound.loadings(bound.log_weights(particles, now))
+            for way in ways:
+                way.tensor.register_hook(partial(torch.mul, way.spread(loadings, weigher.plates)))
+        return -surrogate, torch.stack([-value, *_rate_and_distortion(particles)])
+
+    def _whole_loss(
+        self, guide: Guide, program: Program, path: bool, data: list[Tensor] | None, is_recorded: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What to differentiate, and minus the bound, where all of the program has one weight."""
+        scale = 1.0 if data is None else self._scale(program)
+        data = None if data is None else program.fed(data)
+        traces = [guide.trace(program, data=data, scale=scale) for _ in range(self.bound.draws)]
         values = [{name: trace.nodes[name]["value"] for name in program.latents if name in trace.nodes} for trace in traces]
         log_p = self._log_p(program, values, data, scale, is_recorded)
         score = torch.stack([_score(trace) for trace in traces])
         log_q = torch.stack([self._log_q(guide, program, path, trace, data, scale) for trace in traces])
-        surrogate, bound = self.bound.surrogate(log_p, log_q, score)
+        zero = torch.zeros_like(log_p[0])
+        surrogate, bound = self.bound.objective(Particles(log_p, log_q, score, zero, zero, zero, torch.ones_like(zero)))
         return -surrogate, -bound
 
     def _log_p(
@@ -337,26 +609,57 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     @torch.no_grad()
     def readings(self, state: SVIState, program: Program, count: int) -> tuple[SVIState, Draw]:
+        state = self._settled(state)
         if isinstance(state.guide.call, AutoLaplaceApproximation):
             state = state._replace(guide=self._laplace(state.guide.call, program))
             program.fitted = state.guide
-        guide = state.guide
-
-        def drawn() -> tuple[dict[str, Tensor], Tensor]:
-            trace = guide.trace(program)
-            return {n: trace.nodes[n]["value"] for n in program.latents if n in trace.nodes}, log_prob(trace)
-
-        values, log_q = batched(drawn, count)
+        values, log_q = batched(partial(self._drawn, state, program), count)
         enumerated = tuple(name for name in program.finite if name not in values)
-        if not values:  # nothing is hidden but what is summed out
-            lp = log_normalizer(program, {}, enumerated).expand(count)
-        elif program.weights:
+        if not program.latents:  # nothing is hidden
+            lp = log_normalizer(program, {}, ()).expand(count)
+            return state, Draw({}, {"lp": lp[None], "log_q": log_q[None]})
+        is_amortised = bool(program.weights) and state.weigher.has_rows
+        if is_amortised and not enumerated:  # a pass of the decoder over all rows for every draw would tell little
+            return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})
+        if program.weights:
             lp = mapped(lambda value: log_normalizer(program, value, enumerated), values)
         else:
             lp = program.density.marginal(enumerated)(values)
         if enumerated:
             values |= program.density.draw(enumerated)(values, program.density.uniforms(enumerated, count))[0]
         return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"lp": lp[None], "log_q": log_q[None]})
+
+    def _settled(self, state: SVIState) -> SVIState:
+        """The state when training is over: with the best or the averaged weights, if any."""
+        chosen = state.best or state.averaged
+        if chosen:
+            self._put(state, chosen)
+        return state._replace(best=(), averaged=())
+
+    def _drawn(self, state: SVIState, program: Program) -> tuple[dict[str, Tensor], Tensor]:
+        """One draw of the guide at all rows, a part of them at a time where they are seen in batches, and log q."""
+        if self.batch_size is None or program.rows is None or not state.weigher.has_rows or program.rows <= _ROWS:
+            trace = state.guide.trace(program)
+            return {n: trace.nodes[n]["value"] for n in program.latents if n in trace.nodes}, log_prob(trace)
+        weigher, parts, log_q = state.weigher, list[dict[str, Tensor]](), torch.zeros((), dtype=program.dtype)
+        shared: dict[str, Tensor] = {}
+        for index in torch.arange(program.rows, device=program.device).split(_ROWS):
+            trace = state.guide.trace(program, shared, program.fed(program.minibatch(index)))
+            own = {n: node["value"] for n, node in trace.nodes.items() if is_drawn(node) and n not in weigher.local}
+            terms = [
+                node["log_prob_sum"] for n, node in trace.nodes.items() if node["type"] == "sample" and n in weigher.local
+            ]
+            if not shared and own:
+                terms += [trace.nodes[n]["log_prob_sum"] for n in own]
+            shared = own
+            log_q = log_q + torch.stack(terms).sum()
+            parts.append({n: trace.nodes[n]["value"] for n in program.latents if n in trace.nodes})
+        found = {}
+        for name in parts[0]:
+            site = program.latents[name]
+            dims = [site.event_dim - dim for plate, dim in weigher.frames[name].items() if plate in program.row_plates]
+            found[name] = torch.cat([part[name] for part in parts], -dims[0]) if dims else parts[0][name]
+        return found, log_q
 
     def values(self, state: SVIState, program: Program) -> dict[str, Tensor]:
         return self.sample(state, program)[1].values
@@ -367,7 +670,16 @@ class SVI(Backend[SVIState, SVIInfo]):
             "optimiser": state.optimiser.state_dict(),
             "scheduler": state.scheduler.state_dict(),
             "objective": state.objective.calls,
-            "numbers": {"step": state.step, "skipped": state.skipped, "order": state.order},
+            "numbers": {
+                "step": state.step,
+                "skipped": state.skipped,
+                "order": state.order,
+                "streak": state.streak,
+                "averaged": state.averaged,
+                "best": state.best,
+                "validation": state.validation,
+                "waited": state.waited,
+            },
         }
 
     def restored(self, saved: dict[str, Any], program: Program) -> SVIState:
@@ -388,6 +700,16 @@ class SVI(Backend[SVIState, SVIInfo]):
         prefix = "" if owner is not None and owner.module is program.owner else "guide."
         seen = {prefix + n: state.guide.table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()}
         return seen | program.weight_values()
+
+
+def _rate_and_distortion(particles: Particles) -> tuple[Tensor, Tensor]:
+    """E_q[log q(z) − log p(z)] and −E_q log p(x | z) over all rows, each ()."""
+    assert particles.prior is not None and particles.shared_prior is not None
+    rate = (particles.scale * (particles.log_q - particles.prior).mean(0)).sum()
+    distortion = (particles.scale * (particles.prior - particles.joint).mean(0)).sum()
+    rate = rate + particles.shared_log_q - particles.shared_prior
+    distortion = distortion + particles.shared_prior - particles.shared_joint
+    return rate.detach(), distortion.detach()
 
 
 def _adam(weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
