@@ -262,8 +262,8 @@ def images(rows: Mapping[str, Tensor]) -> Figure:
     """Pictures in a grid, a named row each: data above their reconstructions, samples of one model above those of another.
 
     Args:
-        rows: Name to pictures, (count, height, width) or (count, channels, height, width) with 1 or 3 channels, from 0, white,
-            to 1; of colour pictures 0 is black. What is missing, NaN, is hatched out in a pale red.
+        rows: Name to pictures, (count, height, width) or (count, channels, height, width) with 1 or 3 channels, from 0 to 1:
+            grey ones from white to black, colours from black to bright. What is missing, NaN, is pale red.
 
     Raises:
         ValueError: If there are none, or one is no row of pictures.
@@ -288,8 +288,8 @@ def _pictures(name: str, pictures: Tensor) -> np.ndarray:
     x = pictures.detach().double().cpu()
     if x.dim() not in (3, 4) or not len(x) or (x.dim() == 4 and x.shape[1] not in (1, 3)):
         raise ValueError(
-            f"'{name}' has shape {tuple(pictures.shape)}, but must be (count, height, width), or (count, channels, height, width) "
-            "with 1 or 3 channels."
+            f"'{name}' has shape {tuple(pictures.shape)}, but must be (count, height, width), or (count, channels, height, "
+            "width) with 1 or 3 channels."
         )
     x = x.unsqueeze(1) if x.dim() == 3 else x
     shown = 1.0 - x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
