@@ -42,10 +42,10 @@ class Buffer:
             buffer[:, self.filled] = values[name].detach().cpu()
         self.filled += 1
 
-    def extend(self, values: Mapping[str, Tensor]) -> None:
-        """Adds many draws, (chain, draw, ...)."""
+    def extend(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Adds many draws, (chain, draw, ...); as many are counted where nothing is hidden."""
         self.add({name: value[:, 0] for name, value in values.items()})
-        last = self.filled - 1 + next(iter(values.values())).shape[1]
+        last = self.filled - 1 + count
         for name, buffer in self.tensors.items():
             buffer[:, self.filled : last] = values[name][:, 1:].detach().cpu()
         self.filled = last

@@ -172,6 +172,11 @@ def run(
             unknown = [name for name in backend.keep or () if name not in sites]
             if unknown and not program.is_changing:  # whose sites are known when it has run
                 raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
+            if not program.latents and not program.is_changing and isinstance(backend.schedule, Sample):
+                raise Unsupported(
+                    f"{program.name} hides nothing that {type(backend).__name__} could draw. Use SVI() or EM(), which train "
+                    "its weights."
+                )
         if group.size > 1:
             group.check_equal(_given(backend, program, [*args, *kwargs.values()]))
         program.processes = group
@@ -584,8 +589,8 @@ class _Run:
                 while self.read < min(first + count, total):
                     last = min(first + count, total, self._next_due if is_done else total)
                     part = slice(self.read - first, last - first)
-                    draws.extend({name: value[:, part] for name, value in values.items()})
-                    self.stats.extend({name: value[:, part] for name, value in block.stats.items()})
+                    draws.extend({name: value[:, part] for name, value in values.items()}, last - self.read)
+                    self.stats.extend({name: value[:, part] for name, value in block.stats.items()}, last - self.read)
                     bar.update(last - self.read)
                     self.read = last
                     if is_done:

@@ -169,9 +169,9 @@ def is_plain(node: Mapping[str, Any]) -> bool:
 
 
 def log_prob(trace: poutine.Trace) -> Tensor:
-    """log q of everything that a run of a guide drew, a scalar."""
+    """log q of everything that a run of a guide drew, a scalar; 0 if nothing is hidden."""
     terms = [node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"]
-    return torch.stack([torch.as_tensor(term) for term in terms]).sum()
+    return torch.stack([torch.as_tensor(term) for term in terms]).sum() if terms else torch.zeros(())
 
 
 def batched(function: Callable[[], Any], count: int) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.utils._pytree import tree_map
 
 from inference.density import Unconstrained
 from inference.expectation import Batch, Completed, Evidence, Values, Weights
@@ -126,9 +127,10 @@ class _Slope:
         """−Q, summed over restarts; leaves its gradients in ``.grad``."""
         if trained:  # one restart: the weights are the program's own
             row = {name: value[0] for name, value in self.fixed.items()}
-            particles = {name: value[0] for name, value in self.particles.items()}
+            particles = {name: value[0].detach() for name, value in self.particles.items()}  # of the E-step, at weights
+            weights = tree_map(Tensor.detach, self.weights.first)  # that were
             with torch.enable_grad():
-                loss = -self.at(position[0], row, particles, self.weights.first, self.batch.data)
+                loss = -self.at(position[0], row, particles, weights, self.batch.data)
                 loss.backward()
             return self.batch.processes.average(loss.detach(), [position, *trained], list)
         free, data = position.detach(), self.batch.data

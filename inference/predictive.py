@@ -227,7 +227,7 @@ def posterior_predictive(
         for name, site in program.latents.items()
         if name in draws and name not in anew.latents and not anew.plates & {plate.name for plate in site.plates}
     ]
-    chains, count = next(iter(draws.values())).shape[:2]
+    chains, count = next(iter(draws.values())).shape[:2] if draws else (1, 1)  # where nothing is hidden
     rows = []
     with isolated(seed, program.device), reproducible(program.dtype, program.device):
         for c in range(chains):

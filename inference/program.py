@@ -110,7 +110,7 @@ class Site:
         except NotImplementedError:
             raise Unsupported(
                 f"Site '{self.name}' is {self.family}, whose support {self.support} has no unconstrained coordinates. "
-                "Rewrite the site with one of pyro.infer.reparam, for example ProjectedNormalReparam."
+                "Sample what it is made of and compute it, or rewrite the site with one of pyro.infer.reparam."
             ) from None
 
 

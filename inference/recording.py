@@ -177,7 +177,7 @@ def draft(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequence
 _FUNCTIONS = """abs add addmm bmm cat cos cumsum digamma div eq erf exp expm1 ge gt index_select isfinite le lerp lgamma log
 log1p logical_and logical_not logsumexp lt maximum mean minimum mm mul ne neg permute pow reciprocal relu round rsqrt select
 sigmoid sign sin sqrt square squeeze stack sub sum t tanh transpose unsqueeze where"""
-_METHODS = """expand view"""
+_METHODS = """expand"""
 
 
 def quicken(graph: fx.GraphModule) -> fx.GraphModule:
@@ -185,10 +185,11 @@ def quicken(graph: fx.GraphModule) -> fx.GraphModule:
     quick = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     names = {name: getattr(torch, name) for name in _FUNCTIONS.split()}
     names |= {name: getattr(Tensor, name) for name in _METHODS.split()}
+    names["view"] = Tensor.reshape  # which takes inputs that are laid out in another way than those that were recorded, too
     for node in quick.graph.nodes:
         name = getattr(node.target, "_opname", None)
         is_plain = name not in ("add", "sub") or len(node.args) == 2  # a third argument would be their alpha
-        if name in names and is_plain and node.target._overloadname not in ("out", "int_out"):
+        if name in names and is_plain and node.target._overloadname not in ("out", "int_out", "dtype"):
             node.target = names[name]
     quick.recompile()
     for name in list(quick._buffers):  # whose look-up is Python code

@@ -618,6 +618,9 @@ class SVI(Backend[SVIState, SVIInfo]):
             program.fitted = state.guide
         values, log_q = batched(partial(self._drawn, state, program), count)
         enumerated = tuple(name for name in program.finite if name not in values)
+        if not program.latents:  # nothing is hidden
+            lp = log_normalizer(program, {}, ()).expand(count)
+            return state, Draw({}, {"lp": lp[None], "log_q": log_q[None]})
         is_amortised = bool(program.weights) and state.weigher.has_rows
         if is_amortised and not enumerated:  # a pass of the decoder over all rows for every draw would tell little
             return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})

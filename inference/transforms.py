@@ -9,11 +9,13 @@ import math
 from typing import Any
 
 import torch
+from pyro.distributions.constraints import sphere
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
-__all__ = ["PositiveDefinite", "StickBreaking", "bijection"]
+__all__ = ["PositiveDefinite", "Stereographic", "StickBreaking", "bijection"]
 
 
 def bijection(support: Any) -> Transform:
@@ -89,11 +91,54 @@ class PositiveDefinite(Transform):
         return size * math.log(2.0) + (powers * x[..., :size]).sum(-1)
 
 
-def _register() -> None:
-    try:
-        biject_to(constraints.positive_definite)
-    except NotImplementedError:
-        biject_to.register(constraints.positive_definite, lambda constraint: PositiveDefinite())
+class Stereographic(Transform):
+    """Vector (…, d − 1) to the unit sphere (…, d): x = (2u, 1 − ‖u‖²) / (1 + ‖u‖²), all of it but the pole −e_d.
 
+    log |dx / du| = (d − 1) log(2 / (1 + ‖u‖²)),  for densities with respect to the surface
+    """
+
+    domain = constraints.real_vector
+    codomain = sphere
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stereographic)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        return torch.Size((*shape[:-1], shape[-1] + 1))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        return torch.Size((*shape[:-1], shape[-1] - 1))
+
+    def _call(self, x: Tensor) -> Tensor:
+        square = x.square().sum(-1, keepdim=True)
+        return torch.cat([2.0 * x, 1.0 - square], -1) / (1.0 + square)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        near, last = y[..., :-1], y[..., -1:]
+        # 1 + y_d, which near the pole is less than its rounding
+        square = near.square().sum(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
+        return near / torch.where(last > 0.0, 1.0 + last, square / (1.0 - last))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.shape[-1] * (math.log(2.0) - torch.log1p(x.square().sum(-1)))
+
+
+def _register() -> None:
+    for constraint, factory in _BIJECTIONS:
+        try:
+            biject_to(constraint)
+        except NotImplementedError:
+            biject_to.register(constraint, factory)
+
+
+_BIJECTIONS: tuple[tuple[Any, Any], ...] = (
+    (constraints.positive_definite, lambda constraint: PositiveDefinite()),
+    (sphere, lambda constraint: Stereographic()),
+    (MixtureSameFamilyConstraint(constraints.real), lambda constraint: biject_to(constraint.base_constraint)),
+)
 
 _register()

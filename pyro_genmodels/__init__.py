@@ -1,5 +1,6 @@
 """A zoo of generative models, each a Pyro program that every back-end of ``inference`` can run."""
 
+from pyro_genmodels.autoencoders import CVAE, IWAE, VAE, Autoencoder, SemiSupervisedVAE, VaDE
 from pyro_genmodels.base import GenerativeModel, StochasticModule
 from pyro_genmodels.classical import (
     GMM,
@@ -16,10 +17,14 @@ from pyro_genmodels.classical import (
 )
 
 __all__ = [
+    "CVAE",
     "GMM",
     "HMM",
+    "IWAE",
     "LDA",
     "PPCA",
+    "VAE",
+    "Autoencoder",
     "FactorAnalysis",
     "GenerativeModel",
     "LinearRegression",
@@ -27,8 +32,10 @@ __all__ = [
     "MarginClassifier",
     "Mixture",
     "NaiveBayes",
+    "SemiSupervisedVAE",
     "SoftmaxRegression",
     "StochasticModule",
+    "VaDE",
 ]
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ import abc
 from typing import Any
 
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["GenerativeModel", "StochasticModule"]
 
@@ -37,5 +37,5 @@ class StochasticModule(nn.Module, abc.ABC):
     """A distribution with weights: ``pyro.sample("x", module(context))`` works in any program."""
 
     @abc.abstractmethod
-    def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution, given ``context`` (batch, …) if it is conditional."""
+    def forward(self, context: Any = None) -> TorchDistribution:
+        """The distribution, given ``context`` if it is conditional, such as a tensor (batch, …)."""

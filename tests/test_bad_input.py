@@ -412,11 +412,12 @@ def test_a_count_without_an_end_is_refused_where_it_would_have_to_be_summed_out(
 
 @every_backend
 def test_a_site_whose_support_has_no_coordinates_is_refused(backend: str) -> None:
-    def compass(y: Tensor) -> None:
-        heading = pyro.sample("heading", dist.ProjectedNormal(torch.ones(2)))
-        pyro.sample("y", dist.Normal(heading.sum(-1), 1.0).expand([len(y)]).to_event(1), obs=y)
+    def factors(y: Tensor) -> None:
+        scatter = dist.Wishart(torch.tensor(4.0), covariance_matrix=torch.eye(2))
+        factor = pyro.sample("factor", dist.TransformedDistribution(scatter, [dist.transforms.CholeskyTransform()]))
+        pyro.sample("y", dist.Normal(factor.sum((-2, -1)), 1.0).expand([len(y)]).to_event(1), obs=y)
 
-    refuse(backend, Unsupported, ("'heading'", "ProjectedNormal"), compass, Y)
+    refuse(backend, Unsupported, ("'factor'", "LowerCholesky"), factors, Y)
 
 
 @every_backend

@@ -31,7 +31,7 @@ from inference.graphs import fold, merge
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
 from inference.recording import quicken, record
-from inference.transforms import PositiveDefinite, StickBreaking, bijection
+from inference.transforms import PositiveDefinite, Stereographic, StickBreaking, bijection
 from pyro_genmodels import datasets
 from pyro_genmodels.distributions import InverseWishart
 from zoo import BY_NAME, ZOO, Instance
@@ -631,6 +631,29 @@ def test_the_transform_to_positive_definite_matrices_is_the_cholesky_factor() ->
     assert_close(transform(position), matrix)
 
 
+@pytest.mark.parametrize("dimension", [2, 3, 7])
+def test_a_sphere_is_projected_from_a_pole(dimension: int) -> None:
+    """There and back, close to the pole too; the Jacobian is that of surfaces, √|JᵀJ|."""
+    transform = bijection(constraints.sphere)
+    assert isinstance(transform, Stereographic)
+    u = torch.randn(20, dimension - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = u * 10.0 ** torch.linspace(-3, 6, 20, dtype=torch.float64).unsqueeze(-1)
+    x = transform(u)
+    assert transform.inverse_shape(x.shape) == u.shape and transform.forward_shape(u.shape) == x.shape
+    assert constraints.sphere.check(x).all()
+    torch.testing.assert_close(transform.inv(x), u, rtol=1e-9, atol=0.0)
+    jacobian = vmap(torch.func.jacrev(transform))(u[:10])
+    torch.testing.assert_close(transform.log_abs_det_jacobian(u, x)[:10], 0.5 * torch.logdet(jacobian.mT @ jacobian))
+
+
+def test_a_mixture_has_the_coordinates_of_its_components() -> None:
+    parts = dist.Gamma(torch.tensor([1.0, 5.0]), 1.0)
+    mixture = dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros(2)), parts)
+    assert bijection(mixture.support) == biject_to(parts.support)
+    matrices = dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros(2)), dist.Dirichlet(torch.ones(2, 3)))
+    assert isinstance(bijection(matrices.support), StickBreaking)
+
+
 def test_a_simplex_is_broken_as_torch_does_it() -> None:
     """Values, inverses, Jacobians and gradients, also near the edge; and a gradient for 20,000 parts fits into memory."""
     ours, theirs = bijection(constraints.independent(constraints.simplex, 1)), biject_to(constraints.simplex)
@@ -644,3 +667,9 @@ def test_a_simplex_is_broken_as_torch_does_it() -> None:
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-12)
     wide = grad(lambda u: StickBreaking()(u).square().sum())(torch.zeros(20_000))  # 1.6 GB a product in torch's own
     assert wide.isfinite().all()
+
+
+def test_a_graph_takes_inputs_that_are_laid_out_in_another_way() -> None:
+    graph = quicken(record(lambda x: x.reshape(-1) * torch.arange(6.0), [torch.ones(3, 2)]))
+    x = torch.arange(6.0).reshape(2, 3).mT
+    assert torch.equal(graph.forward(x), x.reshape(-1) * torch.arange(6.0))

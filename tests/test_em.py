@@ -624,3 +624,30 @@ def test_em_goes_on_from_its_own_point_labels_included() -> None:
     assert "z" in first.point()
     then = EM(steps=200, start=first.point(), **options).fit(GMM(2), x)
     assert float(then.history["log_joint"][0]) >= float(first.history["log_joint"][-1])
+
+
+class Loadings(nn.Module):
+    """x_n ~ N(w z_n, σ²), z_n ~ N(0, 1), with w and log σ for weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.1, 0.2, -0.1], dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(self.log_scale), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1) * self.w, self.log_scale.exp()).to_event(1), obs=x)
+
+
+def test_weights_are_trained_beside_an_exact_e_step() -> None:
+    x = normal(40, 1, seed=40) * torch.tensor([1.0, 2.0, -1.0]) + 0.7 * normal(40, 3, seed=41)
+    posterior = EM(steps=60, seed=0, progress=False).fit(Loadings(), x)
+    assert posterior.plan is not None and posterior.plan["z"].update == "Gaussian"
+    spectrum, axes = torch.linalg.eigh(x.mT @ x / 40)  # Tipping and Bishop (1999): the principal axis, the rest is noise
+    noise_variance = spectrum[:-1].mean()
+    covariance = (spectrum[-1] - noise_variance) * torch.outer(axes[:, -1], axes[:, -1]) + noise_variance * torch.eye(3)
+    best = dist.MultivariateNormal(torch.zeros(3, dtype=torch.float64), covariance).log_prob(x).sum()
+    history = posterior.history["log_joint"]
+    assert bool((history.diff() > -1e-9).all())
+    torch.testing.assert_close(history[-1], best, rtol=0.0, atol=1e-3)

@@ -195,3 +195,52 @@ def test_what_has_nothing_to_show_is_refused() -> None:
 def test_matplotlib_is_imported_only_where_it_is_used() -> None:
     code = "import sys, pyro_genmodels.cli, pyro_genmodels.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_grid_shows_each_picture_and_what_is_missing() -> None:
+    grey = torch.zeros(3, 4, 5)
+    grey[0, 0, 0], grey[1, 2, 3] = 1.0, torch.nan
+    figure = plots.images({"grey": grey, "colour": torch.ones(2, 3, 4, 5)})
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert len(shown) == 5 and len(figure.axes) == 6
+    assert shown[0][0, 0].tolist() == [0.0] * 3 and shown[0][1, 1].tolist() == [1.0] * 3
+    assert shown[1][2, 3].tolist() == list(plots._MISSING)
+
+
+def test_the_latent_plane_shows_every_row_on_its_principal_axes() -> None:
+    z = torch.randn(30, 3, generator=generator()) * torch.tensor([1.0, 5.0, 0.1])
+    figure = plots.latent_scatter({"two": z[:, :2], "three": z}, torch.arange(30) % 4)
+    two, three = (np.asarray(axis.collections[0].get_offsets()) for axis in figure.axes)
+    assert np.allclose(two, z[:, :2].numpy())
+    assert abs(np.corrcoef(three[:, 0], z[:, 1].numpy())[0, 1]) > 0.99
+
+
+def test_a_manifold_and_traversals_ask_the_decoder_where_they_say() -> None:
+    asked = []
+
+    def mean(z: Tensor) -> Tensor:
+        asked.append(z)
+        return z.mean(1)[:, None, None].expand(-1, 2, 3)
+
+    plots.manifold(mean, size=3, spread=0.5)
+    corner = float(torch.special.ndtri(torch.tensor(0.75)))
+    torch.testing.assert_close(asked[0][0], torch.tensor([-corner, corner]))  # up is up
+    assert len(asked[0]) == 9
+    plots.traversals(mean, torch.tensor([0.1, 0.2]), size=5, reach=2.0)
+    torch.testing.assert_close(asked[2], torch.stack([torch.full((5,), 0.1), torch.linspace(-2.0, 2.0, 5)], 1))
+
+
+@pytest.mark.parametrize(
+    ("draw", "sentence"),
+    [
+        (lambda: plots.images({}), "at least one row of pictures"),
+        (lambda: plots.images({"flat": torch.zeros(3, 4)}), "'flat' has shape"),
+        (lambda: plots.latent_scatter({}), "at least one model"),
+        (lambda: plots.latent_scatter({"line": torch.zeros(5, 1)}), "'line' has shape"),
+        (lambda: plots.manifold(lambda z: z, size=1), "size must be at least 2"),
+        (lambda: plots.traversals(lambda z: z, torch.zeros(2, 2)), "where one row is"),
+    ],
+)
+def test_pictures_of_nothing_are_refused(draw: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        draw()
