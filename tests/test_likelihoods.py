@@ -141,7 +141,7 @@ def test_densities_are_those_of_scipy() -> None:
     above = np.where(levels == 1.0, 1.0, edges.cdf(levels + 0.5 / 15.0))
     agree("DiscretisedLogistic", np.log(above - np.where(levels == 0.0, 0.0, edges.cdf(levels - 0.5 / 15.0))), levels)
     peer = torch.distributions.ContinuousBernoulli(logits=found["ContinuousBernoulli"][0])
-    agree("ContinuousBernoulli", peer.log_prob(levels), levels)
+    agree("ContinuousBernoulli", peer.log_prob(levels).numpy(), levels)
 
 
 @EVERY
