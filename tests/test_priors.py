@@ -415,6 +415,9 @@ def test_weights_are_trained(name: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        (lambda: StandardNormal(2.5), "at least 1 feature, but features is 2.5"),
+        (lambda: VampPrior(2, 3, 4), r"such as \(4,\)"),
+        (lambda: Flow(StandardNormal(3), flows.permute(3)), "list of transforms, but was given Permute"),
         (lambda: StandardNormal(0), "at least 1 feature, but features is 0"),
         (lambda: NormalMixture(2, 0), "at least 1 component"),
         (lambda: VampPrior(2, 0, (3,)), "at least 1 component"),

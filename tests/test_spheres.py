@@ -378,6 +378,10 @@ def test_wrong_parameters_are_refused_in_words() -> None:
         VonMisesFisher(torch.ones(1), 1.0)
     with pytest.raises(ValueError, match="at least 2, but d is 1"):
         HypersphericalUniform(1)
+    with pytest.raises(ValueError, match="torch.int64 and shape"):
+        VonMisesFisher(torch.tensor([1, 0]), 1.0)
+    with pytest.raises(ValueError, match=r"shape \(\)"):
+        PowerSpherical(torch.tensor(1.0), 1.0)
     with pytest.raises(ValueError, match="loc"):
         PowerSpherical(torch.ones(3), 1.0, validate_args=True)
     with pytest.raises(ValueError, match="concentration"):
