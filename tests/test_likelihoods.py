@@ -141,7 +141,7 @@ def test_densities_are_those_of_scipy() -> None:
     above = np.where(levels == 1.0, 1.0, edges.cdf(levels + 0.5 / 15.0))
     agree("DiscretisedLogistic", np.log(above - np.where(levels == 0.0, 0.0, edges.cdf(levels - 0.5 / 15.0))), levels)
     peer = torch.distributions.ContinuousBernoulli(logits=found["ContinuousBernoulli"][0])
-    agree("ContinuousBernoulli", peer.log_prob(levels), levels)
+    agree("ContinuousBernoulli", peer.log_prob(levels).numpy(), levels)
 
 
 @EVERY
@@ -385,6 +385,9 @@ def test_whole_numbers_may_be_integers() -> None:
         (lambda: Gaussian("fixed", 0.0), "scale is 0"),
         (lambda: Gaussian(least_scale=-1.0), "least_scale is -1"),
         (lambda: StudentT(0.5), "df is 0.5"),
+        (lambda: Categorical("3"), "classes is '3'"),
+        (lambda: DiscretisedLogistic(2.5), "bins is 2.5"),
+        (lambda: Entries(torch.distributions.Bernoulli(torch.ones(3)), 2), "Arrays have 2 dimensions"),
         (lambda: Categorical(1), "at least 2 classes"),
         (lambda: DiscretisedLogistic(1), "at least 2 levels"),
         (lambda: NegativeBinomial("fixed"), "size is 'fixed'"),

@@ -233,8 +233,8 @@ class DiscretisedLogistic(Likelihood):
 
     def __init__(self, bins: int = 256) -> None:
         super().__init__()
-        if bins < 2:
-            raise ValueError(f"DiscretisedLogistic needs at least 2 levels, but bins is {bins}.")
+        if not isinstance(bins, int) or bins < 2:
+            raise ValueError(f"DiscretisedLogistic needs at least 2 levels, but bins is {bins!r}.")
         self.bins = bins
         self.domain = f"levels k / {bins - 1}, k = 0, …, {bins - 1}"
         self.advice = f"Divide whole numbers by {bins - 1}, round, or set bins to the number of levels there are."
@@ -259,8 +259,8 @@ class Categorical(Likelihood):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        if classes < 2:
-            raise ValueError(f"Categorical needs at least 2 classes, but classes is {classes}.")
+        if not isinstance(classes, int) or classes < 2:
+            raise ValueError(f"Categorical needs at least 2 classes, but classes is {classes!r}.")
         self.outputs = classes
         self.domain = f"labels 0, …, {classes - 1}"
 

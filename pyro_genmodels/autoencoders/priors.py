@@ -36,8 +36,8 @@ class Prior(StochasticModule):
 
     def __init__(self, features: int, outputs: int) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"{type(self).__name__} needs at least 1 feature, but features is {features}.")
+        if not isinstance(features, int) or features < 1:
+            raise ValueError(f"{type(self).__name__} needs at least 1 feature, but features is {features!r}.")
         self.features, self.outputs = features, outputs
 
     @abc.abstractmethod
@@ -130,7 +130,7 @@ class NormalMixture(_Normal):
 
 
 def _at_least_one(prior: Prior, components: int) -> None:
-    if components < 1:
+    if not isinstance(components, int) or components < 1:
         raise ValueError(f"{type(prior).__name__} needs at least 1 component, but components is {components}.")
 
 
@@ -157,6 +157,8 @@ class VampPrior(_Normal):
     ) -> None:
         super().__init__(features)
         _at_least_one(self, components)
+        if isinstance(shape, int):
+            raise ValueError(f"shape is {shape}, but must be that of a row of data, such as ({shape},).")
         if not interval[0] < interval[1]:
             raise ValueError(f"interval is {interval}, but its first number must be less than its second.")
         self.shape, self.interval = tuple(shape), interval
@@ -331,6 +333,8 @@ class Flow(Prior):
         super().__init__(prior.features, prior.outputs)
         if not isinstance(prior, (_Normal, Flow)):
             raise ValueError(f"A Flow moves a prior on R^d, but {type(prior).__name__} is not on all of it.")
+        if isinstance(transforms, torch.distributions.Transform):
+            raise ValueError(f"A Flow takes a list of transforms, but was given {type(transforms).__name__} itself.")
         if not transforms:
             raise ValueError(f"A Flow has at least one transform; without any it is {type(prior).__name__} itself.")
         self.prior = prior

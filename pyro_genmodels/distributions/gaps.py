@@ -239,6 +239,9 @@ class Entries(TorchDistribution):
     Args:
         given: A distribution of one number, (*batch, *shape); its support contains 0, or it is the positive numbers.
         dims: Number of dimensions of an array, len(shape).
+
+    Raises:
+        ValueError: If ``given`` has fewer dimensions.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
@@ -246,6 +249,8 @@ class Entries(TorchDistribution):
     def __init__(self, given: Any, dims: int, batch_shape: Size | None = None) -> None:
         self.given, self.dims = given, dims
         cut = len(given.batch_shape) - dims
+        if cut < 0:
+            raise ValueError(f"Arrays have {dims} dimensions, but given has batch shape {tuple(given.batch_shape)}.")
         shape = given.batch_shape[:cut] if batch_shape is None else batch_shape
         super().__init__(shape, given.batch_shape[cut:], validate_args=False)
 

@@ -53,7 +53,7 @@ class DiscretisedLogistic(TorchDistribution):
     has_enumerate_support = True
 
     def __init__(self, loc: Tensor, scale: Tensor, bins: int, validate_args: bool | None = None) -> None:
-        if bins < 2:
+        if not isinstance(bins, int) or bins < 2:
             raise ValueError(f"DiscretisedLogistic has at least 2 levels, but bins is {bins}.")
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         self.bins = bins

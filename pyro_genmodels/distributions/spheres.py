@@ -79,7 +79,7 @@ class HypersphericalUniform(TorchDistribution):
 
 
 def _check(given: TorchDistribution, dimension: int) -> None:
-    if dimension < 2:
+    if not isinstance(dimension, int) or dimension < 2:
         raise ValueError(f"{type(given).__name__} is on a sphere of R^d, d at least 2, but d is {dimension}.")
 
 
@@ -227,6 +227,11 @@ class PowerSpherical(TorchDistribution):
 
 
 def _broadcast(given: TorchDistribution, loc: Tensor, concentration: Tensor | float) -> tuple[Tensor, Tensor]:
+    if not loc.is_floating_point() or not loc.dim():
+        raise ValueError(
+            f"loc is of type {loc.dtype} and shape {tuple(loc.shape)}, but {type(given).__name__} takes unit vectors of "
+            "floating numbers, (…, d)."
+        )
     _check(given, loc.shape[-1])
     concentration = torch.as_tensor(concentration, dtype=loc.dtype, device=loc.device)
     batch = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
