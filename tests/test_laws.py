@@ -600,7 +600,7 @@ def test_inference_imports_no_model(path: Path) -> None:
     assert not within(imported(path), "pyro_genmodels")
 
 
-APPLICATION = ("cli", "__main__", "comparison", "plots")  # the layer that brings models and back-ends together
+APPLICATION = ("catalogue", "cli", "__main__", "comparison", "plots")  # the layer that brings models and back-ends together
 MODEL_FILES = sorted(path for path in MODELS.rglob("*.py") if path.parent != MODELS or path.stem not in APPLICATION)
 
 
