@@ -195,3 +195,10 @@ def test_what_has_nothing_to_show_is_refused() -> None:
 def test_matplotlib_is_imported_only_where_it_is_used() -> None:
     code = "import sys, pyro_genmodels.cli, pyro_genmodels.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_site_of_one_number_is_an_element() -> None:
+    draws = {"scale": torch.rand(2, 5), "mean": torch.rand(2, 5, 3)}
+    found = plots.elements(Posterior(draws=draws, stats={"lp": torch.zeros(2, 5)}, info={"kind": "samples"}))
+    assert found["scale"].shape == (2, 5) and (found["scale"] == draws["scale"].double().numpy()).all()
+    assert len(found) == 4
