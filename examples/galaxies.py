@@ -64,7 +64,6 @@ def main(smoke: bool = False, folder: str = "runs/galaxies") -> None:
     print(f"{'Gibbs':24}", *(f"{own.mean():7.3f}" for own in found.values()))
     print(f"{'    standard error':24}", *(f"{float(arviz.mcse(own)):7.3f}" for own in found.values()))
     print(f"\nEffective draws of k: {float(arviz.ess(k)):.0f} of {k.size}, R-hat {float(arviz.rhat(k)):.3f}")
-
     axis = (figure := Figure(figsize=(5.0, 3.0), layout="constrained")).subplots()
     axis.bar([*found], [own.mean() for own in found.values()], yerr=[2 * float(arviz.mcse(own)) for own in found.values()])
     axis.plot([*PUBLISHED], [*PUBLISHED.values()], "k_", markersize=16, label="Richardson and Green (1997)")

@@ -50,6 +50,8 @@ METROPOLIS_THIN = {
     "GMM, sticks": 120, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
     "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 90, "HMM": 60,
 }  # fmt: skip
+# Sweeps before the first draw, where labels take long to leave the clusters that a chain starts from.
+GIBBS_WARMUP = {"Mixture, mixed columns": 200}
 HMC_THIN = {"hmm": 2, "horseshoe": 4, "PPCA": 3, "GMM, full": 2}
 # Far out its curvature is two hundred times as large, and a chain that strays there in warm-up takes long to leave.
 HMC_WARMUP = {"horseshoe": 300}
@@ -58,7 +60,8 @@ CHAINS = {"coal": 16}
 
 
 def _gibbs(name: str) -> Gibbs:
-    return Gibbs(chains=64, warmup=60, draws=60, thin=GIBBS_THIN.get(name, 1), seed=1, progress=False)
+    warmup = GIBBS_WARMUP.get(name, 60)
+    return Gibbs(chains=64, warmup=warmup, draws=60, thin=GIBBS_THIN.get(name, 1), seed=1, progress=False)
 
 
 def _metropolis(name: str) -> MetropolisHastings:
