@@ -29,7 +29,7 @@ from torch import Tensor
 from inference.blocks import Own
 from inference.blocks.block import Move, is_certified
 from inference.conditionals import Conditional, Points
-from inference.contract import Backend, Draw, Unsupported
+from inference.contract import Backend, Draw, Started, Unsupported
 from inference.density import Density
 from inference.distributed import check_shards
 from inference.expectation import (
@@ -62,6 +62,7 @@ _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM i
 _MOST_PILOTED = 100_000  # numbers in all latent sites, of which there are pilots though the start is given
 _PILOT_ROWS = 5_000  # that pilots see of data with more than twice as many
 _PILOT_CANDIDATES = 8  # draws that each of them then begins with the best of
+_SUGGESTED_CANDIDATES = 4  # where the model suggests where to begin: they are for what it says nothing of
 _STROLL = 20  # steps of Adam in one M-step on all rows
 _TRIAL = 0.5  # unconstrained distance at which a message must give the change of Q
 _GAIN = 0.6  # γ_t = t^−0.6: Cappé and Moulines recommend it with averaging of the last half
@@ -258,6 +259,7 @@ class EM(Backend[EMState, EMInfo]):
             values = _around(program, given, others, pilots)
         else:
             few = {"most": _PILOT_CANDIDATES} if program.rows == _PILOT_ROWS else {}
+            few = {"most": _SUGGESTED_CANDIDATES} if isinstance(program.owner, Started) else few
             values = starting_values(program, pilots, None, is_split=True, **few) if program.latents else {}
             suggested = {} if program.weights else suggested_values(program, values)
             values |= suggested

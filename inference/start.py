@@ -38,6 +38,8 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
 
     Raises:
         ValueError: If a site is unknown, or a value has the wrong shape or lies outside the support.
+
+    Sites that the program computes, which a point of a Posterior has as well, follow from the others and are passed over.
     """
     if start is None:
         return {}
@@ -49,6 +51,8 @@ def given_values(program: Program, start: Any, chains: int) -> dict[str, Tensor]
     values = {}
     for name, value in start.items():
         site = program.latents.get(name)
+        if site is None and name in program.deterministic:
+            continue
         if site is None:
             raise ValueError(f"start= names '{name}', but {program.name} has the latent sites {', '.join(program.latents)}.")
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from inference import Backend, Posterior, arviz, checkpoint
 from pyro_genmodels import datasets
@@ -29,6 +30,7 @@ from pyro_genmodels.comparison import (
     compare,
     is_interrupted,
     labelled,
+    present,
     sentence,
 )
 from pyro_genmodels.datasets import Dataset
@@ -37,6 +39,8 @@ __all__ = ["main"]
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 _SHOWN = 50  # elements of a site in a summary
+_LISTED = 30  # columns that a sentence names
+_MODEL_OPTIONS = ("components", "covariance", "columns", "factors", "states", "emission", "cost", "kernel")
 _RUN_OPTIONS = ("steps", "draws", "warmup", "chains")
 _LEGEND = """
 mean ± Monte-Carlo standard error. Wall time is all of a fit: start, compilation, warm-up, draws.
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command)
     command.add_argument("--method", metavar="A,B,C", help="back-ends, by default all that run the model")
     command.add_argument(
-        "--held-out", type=float, default=0.1, metavar="SHARE", help="share of the rows that no back-end sees (0.1); 0: none"
+        "--held-out", type=float, metavar="SHARE", help="share of the rows that no back-end sees (0.1); 0: none"
     )
     command.add_argument("--out", type=Path, metavar="FOLDER", help="save table.csv, pictures and netCDF files there")
 
@@ -109,8 +113,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
     command.add_argument("--data", required=True, metavar="NAME|FILE", help="a data set of the list, or FILE.csv, FILE.npz")
-    command.add_argument("--components", type=_count, metavar="K", help="components of a mixture (2)")
-    command.add_argument("--covariance", metavar="KIND", help="full, tied, diagonal or spherical (full)")
+    command.add_argument(
+        "--labels", metavar="COLUMN", help="the column that is to be predicted, of models that learn from it"
+    )
+    command.add_argument("--components", type=_count, metavar="K", help="components of a mixture, topics of lda (2)")
+    command.add_argument("--covariance", metavar="KIND", help="of gmm: full, tied, diagonal or spherical (full)")
+    command.add_argument(
+        "--columns", metavar="KINDS", help="of mixture, naive_bayes: the kind of all columns, or A,B,C of each"
+    )
+    command.add_argument("--factors", type=_count, metavar="Q", help="factors of ppca and factors (1)")
+    command.add_argument("--states", type=_count, metavar="K", help="states of hmm (2)")
+    command.add_argument("--emission", metavar="KIND", help="of hmm: normal, diagonal, categorical or poisson (normal)")
+    command.add_argument("--cost", type=float, metavar="C", help="cost of a point on the wrong side, of margin (1)")
+    command.add_argument("--kernel", metavar="KIND", help="of margin: linear or rbf (linear)")
     command.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything that is random (0)")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     # Small programs run slower on more threads, and the number of threads may change the last digits.
@@ -132,10 +147,10 @@ def _count(text: str) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    print("Models                          " + "".join(name.ljust(7) for name in METHODS))
+    print("Models".ljust(52) + "".join(name.ljust(7) for name in METHODS))
     for name, entry in MODELS.items():
         cells = "".join(("yes" if method in entry.methods else "-").ljust(7) for method in METHODS)
-        print(f"  {name:10}{entry.description:20}{cells}".rstrip())
+        print(f"  {name:13}{entry.description:37}{cells}".rstrip())
     print("\nBack-ends, as fit and compare run them")
     for name, backend in METHODS.items():
         print(f"  {name:10}{_settings(backend)}")
@@ -143,7 +158,7 @@ def _list(args: argparse.Namespace) -> int:
     for name in datasets.names():
         data = datasets.load(name)
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in data.arrays.items())
-        models = f" Models: {', '.join(MODELS)}." if "x" in data.arrays else ""
+        models = "" if "x" not in data.arrays else " --labels y." if "y" in data.arrays else " No labels."
         print(f"  {name:15}{data.description}. {shapes}.{models}")
     return 0
 
@@ -159,18 +174,20 @@ def _settings(backend: Backend[Any, Any]) -> str:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    entry, options, data = _entry(args), _options(args), _data(args.data)
-    backend = _backend(_method(args.method, entry), args)
+    entry, given = _entry(args), _options(args)
+    x, y, columns = _table(args, entry)
+    options, backend = _counted(given, y), _backend(_method(args.method, entry), args)
     if args.out is not None:
         checkpoint.check(args.out)
         check_writable(args.out.resolve().parent)
-    posterior = backend.fit(entry.build(**options), data.x)
-    named = labelled(posterior, entry, data.columns)
+    model = entry.build(**options)
+    posterior = backend.fit(model, *entry.arguments(model, x, y))
+    named = labelled(posterior, entry, columns)
     seconds = posterior.info["sampling_time"]
-    print(f"{_title(args, options)}: {type(backend).__name__}, {len(data.x)} rows, {seconds:.1f} s\n")
+    print(f"{_title(args, options)}: {type(backend).__name__}, {len(x)} rows, {seconds:.1f} s\n")
     if posterior.plan is not None:
         print(f"{posterior.plan}\n")
-    print(_summary(named, entry.judged))
+    print(_summary(named, present(entry.judged, named)))
     print("\nFindings", *(posterior.diagnose() or ["none"]), sep="\n  ")
     if args.out is not None:
         named.save(args.out)
@@ -209,10 +226,15 @@ def _summary(posterior: Posterior, sites: Sequence[str]) -> str:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    entry, options, data = _entry(args), _options(args), _data(args.data)
+    entry, given = _entry(args), _options(args)
+    x, y, columns = _table(args, entry)
+    options = _counted(given, y)
+    if entry.score is None and args.held_out:
+        raise ValueError(f"{args.model} does not score rows one by one: leave --held-out out.")
+    held_out = 0.1 if args.held_out is None else args.held_out
     names = args.method.split(",") if args.method else entry.methods
     backends = {name: _backend(_method(name, entry), args) for name in names}
-    settings = {"model": args.model, "options": options, "data": args.data, "held_out": args.held_out, "seed": args.seed}
+    settings = {"model": args.model, "options": options, "data": args.data, "held_out": held_out, "seed": args.seed}
     settings["methods"] = {name: _settings(backend) for name, backend in backends.items()}
     folder = None if args.out is None else Folder(args.out, settings)
 
@@ -220,7 +242,7 @@ def _compare(args: argparse.Namespace) -> int:
         if folder is not None:
             folder.write(f"{name}.nc", lambda path: arviz.write(posterior.to_arviz(), path))
 
-    found = compare(entry, options, data.x, data.columns, backends, held_out=args.held_out, seed=args.seed, after=save)
+    found = compare(entry, options, x, columns, backends, y=y, held_out=held_out, seed=args.seed, after=save)
     if not found.posteriors:
         raise KeyboardInterrupt(f"Stopped by Ctrl-C during {found.interrupted}: there is nothing to show yet.")
     print(f"{_title(args, options)}: {len(found.x)} rows fitted, {len(found.test)} held out, seed {args.seed}\n")
@@ -250,11 +272,54 @@ def _entry(args: argparse.Namespace) -> Entry:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that the model is built with: those given, else the defaults of its entry."""
-    given = {name: getattr(args, name) for name in ("components", "covariance") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _MODEL_OPTIONS if getattr(args, name) is not None}
     defaults = MODELS[args.model].options
     if unknown := sorted(given.keys() - defaults.keys()):
-        raise ValueError(f"{args.model} has no option --{unknown[0]}.")
+        known = [f"--{name}" for name in defaults if name != "classes"]
+        raise ValueError(f"{args.model} has no option --{unknown[0]}; it has {', '.join(known) or 'none'}.")
     return {**defaults, **given}
+
+
+def _counted(options: Mapping[str, Any], y: Tensor | None) -> dict[str, Any]:
+    """The options with the number of classes, which the labels say."""
+    if "classes" not in options or y is None:
+        return dict(options)
+    return {**options, "classes": max(2, int(y.max()) + 1)}
+
+
+def _table(args: argparse.Namespace, entry: Entry) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    """The table, its labels, and the names of its columns but theirs."""
+    data, name = _data(args.data), args.labels
+    if not entry.labels:
+        if name is not None:
+            raise ValueError(f"{args.model} learns from no labels: leave --labels out.")
+        return data.x, None, data.columns
+    beside = [key for key in data.arrays if key != "x"]
+    known = (*(data.columns if len(data.columns) <= _LISTED else ()), *beside)
+    if name is None:
+        raise ValueError(f"{args.model} learns from labels: give --labels COLUMN, one of {', '.join(known)}.")
+    if name in beside:
+        x, y, columns = data.x, data[name], data.columns
+    elif name in data.columns:
+        place = data.columns.index(name)
+        rest = [j for j in range(len(data.columns)) if j != place]
+        if not rest:
+            raise ValueError(f"'{name}' is the only column: there is nothing to predict it from.")
+        x, y, columns = data.x[:, rest], data.x[:, place], tuple(data.columns[j] for j in rest)
+    else:
+        raise ValueError(f"There is no column '{name}'; there are {', '.join(known)}.")
+    return x, y.double() if entry.labels == "numbers" else _whole_labels(name, y, args.model == "naive_bayes"), columns
+
+
+def _whole_labels(name: str, y: Tensor, may_be_unknown: bool) -> Tensor:
+    least = -1 if may_be_unknown else 0
+    bad = (~((y == y.round()) & (y >= least))).nonzero()
+    if len(bad):
+        wanted = "whole numbers from 0 on" + (", or -1 where they are not known" if may_be_unknown else "")
+        raise ValueError(
+            f"Labels must be {wanted}, but '{name}' is {float(y[bad[0, 0]]):g} in row {int(bad[0])} of the table."
+        )
+    return y.long()
 
 
 def _data(name: str) -> Dataset:

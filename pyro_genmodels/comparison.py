@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from inference import EM, HMC, NUTS, SVI, Backend, Gibbs, MetropolisHastings, Posterior, arviz, relabel
+from inference.contract import Prepared
 from pyro_genmodels import plots
-from pyro_genmodels.classical import GMM
+from pyro_genmodels.catalogue import MODELS, Entry
 
 __all__ = [
     "METHODS",
@@ -38,32 +39,10 @@ __all__ = [
     "compare",
     "is_interrupted",
     "labelled",
+    "present",
     "sentence",
     "split",
 ]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model that the command line knows by name.
-
-    Args:
-        description: What it is.
-        build: Makes one, from the options that the user gave.
-        options: Defaults of the options that ``build`` takes.
-        methods: Names of the back-ends that run it.
-        shown: Sites in the printed table, on which back-ends are held against each other.
-        judged: Sites whose convergence is judged, and which are in the table that is saved.
-        dims: Site to names of its dimensions; "features" takes the names of the columns.
-    """
-
-    description: str
-    build: Callable[..., Any]
-    options: Mapping[str, Any]
-    methods: tuple[str, ...]
-    shown: tuple[str, ...]
-    judged: tuple[str, ...]
-    dims: Mapping[str, tuple[str, ...]]
 
 
 # Settings that suffice for a few thousand rows and a dozen unknowns: R-hat below 1.01 with room, seconds each. A random
@@ -75,18 +54,6 @@ METHODS: dict[str, Backend[Any, Any]] = {
     "mh": MetropolisHastings(chains=16, draws=500, thin=20),
     "hmc": HMC(chains=16, warmup=300, draws=600),
     "nuts": NUTS(warmup=300, draws=400),
-}
-
-MODELS: dict[str, Entry] = {
-    "gmm": Entry(
-        description="Gaussian mixture",
-        build=GMM,
-        options={"components": 2, "covariance": "full"},
-        methods=("svi", "em", "gibbs", "mh", "hmc", "nuts"),
-        shown=("weights", "means"),
-        judged=("weights", "means", "covariances"),
-        dims={"weights": ("components",), "means": ("components", "features")},
-    ),
 }
 
 _SCORED = 1000  # draws that the held-out density averages over
@@ -136,6 +103,8 @@ class Comparison:
         x: The rows that were fitted, (rows, features).
         test: The rows that were held out, (rows, features), maybe none.
         columns: Names of the features.
+        y: Labels of the rows that were fitted, (rows,), if the model has any.
+        test_y: Those of the rows that were held out.
         posteriors: Method to posterior, labels matched.
         failures: Method to the sentence with which it refused.
         interrupted: The method during which Ctrl-C came.
@@ -146,6 +115,8 @@ class Comparison:
     x: Tensor
     test: Tensor
     columns: tuple[str, ...]
+    y: Tensor | None = None
+    test_y: Tensor | None = None
     posteriors: dict[str, Posterior] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: str | None = None
@@ -166,7 +137,7 @@ class Comparison:
     def estimates(self, method: str, sites: Sequence[str]) -> dict[str, Estimate]:
         """What a method says of every element of some sites."""
         found = {}
-        for label, draws in plots.elements(self.posteriors[method], sites).items():
+        for label, draws in plots.elements(self.posteriors[method], present(sites, self.posteriors[method])).items():
             has_spread = draws.size > 1
             found[label] = Estimate(
                 float(draws.mean()),
@@ -185,7 +156,8 @@ class Comparison:
         seconds = float(posterior.info["sampling_time"])
         worst = least = math.nan
         if has_chains:
-            draws = {site: posterior.draws[site] for site in self.entry.judged} | {"lp": posterior.stats["lp"]}
+            judged = present(self.entry.judged, posterior)
+            draws = {site: posterior.draws[site] for site in judged} | {"lp": posterior.stats["lp"]}
             invariant = relabel.invariant(draws, posterior.symmetry)
             worst = _extreme(np.max, [arviz.rhat(values.double().numpy()) for values in invariant.values()])
             least = _extreme(np.min, [arviz.ess(values.double().numpy()) for values in invariant.values()])
@@ -198,12 +170,13 @@ class Comparison:
         }
 
     def _held_out(self, posterior: Posterior) -> float:
-        if not len(self.test):
+        if not len(self.test) or self.entry.score is None:
             return math.nan
-        flat = {site: posterior.draws[site].flatten(0, 1) for site in self.entry.judged}
+        flat = {site: values.flatten(0, 1) for site, values in posterior.draws.items() if values.is_floating_point()}
         count = len(next(iter(flat.values())))
         chosen = torch.linspace(0, count - 1, min(count, _SCORED)).round().long()
-        return float(self.model.score_samples(self.test, {site: values[chosen] for site, values in flat.items()}).mean())
+        data = self.entry.arguments(self.model, self.test, self.test_y)
+        return float(self.entry.score(self.model, data, {site: values[chosen] for site, values in flat.items()}).mean())
 
     def table(self) -> str:
         """The table as text: a column for each method."""
@@ -271,8 +244,9 @@ class Comparison:
     def _scales(self, labels: Sequence[str]) -> dict[str, float | None]:
         """The standard deviation of the column that an element is about, None if it is about none."""
         deviations, scales = self.x.std(0).tolist(), []
-        for site in self.entry.shown:
-            count = next(iter(self.posteriors.values())).draws[site][0, 0].numel()
+        first = next(iter(self.posteriors.values()))
+        for site in present(self.entry.shown, first):
+            count = first.draws[site][0, 0].numel()
             is_about_columns = self.entry.dims.get(site, ())[-1:] == ("features",)
             scales += [deviations[i % len(deviations)] if is_about_columns else None for i in range(count)]
         return dict(zip(labels, scales))
@@ -295,10 +269,12 @@ class Comparison:
 
     def figures(self) -> Iterator[tuple[str, Any]]:
         """File names and figures: the density, and, where there are chains, traces and effective sizes."""
-        yield "density.png", plots.density_contours(self.model, self.x, self.posteriors, self.columns)
+        if self.entry.pictured:
+            yield "density.png", plots.density_contours(self.model, self.x, self.posteriors, self.columns)
         if any(self.posteriors[name].stats["lp"].shape[1] > 3 for name in self.samplers):
-            yield "traces.png", plots.traces(self.posteriors, self.entry.shown)
-            yield "effective_sizes.png", plots.effective_sizes(self.posteriors, self.entry.judged)
+            shown, judged = (present(s, self.posteriors[self.samplers[0]]) for s in (self.entry.shown, self.entry.judged))
+            yield "traces.png", plots.traces(self.posteriors, shown)
+            yield "effective_sizes.png", plots.effective_sizes(self.posteriors, judged)
 
 
 def compare(
@@ -308,6 +284,7 @@ def compare(
     columns: Sequence[str],
     methods: Mapping[str, Backend[Any, Any]],
     *,
+    y: Tensor | None = None,
     held_out: float = 0.1,
     seed: int = 0,
     after: Callable[[str, Posterior], None] | None = None,
@@ -320,7 +297,8 @@ def compare(
         x: The table, (rows, features).
         columns: Names of the features.
         methods: Name to back-end, in the order in which they run.
-        held_out: Share of the rows that no back-end sees.
+        y: Labels of its rows, (rows,), if the model has any.
+        held_out: Share of the rows that no back-end sees; nothing of models whose rows cannot be scored one by one.
         seed: Seed of the split.
         after: Called with a method's name and posterior as soon as it has been fitted.
 
@@ -330,11 +308,16 @@ def compare(
     Raises:
         ValueError: If every back-end refuses the model or the data: what the first one says.
     """
-    training, test = split(x, held_out, seed)
-    comparison = Comparison(entry=entry, model=entry.build(**options), x=training, test=test, columns=tuple(columns))
+    kept, left = split(torch.arange(len(x)), 0.0 if entry.score is None else held_out, seed)
+    labels, test_labels = (None, None) if y is None else (y[kept], y[left])
+    model = entry.build(**options)
+    data = entry.arguments(model, x[kept], labels)
+    if isinstance(model, Prepared):
+        model.prepare(*data)
+    comparison = Comparison(entry, model, x[kept], x[left], tuple(columns), labels, test_labels)
     for name, backend in methods.items():
         try:
-            posterior = backend.fit(entry.build(**options), training)
+            posterior = backend.fit(entry.build(**options), *data)
         except KeyboardInterrupt:
             comparison.interrupted = name
             break
@@ -367,9 +350,21 @@ def labelled(
     return dataclasses.replace(
         posterior,
         draws=relabel.match(posterior.draws, posterior.symmetry, pivot),
-        dims={**posterior.dims, **entry.dims},
-        coords={**posterior.coords, "features": np.array(columns)},
+        dims={**posterior.dims, **{site: names for site, names in entry.dims.items() if site in posterior.draws}},
+        coords={**posterior.coords, **_coords(columns)},
     )
+
+
+def present(sites: Sequence[str], posterior: Posterior) -> list[str]:
+    """Those of the sites that a posterior has draws of."""
+    names = {site: site if site in sites else site.rstrip("0123456789").removesuffix("_") for site in posterior.draws}
+    return [site for wanted in sites for site, name in names.items() if name == wanted]
+
+
+def _coords(columns: Sequence[str]) -> dict[str, Any]:
+    """Names for the dimensions that are about columns."""
+    names = np.array(columns)
+    return {"features": names, "words": names, "terms": np.array([*columns, "intercept"])}
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -210,7 +210,7 @@ def elements(posterior: Posterior, sites: Sequence[str] | None = None) -> dict[s
         names = [_coordinates(posterior, site, axis, size) for axis, size in enumerate(values.shape[2:])]
         for place, index in enumerate(np.ndindex(*values.shape[2:])):
             label = ", ".join(names[axis][i] for axis, i in enumerate(index))
-            found[f"{site}[{label}]" if index else site] = values.flatten(2)[..., place].double().numpy()
+            found[f"{site}[{label}]" if index else site] = values.reshape(*values.shape[:2], -1)[..., place].double().numpy()
     return found
 
 

@@ -38,15 +38,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 GIBBS_THIN = {
     "gamma_shape": 4, "mixture": 4, "crossed": 2, "normal_independent": 2, "hmm": 2, "hidden_markov": 2, "annotators": 4,
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
-    "logistic": 4, "cox": 15, "block_model": 2,
+    "logistic": 4, "cox": 15, "block_model": 2, "GMM, full": 10, "GMM, tied": 4, "GMM, diagonal": 10, "GMM, spherical": 4,
+    "GMM, isotropic": 2, "GMM, sticks": 10, "PPCA": 6, "FactorAnalysis": 6, "Mixture, bernoulli": 2,
+    "Mixture, mixed columns": 6, "HMM": 4,
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
     "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 80, "schools": 20,
     "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 100,
-    "gaussian_process": 15, "hmm": 10,
+    "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 40, "GMM, diagonal": 80, "GMM, spherical": 60,
+    "GMM, sticks": 120, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
+    "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 90, "HMM": 60,
 }  # fmt: skip
-HMC_THIN = {"hmm": 2, "horseshoe": 4}
+# Sweeps before the first draw, where labels take long to leave the clusters that a chain starts from.
+GIBBS_WARMUP = {"Mixture, mixed columns": 200}
+HMC_THIN = {"hmm": 2, "horseshoe": 4, "PPCA": 3, "GMM, full": 2}
 # Far out its curvature is two hundred times as large, and a chain that strays there in warm-up takes long to leave.
 HMC_WARMUP = {"horseshoe": 300}
 # Chains where one evaluation is dear: the change-point has a table of years by years.
@@ -54,7 +60,8 @@ CHAINS = {"coal": 16}
 
 
 def _gibbs(name: str) -> Gibbs:
-    return Gibbs(chains=64, warmup=60, draws=60, thin=GIBBS_THIN.get(name, 1), seed=1, progress=False)
+    warmup = GIBBS_WARMUP.get(name, 60)
+    return Gibbs(chains=64, warmup=warmup, draws=60, thin=GIBBS_THIN.get(name, 1), seed=1, progress=False)
 
 
 def _metropolis(name: str) -> MetropolisHastings:

@@ -168,6 +168,125 @@ def test_fit_sums_up_what_has_no_chains(method: str, methods: dict[str, Any], ca
     assert "means[0, velocity]" in capsys.readouterr().out
 
 
+# --------------------------------------------------------------------------------- the other models
+SHEET = """height,weight,goals,kind,colour,level,grade
+1.2,3.1,0,0,1,2.5,0
+0.8,2.7,2,0,0,2.0,1
+1.9,3.9,1,1,2,3.1,2
+1.4,3.3,0,1,1,2.4,0
+0.2,2.1,4,0,0,1.3,1
+2.3,4.4,1,1,2,3.6,2
+1.1,2.9,3,0,1,2.2,0
+0.5,2.2,0,0,0,1.6,1
+2.0,4.1,1,1,2,3.3,2
+1.7,3.4,2,1,0,2.8,0
+"""
+RUNS = {
+    "mixture": (["--columns", "normal,normal,poisson,bernoulli,categorical,normal,poisson"], "rates[0, 0]"),
+    "naive_bayes": (["--labels", "kind", "--columns", "gaussian,gaussian,poisson,categorical,gaussian,poisson"], "share[0]"),
+    "linear": (["--labels", "level"], "coefficients[intercept]"),
+    "logistic": (["--labels", "kind"], "coefficients[weight]"),
+    "softmax": (["--labels", "grade"], "coefficients[2, height]"),
+    "margin": (["--labels", "kind", "--cost", "2.0"], "coefficients[0]"),
+    "ppca": (["--factors", "2"], "location[goals]"),
+    "factors": ([], "covariance[0, 1]"),
+    "hmm": (["--states", "2", "--emission", "diagonal"], "transitions[0, 1]"),
+    "lda": (["--components", "2"], "topics[0, colour]"),
+}
+
+
+@pytest.fixture
+def sheet(tmp_path: Path) -> Path:
+    """A table with a column of every kind."""
+    path = tmp_path / "sheet.csv"
+    path.write_text(SHEET)
+    return path
+
+
+@pytest.fixture
+def tally(tmp_path: Path) -> Path:
+    """A table of counts."""
+    path = tmp_path / "tally.csv"
+    rows = [",".join(row.split(",")[i] for i in (2, 3, 4, 6)) for row in SHEET.split()]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_every_model_is_run_below() -> None:
+    assert {"gmm", *RUNS} == {*MODELS}
+
+
+@pytest.mark.parametrize("model", RUNS)
+def test_every_model_is_fitted_by_its_name(
+    model: str, methods: dict[str, Any], sheet: Path, tally: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, element = RUNS[model]
+    data = tally if model == "lda" else sheet
+    assert cli.main(["fit", model, "--data", str(data), "--method", "gibbs", "--quiet", *options]) == 0
+    printed = capsys.readouterr().out
+    assert element in printed and "Findings" in printed and "10 rows" in printed
+
+
+@pytest.mark.parametrize("model", ["naive_bayes", "linear", "softmax", "ppca", "hmm"])
+def test_back_ends_are_compared_on_every_kind_of_model(
+    model: str, methods: dict[str, Any], sheet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compare", model, "--data", str(sheet), "--method", "em,gibbs", "--quiet", *RUNS[model][0]]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert RUNS[model][1] in printed and "failed" not in printed
+    held_out = next(line for line in printed.splitlines() if "held-out" in line and "density" in line).split()[-2:]
+    assert (held_out == ["-", "-"]) == (model == "hmm")
+    assert ("10 rows fitted" in printed) == (model == "hmm")
+    assert {"em.nc", "gibbs.nc", "table.csv", "traces.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_labels_may_lie_beside_the_table(methods: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["fit", "naive_bayes", "--data", "digits", "--labels", "y", "--columns", "poisson", "--method", "em", "--quiet"]
+    assert cli.main(argv) == 0
+    assert "naive_bayes(classes=10, columns=poisson) on digits: EM, 1797 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["naive_bayes"], "naive_bayes learns from labels: give --labels COLUMN, one of height, weight"),
+        (["naive_bayes", "--labels", "size"], "There is no column 'size'; there are height, weight"),
+        (
+            ["naive_bayes", "--labels", "level"],
+            "Labels must be whole numbers from 0 on, or -1 where they are not known, but",
+        ),
+        (["logistic", "--labels", "height"], "Labels must be whole numbers from 0 on, but 'height' is 1.2 in row 0"),
+        (["logistic", "--labels", "grade"], "LogisticRegression tells 2 classes apart, labelled 0 and 1, but there are 3"),
+        (["gmm", "--labels", "kind"], "gmm learns from no labels: leave --labels out"),
+        (["ppca", "--components", "3"], "ppca has no option --components; it has --factors"),
+        (["linear", "--labels", "level", "--factors", "3"], "linear has no option --factors; it has none"),
+        (["lda"], "lda counts words, so that every entry must be a whole number from 0 on, but row 0 of the table has 1.2"),
+        (["mixture", "--columns", "poisson"], "Column 0 is of the kind 'poisson' and must hold whole numbers from 0 on"),
+        (["mixture", "--columns", "round"], "kinds holds 'round', but each must be one of bernoulli"),
+        (["mixture", "--columns", "normal,poisson"], "x has 7 columns, but this Mixture was built for 2"),
+        (["ppca", "--factors", "7"], "factors is 7 and there are 7 columns"),
+        (["hmm", "--emission", "poisson"], "hmm with poisson emissions reads one column, but the table has 7"),
+        (["margin", "--labels", "kind", "--kernel", "cubic"], "kernel is 'cubic', but must be one of linear, rbf"),
+        (["margin", "--labels", "kind", "--cost", "-1"], "cost is -1.0, but must be positive"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_table_that_a_model_cannot_read_is_refused_in_one_sentence(
+    command: str, argv: list[str], sentence: str, no_step: None, sheet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, argv[0], "--data", str(sheet), "--method", "gibbs", *argv[1:]]) == 2
+    printed, said = capsys.readouterr()
+    assert printed == "" and sentence in said and said.count("\n") == 1 and said.startswith("genmodels: ")
+
+
+def test_rows_that_cannot_be_scored_alone_are_not_held_out(
+    no_step: None, sheet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", "hmm", "--data", str(sheet), "--held-out", "0.2"]) == 2
+    assert capsys.readouterr().err == "genmodels: hmm does not score rows one by one: leave --held-out out.\n"
+
+
 # ---------------------------------------------------------------------------------------- comparisons
 def posterior(seed: int, kind: str = "samples", shuffled: bool = False) -> Posterior:
     """Independent draws around a known point; labels at random if asked."""
@@ -270,7 +389,7 @@ def test_a_split_loses_no_row_and_depends_on_the_seed_alone(rows: int, share: fl
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["compare", "gnn", "--data", "faithful"], "There is no model 'gnn'; there are gmm"),
+        (["compare", "gnn", "--data", "faithful"], "There is no model 'gnn'; there are gmm, mixture"),
         (["fit", "gnn", "--data", "faithful", "--method", "em"], "There is no model 'gnn'"),
         (["compare", "gmm", "--data", "fathful"], "There is no data set 'fathful'; there are faithful, galaxies"),
         (["compare", "gmm", "--data", "nowhere.csv"], "There is no file nowhere.csv"),

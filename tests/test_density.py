@@ -132,7 +132,13 @@ def test_every_rung_gives_pyros_own_potential_and_its_gradient(name: str, rung: 
     assert_is_pyros(programs()[name], rung, 2 if rung == "looped" else CALLS)
 
 
-SEQUENCES = ("hidden_markov", "factorial_chains")  # which Pyro cannot sum out: test_sequences.py holds them to their loops
+SEQUENCES = (
+    "hidden_markov",
+    "factorial_chains",
+    "HMM",
+    "HMM, symbols",
+    "HMM, counts",
+)  # which Pyro cannot sum out: test_sequences.py holds them to their loops
 
 
 @pytest.mark.parametrize(

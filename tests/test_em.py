@@ -651,3 +651,21 @@ def test_weights_are_trained_beside_an_exact_e_step() -> None:
     history = posterior.history["log_joint"]
     assert bool((history.diff() > -1e-9).all())
     torch.testing.assert_close(history[-1], best, rtol=0.0, atol=1e-3)
+
+
+def test_em_goes_on_from_its_own_point_with_what_a_program_computes() -> None:
+    x = datasets.load("faithful").x
+    options: dict[str, Any] = {"standard_errors": False, "seed": 0, "progress": False}
+
+    def program(x: torch.Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 10.0))
+        pyro.deterministic("double", 2.0 * mean)
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    first = EM(steps=3, **options).fit(program, x[:, 0])
+    assert "double" in first.point()
+    then = EM(steps=3, start=first.point(), **options).fit(program, x[:, 0])
+    torch.testing.assert_close(then.point(), first.point())
+    with pytest.raises(ValueError, match="start= names 'triple'"):
+        EM(start={"triple": 1.0}, **options).fit(program, x[:, 0])

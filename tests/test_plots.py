@@ -244,3 +244,10 @@ def test_a_manifold_and_traversals_ask_the_decoder_where_they_say() -> None:
 def test_pictures_of_nothing_are_refused(draw: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         draw()
+
+
+def test_a_site_of_one_number_is_an_element() -> None:
+    draws = {"scale": torch.rand(2, 5), "mean": torch.rand(2, 5, 3)}
+    found = plots.elements(Posterior(draws=draws, stats={"lp": torch.zeros(2, 5)}, info={"kind": "samples"}))
+    assert found["scale"].shape == (2, 5) and (found["scale"] == draws["scale"].double().numpy()).all()
+    assert len(found) == 4

@@ -21,8 +21,21 @@ from torch import Tensor
 
 from exact import Moments
 from inference import Posterior
-from programs import chains, classes, curved, hierarchies, labels, plates, processes, regressions, scalars, vectors
+from programs import chains, classes, curved, hierarchies, labels, models, plates, processes, regressions, scalars, vectors
 from programs.scalars import Guide
+from pyro_genmodels import (
+    GMM,
+    HMM,
+    LDA,
+    PPCA,
+    FactorAnalysis,
+    LinearRegression,
+    LogisticRegression,
+    MarginClassifier,
+    Mixture,
+    NaiveBayes,
+    SoftmaxRegression,
+)
 
 __all__ = ["BY_NAME", "ZOO", "Instance", "markdown"]
 
@@ -32,7 +45,7 @@ class Instance:
     """A program with its data.
 
     Attributes:
-        program: A plain Pyro program.
+        program: A plain Pyro program, or a model.
         data: Its arguments, on the CPU.
         plan: Site to the update that Gibbs should choose.
         solution: Returns the moments of the posterior, name to ``Moments``; None if nothing is known of them.
@@ -45,6 +58,8 @@ class Instance:
         refused: Back-end that cannot run it to words of the sentence that says so.
         slow: Back-ends that take longer than a default run has time for.
         rough: Whether EM averages by drawing, so that its point moves about the mode.
+        scattered: Whether the posterior has modes that are apart, besides those of renaming; a guide takes one of them.
+        title: Name of the instance; None: that of the program.
     """
 
     program: Callable[..., Any]
@@ -58,10 +73,12 @@ class Instance:
     refused: Mapping[str, str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
     rough: bool = False
+    scattered: bool = False
+    title: str | None = None
 
     @property
     def name(self) -> str:
-        return self.program.__name__
+        return self.title or self.program.__name__
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
@@ -397,6 +414,137 @@ ZOO: tuple[Instance, ...] = (
         {"f": "EllipticalSlice"},
         Stored("cox"), processes.cox_mode,
     ),
+    Instance(
+        GMM(2, "full"), (models.POINTS,),
+        {"weights": "Dirichlet", "means": "Gaussian", "covariances": "InverseWishart", "z": "Enumerate"},
+        models.gmm_moments("full"), quantities=models.gmm_quantities,
+        title="GMM, full", scattered=True, slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        GMM(2, "tied"), (models.POINTS,),
+        {"weights": "Dirichlet", "means": "Gaussian", "covariances": "InverseWishart", "z": "Enumerate"},
+        models.gmm_moments("tied"), quantities=models.gmm_quantities,
+        title="GMM, tied", scattered=True, slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        GMM(2, "diagonal"), (models.POINTS,),
+        {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
+        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities, title="GMM, diagonal", scattered=True,
+    ),
+    Instance(
+        GMM(2, "spherical"), (models.POINTS,),
+        {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
+        models.gmm_moments("spherical"), quantities=models.gmm_quantities,
+        title="GMM, spherical", scattered=True, slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        GMM(2, "isotropic", weights="equal"), (models.POINTS,),
+        {"means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
+        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic",
+    ),
+    Instance(
+        GMM(models.STICKS, "diagonal", weights="stick-breaking", concentration=models.ALPHA), (models.POINTS,),
+        {"sticks": "Beta", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
+        models.gmm_sticks_moments, quantities=models.gmm_columns_quantities,
+        title="GMM, sticks", scattered=True, slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        Mixture(2, "bernoulli"), (models.SWITCHES,),
+        {"weights": "Dirichlet", "probabilities": "Beta", "z": "Enumerate"},
+        models.mixture_bernoulli_moments, quantities=models.mixture_quantities, title="Mixture, bernoulli",
+    ),
+    Instance(
+        Mixture(2, "poisson"), (models.CALLS,),
+        {"weights": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
+        models.mixture_poisson_moments, quantities=models.mixture_quantities, title="Mixture, poisson",
+    ),
+    Instance(
+        Mixture(2, ["bernoulli", "categorical", "poisson", "normal"]), (models.MIXED,),
+        {"weights": "Dirichlet", "probabilities": "Beta", "shares": "Dirichlet", "rates": "Gamma", "means": "Normal",
+         "variances": "InverseGamma", "z": "Enumerate"},
+        models.mixture_mixed_moments, quantities=models.mixture_quantities,
+        title="Mixture, mixed columns", slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        NaiveBayes(2, ["bernoulli", "poisson", "gaussian"]), (models.PATIENTS, models.ILLNESS),
+        {"share": "Dirichlet", "rates": "Beta", "intensities": "Gamma", "means": "Normal", "variances": "InverseGamma",
+         "y_unobserved": "Enumerate"},
+        models.naive_bayes_moments, quantities=models.naive_bayes_quantities, title="NaiveBayes",
+    ),
+    Instance(
+        LinearRegression(), (models.TABLE, models.YIELD),
+        {"variance": "InverseGamma", "coefficients": "Gaussian"},
+        models.linear_moments, models.linear_mode, quantities=models.linear_quantities, title="LinearRegression",
+    ),
+    Instance(
+        LinearRegression(scale=None, intercept=False), (models.TABLE, models.YIELD),
+        {"variance": "InverseGamma", "prior_variance": "InverseGamma", "coefficients": "Gaussian"},
+        models.linear_unknown_moments, quantities=models.linear_unknown_quantities, title="LinearRegression, scale unknown",
+    ),
+    Instance(
+        LogisticRegression(), (models.TABLE[:, :1], models.PASSED),
+        {"coefficients": "PolyaGamma"},
+        models.logistic_moments, models.logistic_mode, title="LogisticRegression",
+    ),
+    Instance(
+        SoftmaxRegression(3, intercept=False), (models.TABLE[:, :1], models.GRADE),
+        {"contrasts": "HMC"},
+        models.softmax_moments, models.softmax_mode, title="SoftmaxRegression",
+    ),
+    Instance(
+        MarginClassifier(intercept_scale=2.0), models.SIDES,
+        {"coefficients": "Gaussian", "mixing": "InverseGaussian of the reciprocal"},
+        models.margin_latent_moments, title="MarginClassifier",
+    ),
+    Instance(
+        MarginClassifier(intercept_scale=2.0, latent=False), models.SIDES,
+        {"coefficients": "HMC"},
+        models.margin_moments, title="MarginClassifier, summed",
+    ),
+    Instance(
+        PPCA(1), (models.PAIRS,),
+        {"noise": "InverseGamma", "location": "Gaussian", "loadings": "Gaussian", "z": "Normal"},
+        models.ppca_moments, quantities=models.factor_quantities, title="PPCA",
+    ),
+    Instance(
+        PPCA(1, latent=False), (models.PAIRS,),
+        {"noise": "HMC", "location": "Gaussian", "loadings": "HMC"},
+        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed",
+    ),
+    Instance(
+        FactorAnalysis(1), (models.PAIRS,),
+        {"noise": "InverseGamma", "location": "Gaussian", "loadings": "Gaussian", "z": "Normal"},
+        models.factor_analysis_moments, quantities=models.factor_quantities,
+        title="FactorAnalysis", slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        HMM(2), (models.SERIES,),
+        {"initial": "Dirichlet", "transitions": "Dirichlet", "means": "Normal", "covariances": "InverseWishart",
+         "z": "Enumerate"},
+        models.hmm_normal_moments, quantities=models.hmm_quantities, title="HMM",
+    ),
+    Instance(
+        HMM(2, "categorical"), (models.SYMBOLS,),
+        {"initial": "Dirichlet", "transitions": "Dirichlet", "probabilities": "Dirichlet", "z": "Enumerate"},
+        models.hmm_categorical_moments, quantities=models.hmm_quantities,
+        title="HMM, symbols", slow=("MetropolisHastings", "HMC"),
+    ),
+    Instance(
+        HMM(2, "poisson"), (models.TALLY,),
+        {"initial": "Dirichlet", "transitions": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
+        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts",
+    ),
+    Instance(
+        LDA(2, 4, share_concentration=1.5, topic_concentration=1.5), (models.BAGS,),
+        {"topics": "Own", "shares": "Own"},
+        models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities, title="LDA",
+    ),
+    Instance(
+        LDA(2, 4, share_concentration=1.5, topic_concentration=1.5, is_collapsed=True), (models.BAGS,),
+        {"topics": "Own", "shares": "Own"},
+        models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities,
+        title="LDA, collapsed", slow=("MetropolisHastings", "HMC"),
+    ),
 )  # fmt: skip
 
 BY_NAME = {instance.name: instance for instance in ZOO}
@@ -412,7 +560,7 @@ def cell(instance: Instance, backend: str) -> str:
     if backend == "Gibbs":
         return ", ".join(dict.fromkeys(instance.plan.values()))
     if backend == "SVI":
-        return "means agree" if instance.guide is None else "agrees"
+        return "one mode of several" if instance.scattered else "means agree" if instance.guide is None else "agrees"
     if backend == "EM":
         return "climbs" if instance.peak is None else "near the mode" if instance.rough else "mode"
     return "agrees"
