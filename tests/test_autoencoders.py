@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -609,3 +611,11 @@ def test_bad_input_is_told(case: str) -> None:
     call, sentence = BAD[case]
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_examples_of_the_documentation_hold() -> None:
+    modules = ("mlp", "conv"), ("vae", "cvae", "vade", "iwae", "semi_supervised", "autoencoder")
+    for package, names in zip(("nets", "autoencoders"), modules, strict=True):
+        for name in names:
+            found = doctest.testmod(importlib.import_module(f"pyro_genmodels.{package}.{name}"))
+            assert found.attempted and not found.failed, name

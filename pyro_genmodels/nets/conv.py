@@ -26,6 +26,7 @@ class ConvEncoder(nn.Module):
         activation: Class of the activations.
 
     Example:
+        >>> import torch
         >>> ConvEncoder((8, 8), 40)(torch.zeros(5, 8, 8)).shape
         torch.Size([5, 40])
     """
@@ -67,6 +68,7 @@ class ConvDecoder(nn.Module):
         activation: Class of the activations.
 
     Example:
+        >>> import torch
         >>> ConvDecoder(20, (3, 32, 32), outputs=2)(torch.zeros(5, 20)).shape
         torch.Size([5, 2, 3, 32, 32])
     """
