@@ -340,6 +340,7 @@ class Program:
         if self.rows == 0:
             raise ValueError("The data are empty: the first argument has no rows.")
         self.transform = transform
+        self._transformed: list[Tensor] | None = None
         self._leaves, self._evaluations = leaves, evaluations
         if isinstance(owner, Prepared):
             prepared_args, prepared_kwargs = self.arguments(self.fed(tensors))
@@ -400,6 +401,16 @@ class Program:
         is_cast = made.is_floating_point() and hasattr(self, "dtype")
         return [made.to(self.dtype) if is_cast else made, *data[1:]]
 
+    @property
+    def _shown(self) -> list[Tensor]:
+        """All the data as the program sees them outside of batches: transformed once, always alike."""
+        if self.transform is None:
+            return self.data
+        if self._transformed is None:
+            with isolated(0, self.device):
+                self._transformed = self.fed(self.data)
+        return self._transformed
+
     def _at_a_glance(self, part: int | None, look: Callable[[], T]) -> T:
         """What ``look`` finds in the first ``part`` rows, None for all, as a batch shows them."""
         whole, rows, transform = self.data, self.rows, self.transform
@@ -428,7 +439,7 @@ class Program:
 
     def arguments(self, data: list[Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The program's arguments, with its tensors replaced by ``data`` if given."""
-        tensors = iter(self.fed(self.data) if data is None else data)
+        tensors = iter(self._shown if data is None else data)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._structure)
 

@@ -73,6 +73,24 @@ def test_rows_are_binarised_anew_at_every_visit() -> None:
     assert set(first.unique().tolist()) == {0.0, 1.0} and not torch.equal(first, second)
 
 
+class Clusters(Binary):
+    """The same, z from one of three clusters, which are summed out."""
+
+    def model(self, x: Tensor | None = None, size: int | None = None) -> None:
+        rows = size if x is None else len(x)
+        assert rows is not None
+        with pyro.plate("rows", rows):
+            c = pyro.sample("c", dist.Categorical(logits=self.decoder[0].weight.new_zeros(3)))
+            z = pyro.sample("z", dist.Normal(c.unsqueeze(-1) - torch.ones(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("batch", [30, None])
+def test_a_finite_site_is_summed_out_of_what_is_binarised_anew(batch: int | None) -> None:
+    posterior = svi(batch_size=batch, transform=torch.bernoulli, bound=IWELBO(3)).fit(Clusters(), GREY)
+    assert posterior.history["loss"].isfinite().all() and set(posterior.draws["c"].unique().tolist()) <= {0, 1, 2}
+
+
 def test_a_transform_may_make_numbers_of_bytes() -> None:
     byte = (255 * GREY).to(torch.uint8)
     to_bits = lambda x: torch.bernoulli(x.float() / 255)  # noqa: E731
