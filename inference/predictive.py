@@ -206,6 +206,8 @@ def posterior_predictive(
     whose length does not change is taken for one over parameters. Where nothing tells the rows, such as where the first
     argument is no tensor and no plate changes its size, all latent sites in the plates of the data are drawn anew.
 
+    At the fitted data, latent sites whose draws were not kept are drawn by the guide that was fitted.
+
     The sites predicted are the observed ones at the new arguments. Where these give data to a latent site, it keeps them.
 
     Args:
@@ -217,6 +219,9 @@ def posterior_predictive(
 
     Returns:
         Observed site to (chain, draw, *observation), on the CPU.
+
+    Raises:
+        ValueError: If draws that were not kept are needed, and there is no guide.
     """
     arguments = program.cast(args, kwargs or {}) if args or kwargs else None
     anew = Anew.at(program, arguments, seed)
@@ -227,12 +232,21 @@ def posterior_predictive(
         for name, site in program.latents.items()
         if name in draws and name not in anew.latents and not anew.plates & {plate.name for plate in site.plates}
     ]
-    chains, count = next(iter(draws.values())).shape[:2] if draws else (1, 1)  # where nothing is hidden
+    left_out = [] if arguments is not None else [name for name in program.latents if name not in draws]
+    fitted = program.fitted
+    if left_out and fitted is None:
+        raise ValueError(
+            f"At the fitted data a prediction needs the draws of '{left_out[0]}', which were not kept. keep= decides."
+        )
+    chains, count = next(iter(draws.values())).shape[:2] if draws else (1, 1)  # where nothing is hidden, or kept
     rows = []
-    with isolated(seed, program.device), reproducible(program.dtype, program.device):
+    with isolated(seed, program.device), reproducible(program.dtype, program.device), torch.no_grad():
         for c in range(chains):
             for i in range(count):
                 values = {name: draws[name][c, i].to(program.device) for name in kept}
+                if left_out and fitted is not None:  # the guide draws what was too large to be kept
+                    guided = fitted.trace(program, values).nodes
+                    values |= {name: guided[name]["value"] for name in left_out if name in guided}
                 nodes = program.trace(values, arguments=arguments, resampled=anew.observed).nodes
                 rows.append({name: nodes[name]["value"].detach().cpu() for name in nodes if name in anew.observed})
     return {name: torch.stack([row[name] for row in rows]).unflatten(0, (chains, count)) for name in rows[0]}

@@ -616,6 +616,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         if isinstance(state.guide.call, AutoLaplaceApproximation):
             state = state._replace(guide=self._laplace(state.guide.call, program))
             program.fitted = state.guide
+        if not self._is_read_in_parts(state, program):
+            program.arguments()  # what is transformed once is so before many draws are made at once
         values, log_q = batched(partial(self._drawn, state, program), count)
         enumerated = tuple(name for name in program.finite if name not in values)
         if not program.latents:  # nothing is hidden
@@ -639,11 +641,15 @@ class SVI(Backend[SVIState, SVIInfo]):
             self._put(state, chosen)
         return state._replace(best=(), averaged=())
 
+    def _is_read_in_parts(self, state: SVIState, program: Program) -> bool:
+        return self.batch_size is not None and state.weigher.has_rows and (program.rows or 0) > _ROWS
+
     def _drawn(self, state: SVIState, program: Program) -> tuple[dict[str, Tensor], Tensor]:
         """One draw of the guide at all rows, a part of them at a time where they are seen in batches, and log q."""
-        if self.batch_size is None or program.rows is None or not state.weigher.has_rows or program.rows <= _ROWS:
+        if not self._is_read_in_parts(state, program):
             trace = state.guide.trace(program)
             return {n: trace.nodes[n]["value"] for n in program.latents if n in trace.nodes}, log_prob(trace)
+        assert program.rows is not None
         weigher, parts, log_q = state.weigher, list[dict[str, Tensor]](), torch.zeros((), dtype=program.dtype)
         shared: dict[str, Tensor] = {}
         for index in torch.arange(program.rows, device=program.device).split(_ROWS):

@@ -70,7 +70,7 @@ def test_the_code_in_readme_runs(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "readme"}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)
     x, y = namespace["x"], namespace["y"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inference import ELBO, IWELBO, SVI
+from inference import ELBO, IWELBO, SVI, Gibbs
 from inference.handlers import reproducible
 from inference.program import Program
 
@@ -140,6 +140,27 @@ def test_what_would_not_be_kept_is_not_drawn(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("inference.buffers.LARGEST", 1000)
     posterior = svi(draws=1000).fit(Binary(), BITS)
     assert not posterior.draws and any("keep=" in finding for finding in posterior.info["findings"])
+
+
+def test_a_prediction_draws_from_the_guide_what_was_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from the prior: a trained model says of its own rows more than of any; the gap is 20 standard errors."""
+    monkeypatch.setattr("inference.buffers.LARGEST", 1000)
+    x = BITS[:2].repeat_interleave(45, 0)
+    posterior = svi(steps=1500).fit(Binary(), x)
+    right = (posterior.predict()["x"][0, 0] == x).float().mean()
+    assert right > 0.85
+
+
+def test_a_sampler_that_kept_too_little_predicts_nothing_at_the_fitted_data() -> None:
+    def mean(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        s = pyro.sample("s", dist.Gamma(1.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(m, s), obs=x)
+
+    posterior = Gibbs(chains=2, warmup=5, draws=5, seed=0, keep=["m"], progress=False).fit(mean, GREY[:, 0])
+    with pytest.raises(ValueError, match=r"needs the draws of 's', which were not kept"):
+        posterior.predict()
 
 
 def test_a_gradient_is_cut_down_to_its_largest_norm() -> None:
@@ -281,3 +302,8 @@ def test_progress_is_told_in_nats_a_row() -> None:
 def test_a_compiled_step_is_the_step() -> None:
     plain, compiled = (svi(steps=40, compile=flag).fit(Binary(), BITS).history["loss"] for flag in (False, True))
     torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-4)
+
+
+def test_draws_of_data_that_are_binarised_anew_come_in_blocks() -> None:
+    draws = svi(batch_size=None, transform=torch.bernoulli, draws=100).fit(Binary(), GREY).draws["z"]
+    assert draws.shape == (1, 100, ROWS, 2) and bool((draws.std(1) > 0).all())
