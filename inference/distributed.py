@@ -94,7 +94,7 @@ class Processes:
         for weight in weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        parts = [loss.reshape(1), *(torch.view_as_real(g) if g.is_complex() else g for g in _gradients(weights))]
+        parts = [loss.reshape(-1), *(torch.view_as_real(g) if g.is_complex() else g for g in _gradients(weights))]
         for dtype in dict.fromkeys(part.dtype for part in parts):
             same = [part for part in parts if part.dtype == dtype]
             averaged = self.mean(torch.cat([part.flatten() for part in same]))

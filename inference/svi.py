@@ -137,8 +137,8 @@ class SVI(Backend[SVIState, SVIInfo]):
     ``inference.objective``). Data stay where they are: a tensor on a GPU is cut there, ``numpy.memmap`` is read row by row
     (give it the floating type of the weights, or ``transform``).
 
-    Draws of latent sites of the rows are taken from an amortised guide (one that a model with weights brings) without their
-    ``lp``, and not at all if they would not be kept.
+    Where a program with weights is trained on batches, draws of what its rows hide come without their ``lp``, which would
+    take a pass of its networks over all rows each; and if none would be kept, none are taken.
 
     Args:
         steps: Steps of the optimiser.
@@ -623,7 +623,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         if not program.latents:  # nothing is hidden
             lp = log_normalizer(program, {}, ()).expand(count)
             return state, Draw({}, {"lp": lp[None], "log_q": log_q[None]})
-        is_amortised = bool(program.weights) and state.weigher.has_rows
+        is_amortised = bool(program.weights) and state.weigher.has_rows and self.batch_size is not None
         if is_amortised and not enumerated:  # a pass of the decoder over all rows for every draw would tell little
             return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})
         if program.weights:
