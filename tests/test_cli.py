@@ -227,7 +227,10 @@ def test_every_model_is_fitted_by_its_name(
     assert element in printed and "Findings" in printed and "10 rows" in printed
 
 
-@pytest.mark.parametrize("model", ["naive_bayes", "linear", "softmax", "ppca", "hmm"])
+COMPARED = ["linear", "softmax", *(pytest.param(name, marks=pytest.mark.slow) for name in ("naive_bayes", "ppca", "hmm"))]
+
+
+@pytest.mark.parametrize("model", COMPARED)
 def test_back_ends_are_compared_on_every_kind_of_model(
     model: str, methods: dict[str, Any], sheet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -429,7 +429,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         GMM(2, "diagonal"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
-        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities, title="GMM, diagonal", scattered=True,
+        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities, title="GMM, diagonal", scattered=True, slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         GMM(2, "spherical"), (models.POINTS,),
@@ -440,7 +440,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         GMM(2, "isotropic", weights="equal"), (models.POINTS,),
         {"means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
-        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic",
+        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         GMM(models.STICKS, "diagonal", weights="stick-breaking", concentration=models.ALPHA), (models.POINTS,),
@@ -451,12 +451,12 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         Mixture(2, "bernoulli"), (models.SWITCHES,),
         {"weights": "Dirichlet", "probabilities": "Beta", "z": "Enumerate"},
-        models.mixture_bernoulli_moments, quantities=models.mixture_quantities, title="Mixture, bernoulli",
+        models.mixture_bernoulli_moments, quantities=models.mixture_quantities, title="Mixture, bernoulli", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         Mixture(2, "poisson"), (models.CALLS,),
         {"weights": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
-        models.mixture_poisson_moments, quantities=models.mixture_quantities, title="Mixture, poisson",
+        models.mixture_poisson_moments, quantities=models.mixture_quantities, title="Mixture, poisson", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         Mixture(2, ["bernoulli", "categorical", "poisson", "normal"]), (models.MIXED,),
@@ -469,7 +469,7 @@ ZOO: tuple[Instance, ...] = (
         NaiveBayes(2, ["bernoulli", "poisson", "gaussian"]), (models.PATIENTS, models.ILLNESS),
         {"share": "Dirichlet", "rates": "Beta", "intensities": "Gamma", "means": "Normal", "variances": "InverseGamma",
          "y_unobserved": "Enumerate"},
-        models.naive_bayes_moments, quantities=models.naive_bayes_quantities, title="NaiveBayes",
+        models.naive_bayes_moments, quantities=models.naive_bayes_quantities, title="NaiveBayes", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         LinearRegression(), (models.TABLE, models.YIELD),
@@ -494,22 +494,22 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         MarginClassifier(intercept_scale=2.0), models.SIDES,
         {"coefficients": "Gaussian", "mixing": "InverseGaussian of the reciprocal"},
-        models.margin_latent_moments, title="MarginClassifier",
+        models.margin_latent_moments, title="MarginClassifier", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         MarginClassifier(intercept_scale=2.0, latent=False), models.SIDES,
         {"coefficients": "HMC"},
-        models.margin_moments, title="MarginClassifier, summed",
+        models.margin_moments, title="MarginClassifier, summed", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         PPCA(1), (models.PAIRS,),
         {"noise": "InverseGamma", "location": "Gaussian", "loadings": "Gaussian", "z": "Normal"},
-        models.ppca_moments, quantities=models.factor_quantities, title="PPCA",
+        models.ppca_moments, quantities=models.factor_quantities, title="PPCA", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         PPCA(1, latent=False), (models.PAIRS,),
         {"noise": "HMC", "location": "Gaussian", "loadings": "HMC"},
-        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed",
+        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         FactorAnalysis(1), (models.PAIRS,),
@@ -521,7 +521,7 @@ ZOO: tuple[Instance, ...] = (
         HMM(2), (models.SERIES,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "means": "Normal", "covariances": "InverseWishart",
          "z": "Enumerate"},
-        models.hmm_normal_moments, quantities=models.hmm_quantities, title="HMM",
+        models.hmm_normal_moments, quantities=models.hmm_quantities, title="HMM", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         HMM(2, "categorical"), (models.SYMBOLS,),
@@ -532,12 +532,12 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         HMM(2, "poisson"), (models.TALLY,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
-        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts",
+        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         LDA(2, 4, share_concentration=1.5, topic_concentration=1.5), (models.BAGS,),
         {"topics": "Own", "shares": "Own"},
-        models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities, title="LDA",
+        models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities, title="LDA", slow=("MetropolisHastings", "HMC"),
     ),
     Instance(
         LDA(2, 4, share_concentration=1.5, topic_concentration=1.5, is_collapsed=True), (models.BAGS,),
