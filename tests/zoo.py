@@ -121,6 +121,8 @@ ALL_FINITE = {
 ENDLESS = dict.fromkeys(("SVI", "MetropolisHastings", "HMC"), "infinitely many values")
 COUPLED = dict.fromkeys(("SVI", "EM", "MetropolisHastings", "HMC"), "are coupled")
 
+LONG = ("MetropolisHastings", "HMC")  # chains of the models of the package, which take long to move
+
 ZOO: tuple[Instance, ...] = (
     Instance(
         scalars.beta_binomial, (scalars.FLIPS,),
@@ -418,58 +420,58 @@ ZOO: tuple[Instance, ...] = (
         GMM(2, "full"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Gaussian", "covariances": "InverseWishart", "z": "Enumerate"},
         models.gmm_moments("full"), quantities=models.gmm_quantities,
-        title="GMM, full", scattered=True, slow=("MetropolisHastings", "HMC"),
+        title="GMM, full", scattered=True, slow=LONG,
     ),
     Instance(
         GMM(2, "tied"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Gaussian", "covariances": "InverseWishart", "z": "Enumerate"},
         models.gmm_moments("tied"), quantities=models.gmm_quantities,
-        title="GMM, tied", scattered=True, slow=("MetropolisHastings", "HMC"),
+        title="GMM, tied", scattered=True, slow=LONG,
     ),
     Instance(
         GMM(2, "diagonal"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
-        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities, title="GMM, diagonal", scattered=True, slow=("MetropolisHastings", "HMC"),
+        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities, title="GMM, diagonal", scattered=True, slow=LONG,
     ),
     Instance(
         GMM(2, "spherical"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
         models.gmm_moments("spherical"), quantities=models.gmm_quantities,
-        title="GMM, spherical", scattered=True, slow=("MetropolisHastings", "HMC"),
+        title="GMM, spherical", scattered=True, slow=LONG,
     ),
     Instance(
         GMM(2, "isotropic", weights="equal"), (models.POINTS,),
         {"means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
-        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic", slow=("MetropolisHastings", "HMC"),
+        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic", slow=LONG,
     ),
     Instance(
         GMM(models.STICKS, "diagonal", weights="stick-breaking", concentration=models.ALPHA), (models.POINTS,),
         {"sticks": "Beta", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
         models.gmm_sticks_moments, quantities=models.gmm_columns_quantities,
-        title="GMM, sticks", scattered=True, slow=("MetropolisHastings", "HMC"),
+        title="GMM, sticks", scattered=True, slow=LONG,
     ),
     Instance(
         Mixture(2, "bernoulli"), (models.SWITCHES,),
         {"weights": "Dirichlet", "probabilities": "Beta", "z": "Enumerate"},
-        models.mixture_bernoulli_moments, quantities=models.mixture_quantities, title="Mixture, bernoulli", slow=("MetropolisHastings", "HMC"),
+        models.mixture_bernoulli_moments, quantities=models.mixture_quantities, title="Mixture, bernoulli", slow=LONG,
     ),
     Instance(
         Mixture(2, "poisson"), (models.CALLS,),
         {"weights": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
-        models.mixture_poisson_moments, quantities=models.mixture_quantities, title="Mixture, poisson", slow=("MetropolisHastings", "HMC"),
+        models.mixture_poisson_moments, quantities=models.mixture_quantities, title="Mixture, poisson", slow=LONG,
     ),
     Instance(
         Mixture(2, ["bernoulli", "categorical", "poisson", "normal"]), (models.MIXED,),
         {"weights": "Dirichlet", "probabilities": "Beta", "shares": "Dirichlet", "rates": "Gamma", "means": "Normal",
          "variances": "InverseGamma", "z": "Enumerate"},
         models.mixture_mixed_moments, quantities=models.mixture_quantities,
-        title="Mixture, mixed columns", slow=("MetropolisHastings", "HMC"),
+        title="Mixture, mixed columns", slow=LONG,
     ),
     Instance(
         NaiveBayes(2, ["bernoulli", "poisson", "gaussian"]), (models.PATIENTS, models.ILLNESS),
         {"share": "Dirichlet", "rates": "Beta", "intensities": "Gamma", "means": "Normal", "variances": "InverseGamma",
          "y_unobserved": "Enumerate"},
-        models.naive_bayes_moments, quantities=models.naive_bayes_quantities, title="NaiveBayes", slow=("MetropolisHastings", "HMC"),
+        models.naive_bayes_moments, quantities=models.naive_bayes_quantities, title="NaiveBayes", slow=LONG,
     ),
     Instance(
         LinearRegression(), (models.TABLE, models.YIELD),
@@ -494,56 +496,56 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         MarginClassifier(intercept_scale=2.0), models.SIDES,
         {"coefficients": "Gaussian", "mixing": "InverseGaussian of the reciprocal"},
-        models.margin_latent_moments, title="MarginClassifier", slow=("MetropolisHastings", "HMC"),
+        models.margin_latent_moments, title="MarginClassifier", slow=LONG,
     ),
     Instance(
         MarginClassifier(intercept_scale=2.0, latent=False), models.SIDES,
         {"coefficients": "HMC"},
-        models.margin_moments, title="MarginClassifier, summed", slow=("MetropolisHastings", "HMC"),
+        models.margin_moments, title="MarginClassifier, summed", slow=LONG,
     ),
     Instance(
         PPCA(1), (models.PAIRS,),
         {"noise": "InverseGamma", "location": "Gaussian", "loadings": "Gaussian", "z": "Normal"},
-        models.ppca_moments, quantities=models.factor_quantities, title="PPCA", slow=("MetropolisHastings", "HMC"),
+        models.ppca_moments, quantities=models.factor_quantities, title="PPCA", slow=LONG,
     ),
     Instance(
         PPCA(1, latent=False), (models.PAIRS,),
         {"noise": "HMC", "location": "Gaussian", "loadings": "HMC"},
-        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed", slow=("MetropolisHastings", "HMC"),
+        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed", slow=LONG,
     ),
     Instance(
         FactorAnalysis(1), (models.PAIRS,),
         {"noise": "InverseGamma", "location": "Gaussian", "loadings": "Gaussian", "z": "Normal"},
         models.factor_analysis_moments, quantities=models.factor_quantities,
-        title="FactorAnalysis", slow=("MetropolisHastings", "HMC"),
+        title="FactorAnalysis", slow=LONG,
     ),
     Instance(
         HMM(2), (models.SERIES,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "means": "Normal", "covariances": "InverseWishart",
          "z": "Enumerate"},
-        models.hmm_normal_moments, quantities=models.hmm_quantities, title="HMM", slow=("MetropolisHastings", "HMC"),
+        models.hmm_normal_moments, quantities=models.hmm_quantities, title="HMM", slow=LONG,
     ),
     Instance(
         HMM(2, "categorical"), (models.SYMBOLS,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "probabilities": "Dirichlet", "z": "Enumerate"},
         models.hmm_categorical_moments, quantities=models.hmm_quantities,
-        title="HMM, symbols", slow=("MetropolisHastings", "HMC"),
+        title="HMM, symbols", slow=LONG,
     ),
     Instance(
         HMM(2, "poisson"), (models.TALLY,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
-        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts", slow=("MetropolisHastings", "HMC"),
+        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts", slow=LONG,
     ),
     Instance(
         LDA(2, 4, share_concentration=1.5, topic_concentration=1.5), (models.BAGS,),
         {"topics": "Own", "shares": "Own"},
-        models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities, title="LDA", slow=("MetropolisHastings", "HMC"),
+        models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities, title="LDA", slow=LONG,
     ),
     Instance(
         LDA(2, 4, share_concentration=1.5, topic_concentration=1.5, is_collapsed=True), (models.BAGS,),
         {"topics": "Own", "shares": "Own"},
         models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities,
-        title="LDA, collapsed", slow=("MetropolisHastings", "HMC"),
+        title="LDA, collapsed", slow=LONG,
     ),
 )  # fmt: skip
 
