@@ -103,7 +103,7 @@ def probability_flow(denoiser: Denoiser, x: Tensor, grid: Tensor, probes: Tensor
 def _slope_and_divergence(
     denoiser: Denoiser, z: Tensor, scaled: Tensor, t: Tensor | None, probes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    keeps_graph = torch.is_grad_enabled()
+    keeps_graph = torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in denoiser.parameters()))
     with torch.enable_grad():
         point = z if z.requires_grad else z.detach().requires_grad_()
         slope = flow_slope(denoiser, point, scaled, t)

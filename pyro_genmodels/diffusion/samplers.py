@@ -22,8 +22,10 @@ Sampler                         Order    Denoiser calls, N steps     Reference
 ``rk4``                         4        4 N                         Kutta 1901
 ``ancestral``, ``ddim(eta=1)``  1, weak  N                           Ho et al. 2020
 ``euler_maruyama``              1, weak  N                           Song et al. 2021
-``dpm_solver_pp_2m_sde``        1, weak  N                           Lu et al. 2023
+``dpm_solver_pp_2m_sde``        2, weak  N                           Lu et al. 2023
 ==============================  =======  ==========================  =============================
+
+Orders of the flow are those of the end points of paths, weak ones those of the law that Gaussian data come out with.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 
 from pyro_genmodels.diffusion.denoiser import Denoiser
-from pyro_genmodels.diffusion.tweedie import jacobian
+from pyro_genmodels.diffusion.scores import jacobian
 
 __all__ = [
     "Variance", "ancestral", "ddim", "dpm_solver_2", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "dpm_solver_pp_3m",
@@ -91,14 +93,19 @@ def path(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
             f"A grid falls from noise to data, but goes from {times[at]:g} to {times[at + 1]:g} at step {at}. "
             f"{type(denoiser.schedule).__name__}().grid(steps) makes one; the same time twice is a step that does nothing."
         )
+    stop = denoiser.schedule.stop
+    if not times[-1] >= 0.0 or times[0] > stop * (1.0 + 1e-6):
+        raise ValueError(
+            f"Times of {type(denoiser.schedule).__name__} lie between 0 and stop = {stop:g}, but the grid goes from "
+            f"{times[0]:g} to {times[-1]:g}."
+        )
     with torch.no_grad():
         snrs = denoiser.schedule.log_snr(times.to(grid.device)).double()
         alphas, sigmas = (level.cpu() for level in denoiser.schedule.levels(snrs))
     if not (alphas > 0).all() or not (sigmas[:-1] > 0).all() or not (snrs[1:] > snrs[:-1]).all():
         raise ValueError(
-            f"Along a grid the log-SNR rises from a number, but {type(denoiser.schedule).__name__} gives "
-            f"{snrs.tolist()[:3]} … at {times.tolist()[:3]} …. Times lie between {denoiser.schedule.start:g} and "
-            f"{denoiser.schedule.stop:g}."
+            f"Along a grid the log-SNR rises from a number, but {type(denoiser.schedule).__name__} has "
+            f"{snrs.tolist()[:3]} … at {times.tolist()[:3]} …"
         )
     if not x.is_floating_point():
         raise ValueError(f"x is a state of noise and data, floating-point numbers, but is {x.dtype}.")

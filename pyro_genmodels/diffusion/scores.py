@@ -1,4 +1,4 @@
-"""Tweedie's formula: what a noisy observation says of the truth, from the score of the observations alone."""
+"""What follows from a score: Tweedie's formula, that is what a noisy observation says of the truth, and derivatives."""
 
 from __future__ import annotations
 
