@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 from collections.abc import Callable
 
@@ -17,7 +19,6 @@ from pyro_genmodels.diffusion import (
     VP,
     Betas,
     Cosine,
-    Denoised,
     Learned,
     Network,
     Oracle,
@@ -144,7 +145,9 @@ def test_a_learned_schedule_learns_both_ends_and_what_lies_between() -> None:
     ("call", "message"),
     [
         (lambda: EDM().grid(0), "at least 1 step"),
-        (lambda: EDM().grid(5, "quadratic"), "spacing is"),
+        (lambda: EDM().grid(2.5), "whole number of steps"),  # type: ignore[arg-type]
+        (lambda: EDM().grid(5, "karras", rho=0.0), "rho is above 0"),
+        (lambda: EDM().grid(5, "quadratic"), "spacing is"),  # type: ignore[arg-type]
         (lambda: EDM().grid(5, start=90.0), "begins at noise"),
         (lambda: Betas.linear(100).grid(5, "log_snr"), "Give a start above 0"),
         (lambda: Betas([0.1, 1.2]), "above 0 and below 1"),
@@ -370,8 +373,18 @@ def test_the_least_loss_is_the_trace_of_the_posterior_covariance() -> None:
 def test_an_oracle_says_what_is_wrong(args: tuple[Tensor, Tensor, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Oracle(*args, VP())
+    ring = Oracle.ring(5, VP())
+    x, t = torch.zeros(3, 2), torch.tensor(0.5)
     with pytest.raises(ValueError, match="x is \\(rows, 2\\)"):
-        Oracle.ring(5, VP())(torch.zeros(3), torch.tensor(0.5))
+        ring(x[0], t)
+    with pytest.raises(ValueError, match="a time before t"):
+        ring.reverse(x, t, t)
+    with pytest.raises(ValueError, match="y is \\(M,\\)"):
+        ring.condition(torch.eye(2), torch.zeros(3), torch.eye(2))
+    with pytest.raises(ValueError, match="at least 1 component"):
+        Oracle.ring(0, VP())
+    with pytest.raises(TypeError, match="t is a tensor"):
+        ring(x, 0.5)  # type: ignore[arg-type]
 
 
 # Tweedie.
@@ -402,5 +415,7 @@ def test_tweedie_says_what_is_wrong() -> None:
         score_of(torch.distributions.Normal(0.0, 1.0).log_prob)(y)
 
 
-def test_denoised_may_know_no_variance() -> None:
-    assert Denoised(torch.zeros(2)).variance is None
+@pytest.mark.parametrize("name", ["schedule", "oracle", "scores", "likelihood"])
+def test_examples_of_the_documentation_hold(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"pyro_genmodels.diffusion.{name}"))
+    assert found.attempted and not found.failed

@@ -62,7 +62,7 @@ def test_a_plain_prior_errs_by_what_is_left_of_the_data() -> None:
     schedule = VP()
     oracle = Oracle(f64(1.0), f64(0.7)[:, None], 0.5, schedule)
     x = oracle.distribution().sample((16,))
-    grid = schedule.grid(200)
+    grid = schedule.grid(100)
     exact = oracle.log_prob(x, grid[-1])
     end = probability_flow(oracle, x, grid.flip(0)).x
     off = stats.norm.logpdf(end[:, 0]) - oracle.log_prob(end, grid[0]).numpy()
@@ -84,14 +84,12 @@ def test_the_log_determinant_is_that_of_the_jacobian() -> None:
     schedule = SubVP()
     oracle, x = ring(schedule, 3)
     grid = schedule.grid(120)
-    flow = probability_flow(oracle, x, grid.flip(0))
-    for i in range(3):
-        step = 1e-5 * torch.eye(2, dtype=torch.float64)
-        moved = torch.cat([x[i] + step, x[i] - step])
-        with torch.no_grad():
-            ends = probability_flow(oracle, moved, grid.flip(0)).x
-        jacobian = (ends[:2] - ends[2:]) / 2e-5
-        assert flow.log_det[i].item() == pytest.approx(jacobian.det().abs().log().item(), abs=1e-3)
+    step = 1e-5 * torch.eye(2, dtype=torch.float64)
+    moved = torch.cat([x, *(x + sign * delta for delta in step for sign in (1.0, -1.0))])
+    flow = probability_flow(oracle, moved, grid.flip(0))
+    ends = flow.x.reshape(5, 3, 2)
+    jacobian = torch.stack([ends[1] - ends[2], ends[3] - ends[4]], 1) / 2e-5
+    assert torch.allclose(flow.log_det[:3], jacobian.det().abs().log(), atol=1e-3)
 
 
 def test_frozen_probes_are_unbiased_with_the_variance_of_rademacher() -> None:

@@ -379,3 +379,11 @@ RING = Oracle.ring(5, VP())
 def test_a_sampler_says_what_is_wrong(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_sampler_says_what_it_takes() -> None:
+    with pytest.raises(TypeError, match="takes a Denoiser, but got a function"):
+        samplers.heun(lambda x, t: x, X, f64(0.5, 0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a tensor of times"):
+        samplers.heun(RING, X, [0.5, 0.1])  # type: ignore[arg-type]
+    assert samplers.heun(RING, X.float(), f64(0.5, 0.1)).dtype == torch.float32

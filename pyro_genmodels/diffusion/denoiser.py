@@ -78,6 +78,8 @@ class Denoiser(nn.Module, abc.ABC):
     @final
     def at(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t in shapes that multiply ``x``."""
+        if not isinstance(t, Tensor):
+            raise TypeError(f"t is a tensor, of one time or one per row, but is {t!r}. Give torch.tensor({t!r}).")
         return per_row(self.schedule.alpha(t), x), per_row(self.schedule.sigma(t), x)
 
 

@@ -92,6 +92,8 @@ class Oracle(Denoiser):
     @staticmethod
     def ring(components: int, schedule: Schedule, radius: float = 2.0, deviation: float = 0.3) -> Oracle:
         """Round components on a circle in the plane, in float64, of weights that rise as 2, 3, …, K + 1."""
+        if components < 1:
+            raise ValueError(f"A ring has at least 1 component, but components is {components}.")
         angles = torch.arange(components, dtype=torch.float64) * (2.0 * math.pi / components)
         means = radius * torch.stack([angles.cos(), angles.sin()], -1)
         return Oracle(torch.arange(2, components + 2, dtype=torch.float64), means, deviation, schedule)
@@ -108,7 +110,7 @@ class Oracle(Denoiser):
         mean = (shares[..., None] * means).sum(1)
         within = torch.einsum("kde,rke->rkd", self.axes.square(), self.values * parts.sigma.square() / parts.spread)
         variance = (shares[..., None] * (within + (means - mean[:, None]).square())).sum(1)
-        return Denoised(mean, variance)
+        return Denoised(mean.to(x.dtype), variance.to(x.dtype))
 
     def covariance(self, x: Tensor, t: Tensor) -> Tensor:
         """Cov[x_0 | x_t], (rows, D, D)."""
@@ -134,6 +136,8 @@ class Oracle(Denoiser):
 
         Chains that step through these have the exact law at every level, however few the steps.
         """
+        if not (earlier < t).all():
+            raise ValueError(f"earlier is a time before t, with less noise, but is {earlier} at t = {t}.")
         parts = self._parts(x, t)
         alpha, sigma = self._levels(x, earlier)
         ratio = parts.alpha / alpha
@@ -158,6 +162,7 @@ class Oracle(Denoiser):
                 f"{tuple(operator.shape)} and {tuple(y.shape)}."
             )
         prior = self.covariances
+        operator, y, covariance = (tensor.to(prior) for tensor in (operator, y, covariance))
         cross = prior @ operator.mT  # (K, D, M)
         evidence = dist.MultivariateNormal(self.means @ operator.mT, operator @ cross + covariance)
         gain = torch.cholesky_solve(cross.mT, evidence.scale_tril).mT

@@ -81,6 +81,12 @@ def path(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
     Raises:
         ValueError: Less than one step, times that do not fall or are not numbers, noise that does not fall.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"A sampler takes a Denoiser, but got a {type(denoiser).__name__}. Network(network, schedule) is one."
+        )
+    if not isinstance(grid, Tensor):
+        raise TypeError(f"A grid is a tensor of times, such as schedule.grid(steps), but is {grid!r}.")
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(
             f"A grid is a vector of at least 2 times, so that there is a step; it has the shape {tuple(grid.shape)}."
@@ -333,7 +339,7 @@ def unipc(denoiser: Denoiser, x: Tensor, grid: Tensor, order: int = 3) -> Tensor
         W. Zhao, L. Bai, Y. Rao, J. Zhou, J. Lu, UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
         Diffusion Models (2023).
     """
-    if order not in (1, 2, 3):
+    if not isinstance(order, int) or order not in (1, 2, 3):
         raise ValueError(f"order is 1, 2 or 3, but is {order}.")
     return _multistep(denoiser, x, grid, order, corrects=True)
 

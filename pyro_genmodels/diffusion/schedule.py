@@ -90,8 +90,10 @@ class Schedule(nn.Module, abc.ABC):
             >>> EDM().grid(3, "karras")
             tensor([8.0000e+01, 9.7232e+00, 4.6998e-01, 2.0000e-03], dtype=torch.float64)
         """
-        if steps < 1:
-            raise ValueError(f"A grid needs at least 1 step, but steps is {steps}.")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"A grid needs a whole number of steps, at least 1 step, but steps is {steps}.")
+        if not rho > 0:
+            raise ValueError(f"rho is above 0, but is {rho}.")
         if spacing not in ("time", "log_snr", "karras"):
             raise ValueError(f"spacing is 'time', 'log_snr' or 'karras', not {spacing!r}.")
         ends = torch.tensor(
@@ -158,7 +160,7 @@ class Betas(_Preserving):
 
     Example:
         >>> Betas.linear(1000).alpha(torch.tensor([0.0, 500.0, 1000.0])).square()
-        tensor([1.0000e+00, 7.7813e-02, 4.0358e-05])
+        tensor([1.0000e+00, 7.8587e-02, 4.0358e-05])
     """
 
     start = 0.0
