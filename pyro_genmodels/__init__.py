@@ -15,6 +15,7 @@ from pyro_genmodels.classical import (
     NaiveBayes,
     SoftmaxRegression,
 )
+from pyro_genmodels.diffusion import tweedie
 
 __all__ = [
     "CVAE",
@@ -36,6 +37,7 @@ __all__ = [
     "SoftmaxRegression",
     "StochasticModule",
     "VaDE",
+    "tweedie",
 ]
 
 __version__ = "0.1.0"
