@@ -15,9 +15,11 @@ from pyro_genmodels.classical import (
     NaiveBayes,
     SoftmaxRegression,
 )
+from pyro_genmodels.implicit import GAN, InfoGAN
 
 __all__ = [
     "CVAE",
+    "GAN",
     "GMM",
     "HMM",
     "IWAE",
@@ -27,6 +29,7 @@ __all__ = [
     "Autoencoder",
     "FactorAnalysis",
     "GenerativeModel",
+    "InfoGAN",
     "LinearRegression",
     "LogisticRegression",
     "MarginClassifier",
