@@ -22,8 +22,8 @@ class ImplicitDistribution(TorchDistribution):
 
         ε ~ p(ε),  x = push(ε)
 
-    It has ``rsample``, whose gradients go through ``push``, and no ``log_prob``. As a hidden site of a program it is inferred
-    through its noise (``NoiseReparam``); as an observed one, its weights are trained by ``inference.Adversarial``.
+    It has ``rsample``, whose gradients go through ``push``, and no ``log_prob``. As a hidden site of a program it is
+    inferred through its noise (``NoiseReparam``); as an observed one, its weights are trained by ``inference.Adversarial``.
 
     Args:
         noise: p(ε), with the batch shape that the result is to have.
@@ -43,9 +43,7 @@ class ImplicitDistribution(TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch looks it up on the class)
     has_rsample = True
 
-    def __init__(
-        self, noise: TorchDistribution, push: Callable[[Tensor], Tensor], event_shape: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, noise: TorchDistribution, push: Callable[[Tensor], Tensor], event_shape: Sequence[int] = ()) -> None:
         self.noise, self.push = noise, push
         super().__init__(torch.Size(noise.batch_shape), torch.Size(event_shape), validate_args=False)
 

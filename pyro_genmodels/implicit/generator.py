@@ -65,7 +65,9 @@ class Generator(StochasticModule):
 
     def _noise(self) -> TorchDistribution:
         zero = self.zero.expand(self.features)
-        return (dist.Normal(zero, zero + 1.0) if self.noise == "normal" else dist.Uniform(zero - 1.0, zero + 1.0)).to_event(1)
+        return (dist.Normal(zero, zero + 1.0) if self.noise == "normal" else dist.Uniform(zero - 1.0, zero + 1.0)).to_event(
+            1
+        )
 
     def push(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
         """x of noise, (…, *shape).
@@ -84,7 +86,7 @@ class Generator(StochasticModule):
                 f"The network of this Generator gave a tensor of shape {tuple(x.shape)} for {len(parts[0])} rows, but x has "
                 f"shape {self.shape}: it must give ({len(parts[0])}, {math.prod(self.shape)}), or that unflattened."
             )
-        return x.reshape(*lead, *self.shape)
+        return x.reshape(lead + self.shape)
 
     def forward(self, context: Tensor | None = None) -> ImplicitDistribution:
         """The distribution of x, of batch shape () or that of the context.
