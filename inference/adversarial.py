@@ -96,9 +96,9 @@ class Wiring(NamedTuple):
 class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     """Trains the weights of a program against a critic. Both networks are trained in place.
 
-    Each step takes ``critic_steps`` batches for the critic and then one step of the generator on the last of them. The critic
-    gets the values of the observed sites, then the program's other tensors that have rows, such as a context.
-    Data are compared as whole rows: none may be missing. There are no draws of hidden sites; ``posterior.weights`` has the
+    Each step takes ``critic_steps`` batches for the critic and then one step of the generator on the last of them. The
+    critic gets the values of the observed sites, then the program's other tensors that have rows, such as a context. Data
+    are compared as whole rows: none may be missing. There are no draws of hidden sites; ``posterior.weights`` has the
     weights (those of the critic as ``critic.*``), ``posterior.predict()`` draws new data.
 
     Where a program with hidden sites brings a guide, this is trained to recognise them in draws, and the program to make
@@ -194,13 +194,13 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
             raise Unsupported("Adversarial runs in one process (inference.distributed.alone).")
         if not program.observed_sites:
             raise Unsupported(f"{program.name} observes nothing that a critic could tell from its draws. Give it data.")
+        self._check_paths(program)
         if not program.weights:
             raise Unsupported(f"What {program.name} draws depends on no weights: there is nothing to train.")
         self._check_data(program)
         wiring = self._wiring(program)
         critic = self.critic.to(program.device, program.dtype)
         guide = self._guide(program, wiring)
-        self._check_paths(program)
         self._check_critic(program, wiring)
         trained = {id(w): w for w in program.weights.values() if w.requires_grad}
         if guide is not None:
@@ -506,9 +506,13 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     def values(self, state: AdversarialState, program: Program) -> dict[str, Tensor]:
         return {}
 
+    @property
+    def _judges(self) -> dict[str, Tensor]:
+        """Weights and buffers of the critic."""
+        return {f"critic.{name}": leaf.detach() for name, leaf in self.critic.state_dict(keep_vars=True).items()}
+
     def _leaves(self, state: AdversarialState) -> dict[str, Tensor]:
-        critic = {f"critic.{n}": leaf.detach() for n, leaf in self.critic.state_dict(keep_vars=True).items()}
-        return critic | ({} if state.guide is None else {f"guide.{n}": leaf for n, leaf in state.guide.leaves.items()})
+        return self._judges | ({} if state.guide is None else {f"guide.{n}": leaf for n, leaf in state.guide.leaves.items()})
 
     def saved(self, state: AdversarialState, program: Program) -> dict[str, Any]:
         return {
@@ -525,6 +529,9 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         }
 
     def restored(self, saved: dict[str, Any], program: Program) -> AdversarialState:
+        self.critic.to(program.device, program.dtype)
+        held = {name: leaf for name, leaf in saved["leaves"].items() if name in self._judges}
+        refill(self._judges, held, "The critic")  # init looks at its scores
         state = self.init(program)
         refill(self._leaves(state), saved["leaves"], "The critic")
         for optimiser, held in zip(state.optimisers, saved["optimisers"], strict=True):

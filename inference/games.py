@@ -96,6 +96,10 @@ class Wasserstein(Game):
         penalty: Weight of E (‖∇D‖ − 1)² on segments between data and draws; None leaves it out.
         clip: Largest absolute value of a weight of the critic, which then is Lipschitz with a constant that nobody knows:
             the value is W₁ up to that factor. None does not clip.
+
+    The penalty has a bias, too: the best linear critic of a shift by δ has ‖∇D‖ = 1 + ‖δ‖ / (2 penalty). And it resists a
+    critic whose slope has to change its sign, which it must pass 0 for where data are one number a row: there take a small
+    one, such as 0.1.
     """
 
     penalty: float | None = 10.0

@@ -26,7 +26,7 @@ from pyro_genmodels.implicit import ConvCritic, Critic
 P, Q = np.array([4, 2, 1, 1, 0]) / 8, np.array([1, 1, 2, 2, 2]) / 8  # two distributions on five points
 DATA, DRAWS = (torch.arange(5).repeat_interleave(torch.tensor(p * 8).long()) for p in (P, Q))
 SHARP = {"Minimax": Minimax(), "NonSaturating": NonSaturating(), "LeastSquares": LeastSquares(), "Hinge": Hinge()}
-GAMES: dict[str, Game] = SHARP | {"GP": Wasserstein(), "clipping": Wasserstein(penalty=None, clip=0.1)}
+GAMES: dict[str, Game] = SHARP | {"GP": Wasserstein(penalty=0.1), "clipping": Wasserstein(penalty=None, clip=0.1)}
 every_game = pytest.mark.parametrize("game", GAMES.values(), ids=GAMES.keys())
 
 
@@ -134,7 +134,7 @@ def test_the_penalty_lies_between_data_and_draws() -> None:
     """‖∇D‖ of D(x) = x²/2 is |x|, and x = 2 + α with α uniform: E (1 + α)² = 7/3."""
     torch.manual_seed(0)
     rows = torch.ones(200_000, 1, dtype=torch.float64)
-    found = gradient_penalty(lambda x: 0.5 * x.square().sum(1), [3 * rows], [2 * rows])
+    found = gradient_penalty(lambda x: 0.5 * x.square().sum(1), [3 * rows], [2 * rows]).detach()
     # the standard deviation of (1 + α)² is 0.88; five standard errors, false alarm 1e-6
     assert float(found) == pytest.approx(7 / 3, abs=5 * 0.88 / 200_000**0.5)
 
@@ -175,13 +175,13 @@ def test_a_trained_critic_is_the_log_ratio_of_two_gaussians() -> None:
 
 
 def test_the_penalty_and_clipping_bias_the_distance_by_what_theory_says() -> None:
-    """For a shift by δ and a linear critic w: max w·δ − λ (‖w‖ − 1)² has ‖w‖ = 1 + ‖δ‖/(2λ); clipping at c has w = c sign δ."""
+    """A linear critic w, shift δ: w·δ − λ (‖w‖ − 1)² is best at ‖w‖ = 1 + ‖δ‖/(2λ); clipped at c, at w = c sign δ."""
     shift = torch.tensor([0.6, -0.8], dtype=torch.float64)
     x = quantiles(500)[:, None].expand(500, 2) + shift
     for weight in (10.0, 100.0):
         critic = Features(2, 1)
         nn.init.ones_(critic.head.weight)
-        fit = play(critic, objective=Wasserstein(penalty=weight), steps=600, learning_rate=STILL, critic_learning_rate=3e-3)
+        fit = play(critic, objective=Wasserstein(penalty=weight), steps=1000, learning_rate=STILL, critic_learning_rate=1e-2)
         found = fit.fit(Shift(2), x).history["value"][-100:].mean()
         # 500 draws and 100 steps: a standard error of 0.0063 on a shift of 1
         assert float(critic.head.weight.detach().norm()) == pytest.approx(1 + 1 / (2 * weight), rel=0.02)
@@ -343,7 +343,7 @@ def test_recorded_steps_are_those_of_the_program(game: Game, spectral: bool) -> 
     program = Program(model, (x,), {}, follow=True, **fit.view)
     with isolated(0):
         state = fit.init(program)
-        for _ in range(20):
+        for _ in range(18):  # the step after is held against the program
             state, info = fit.step(state, program)
     assert [objective.rung for objective in state.objectives] == ["staged", "staged"]
     assert info.value.isfinite()
