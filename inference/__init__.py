@@ -7,6 +7,7 @@ Start reading at ``inference.contract``.
 """
 
 from inference import calibration, markov, relabel, sampling
+from inference.adversarial import Adversarial
 from inference.blocks import (
     AdaptiveWalk,
     Conjugate,
@@ -22,6 +23,7 @@ from inference.blocks import (
 from inference.bounds import ELBO, IWELBO, Cyclical, MultiplyIWELBO, Renyi, Warmup
 from inference.contract import Backend, Draw, Unsupported
 from inference.em import EM
+from inference.games import Hinge, LeastSquares, Minimax, NonSaturating, Wasserstein
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
 from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
@@ -38,6 +40,7 @@ __all__ = [
     "NUTS",
     "SVI",
     "AdaptiveWalk",
+    "Adversarial",
     "Backend",
     "Conjugate",
     "Cyclical",
@@ -48,10 +51,14 @@ __all__ = [
     "GaussianChain",
     "Gibbs",
     "Hamiltonian",
+    "Hinge",
     "Independence",
     "Langevin",
+    "LeastSquares",
     "MetropolisHastings",
+    "Minimax",
     "MultiplyIWELBO",
+    "NonSaturating",
     "PolyaGamma",
     "Posterior",
     "Prior",
@@ -62,6 +69,7 @@ __all__ = [
     "Unsupported",
     "Until",
     "Warmup",
+    "Wasserstein",
     "calibration",
     "markov",
     "relabel",

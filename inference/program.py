@@ -294,6 +294,8 @@ class Program:
         is_fixed: Whether to refuse a program whose structure changes from run to run.
         batch_size: Rows that are seen at a time; None sees all. Only as many are looked at, but for a check of the data.
         transform: Applied to the first tensor of every batch, such as ``torch.bernoulli``; may draw.
+        is_simulated: Whether it is known through draws of its observed sites alone: no density is looked at, and its weights
+            are those that the draws depend on.
 
     Attributes:
         latents: Name to site, in the order of the program.
@@ -329,6 +331,7 @@ class Program:
         is_fixed: bool = True,
         batch_size: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
+        is_simulated: bool = False,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
@@ -351,6 +354,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._is_fixed, self.is_changing = is_fixed, False
+        self.is_simulated = is_simulated
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
@@ -478,8 +482,21 @@ class Program:
         with quiet(), self._arithmetic(values):
             trace = poutine.trace(handled if handler is None else handler(handled)).get_trace(*args, **kwargs)
             if evaluated and not resampled:
-                trace.compute_log_prob()
+                try:
+                    trace.compute_log_prob()
+                except ValueError as error:  # in which Pyro wraps what a distribution says
+                    if isinstance(error.__cause__, Unsupported):
+                        silent = [
+                            name for name, node in trace.nodes.items() if is_statement(node) and "log_prob" not in node
+                        ]
+                        raise Unsupported(f"Site '{silent[0]}' of {self.name}: {error.__cause__}") from None
+                    raise
         return trace
+
+    def simulated(self, data: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """One draw of all sites, latent and observed, of which the observed ones are drawn anew; gradients go through."""
+        trace = self.trace({}, data=data, resampled=self.observed_sites, evaluated=False)
+        return {name: trace.nodes[name]["value"] for name in (*self.latents, *self.observed_sites)}
 
     def log_probs(
         self, values: Mapping[str, Tensor], data: list[Tensor] | None = None, is_wide: bool = False
@@ -631,7 +648,7 @@ class Program:
                 self.is_changing = self._is_read(traces[0])
             self._resized = _resized(traces) if self.is_changing else set()
             statements = [name for name in nodes if name not in self.deterministic]
-            is_followed = self.finite and not self.is_changing
+            is_followed = self.finite and not self.is_changing and not self.is_simulated
             self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
             for name in [name for name, site in self.latents.items() if site.is_linked]:
                 self.latents[name] = replace(self.latents[name], plates=self._along(name, nodes))
@@ -687,7 +704,8 @@ class Program:
                     f"{tuple(other)}, but this back-end needs each site in one shape. Use "
                     "MetropolisHastings(proposal=Prior()). Or take the largest shape always, and mask what is too much."
                 )
-        if not any("latent" in sites.values() for sites in seen) and not self._used_weights(self.owner):
+        is_empty = not self.is_simulated and not any("latent" in sites.values() for sites in seen)
+        if is_empty and not self._used_weights(self.owner):
             raise Unsupported(f"{self.name} has no latent site: there is nothing to infer.")
         for name, node in traces[0].nodes.items():
             if node["type"] == "sample" and poutine.util.site_is_subsample(node):
@@ -782,7 +800,8 @@ class Program:
                 )
             if mask is False:
                 continue
-            self._check_fit(name, nodes[0])
+            if not self.is_simulated:
+                self._check_fit(name, nodes[0])
             # a support may follow a latent, as that of Uniform(0, θ): what lies outside must do so in every run
             inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
             missing = value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
@@ -802,6 +821,8 @@ class Program:
         try:
             with quiet(), self._arithmetic({}):
                 distribution.log_prob(value)
+        except Unsupported as error:
+            raise Unsupported(f"Site '{name}' of {self.name}: {error}") from None
         except (RuntimeError, ValueError, IndexError) as error:
             came = str(value.dtype).removeprefix("torch.")
             if not value.is_floating_point() and "cast" in str(error):
@@ -817,7 +838,7 @@ class Program:
 
     def _check_randomness(self, traces: list[poutine.Trace]) -> None:
         settings = [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]
-        if not self.latents:
+        if not self.latents or self.is_simulated:
             return
         if self.is_changing and any(self._latents_at(values) != values.keys() for values in settings):
             raise Unsupported(
@@ -857,15 +878,21 @@ class Program:
         return [(label, value) for label, value in self.named_arguments if isinstance(value, Tensor)]
 
     def _used_weights(self, owner: Any) -> dict[str, Tensor]:
-        """The trainable tensors that the log-density depends on."""
+        """The trainable tensors that the log-density depends on, or what is drawn of a program known through draws."""
         named: dict[str, Tensor] = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
         named = {name: weight for name, weight in named.items() if weight.requires_grad}
         with isolated(0), reproducible(self.dtype):
             if not named and not self._table:
                 return {}
-            trace = self.trace({})
+            trace = self.trace({}, evaluated=not self.is_simulated)
             named |= self._table
-            total = sum(node["log_prob_sum"] for node in trace.nodes.values() if is_statement(node))
+            statements = {name: node for name, node in trace.nodes.items() if is_statement(node)}
+            if self.is_simulated:
+                seen = [name for name, node in statements.items() if kind_of(node) == "observed"]
+                drawn = self.trace({}, resampled=seen).nodes if seen else {}
+                total = sum(drawn[name]["value"].sum() for name in seen)
+            else:
+                total = sum(node["log_prob_sum"] for node in statements.values())
         if not isinstance(total, Tensor) or not total.requires_grad:
             return {}
         gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)

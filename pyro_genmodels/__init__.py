@@ -16,9 +16,11 @@ from pyro_genmodels.classical import (
     SoftmaxRegression,
 )
 from pyro_genmodels.diffusion import tweedie
+from pyro_genmodels.implicit import GAN, InfoGAN
 
 __all__ = [
     "CVAE",
+    "GAN",
     "GMM",
     "HMM",
     "IWAE",
@@ -28,6 +30,7 @@ __all__ = [
     "Autoencoder",
     "FactorAnalysis",
     "GenerativeModel",
+    "InfoGAN",
     "LinearRegression",
     "LogisticRegression",
     "MarginClassifier",

@@ -431,7 +431,8 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         GMM(2, "diagonal"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
-        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities, title="GMM, diagonal", scattered=True, slow=LONG,
+        models.gmm_diagonal_moments, quantities=models.gmm_columns_quantities,
+        title="GMM, diagonal", scattered=True, slow=LONG,
     ),
     Instance(
         GMM(2, "spherical"), (models.POINTS,),

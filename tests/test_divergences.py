@@ -1,0 +1,183 @@
+"""Divergences are those of scipy, of a formula or of brute force; bands hold what they say."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from collections.abc import Callable
+from itertools import permutations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+
+from pyro_genmodels.metrics import divergences
+from pyro_genmodels.metrics.divergences import (
+    energy_distance,
+    frechet,
+    jensen_shannon,
+    kullback_leibler,
+    maximum_mean_discrepancy,
+    modes,
+    null_band,
+    sliced_wasserstein,
+    wasserstein,
+    wasserstein_line,
+)
+
+RNG = np.random.default_rng(0)
+SIZES = pytest.mark.parametrize("sizes", [(30, 30), (7, 30), (30, 12), (1, 5)])
+
+
+def test_the_examples_in_the_docstrings_are_true() -> None:
+    assert doctest.testmod(divergences).failed == 0
+
+
+@SIZES
+def test_distances_on_the_line_are_those_of_scipy(sizes: tuple[int, int]) -> None:
+    x, y = RNG.standard_normal(sizes[0]), RNG.gamma(2.0, size=sizes[1])
+    assert wasserstein_line(x, y) == pytest.approx(scipy.stats.wasserstein_distance(x, y), abs=1e-12)
+    assert wasserstein(x, y) == pytest.approx(scipy.stats.wasserstein_distance(x, y), abs=1e-9)
+    assert wasserstein_line(x, y, 2.0) == pytest.approx(wasserstein(x, y, 2.0), abs=1e-9)
+    assert energy_distance(x, y) == pytest.approx(scipy.stats.energy_distance(x, y) ** 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_transport_is_the_best_assignment(order: float) -> None:
+    x, y = RNG.standard_normal((2, 6, 3))
+    cost = np.linalg.norm(x[:, None] - y, axis=-1) ** order
+    best = min(cost[np.arange(6), list(p)].mean() for p in permutations(range(6)))
+    assert wasserstein(x, y, order) == pytest.approx(best ** (1 / order), abs=1e-12)
+    assert wasserstein(x, np.concatenate([y, y]), order) == pytest.approx(best ** (1 / order), abs=1e-9)  # by programming
+
+
+def test_the_distance_of_a_shifted_sample_is_the_shift() -> None:
+    x, shift = RNG.standard_normal((60, 3)), np.array([1.0, -2.0, 2.0])
+    assert wasserstein(x, x + shift) == pytest.approx(3.0, abs=1e-12)
+    assert wasserstein(torch.tensor(x), torch.tensor(x + shift), 2.0) == pytest.approx(3.0, abs=1e-12)
+    # E (u·δ)² = ‖δ‖²/3 over directions; the variance of (u·δ)² is (3/15 − 1/9)‖δ‖⁴; five standard errors, false alarm 1e-6
+    found = sliced_wasserstein(x, x + shift, 2.0, directions=4000) ** 2
+    assert found == pytest.approx(3.0, abs=5 * (4 / 45 * 81 / 4000) ** 0.5)
+
+
+def test_on_a_line_all_directions_are_one() -> None:
+    x, y = RNG.standard_normal(20), RNG.standard_normal(33)
+    assert sliced_wasserstein(x, y, directions=3) == pytest.approx(wasserstein_line(x, y), abs=1e-12)
+
+
+@pytest.mark.parametrize("bandwidth", [0.7, None])
+def test_discrepancies_of_kernels_are_sums_over_pairs(bandwidth: float | None) -> None:
+    x, y = RNG.standard_normal((9, 2)), RNG.standard_normal((12, 2)) + 1.0
+    rows = np.concatenate([x, y])
+    apart = [np.linalg.norm(a - b) for i, a in enumerate(rows) for b in rows[i + 1 :]]
+    h = float(np.median(apart)) if bandwidth is None else bandwidth
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return math.exp(-float(np.square(a - b).sum()) / (2 * h * h))
+
+    def mean(a: np.ndarray, b: np.ndarray, f: Callable[[np.ndarray, np.ndarray], float]) -> float:
+        return float(np.mean([f(s, t) for s in a for t in b]))
+
+    expected = mean(x, x, k) + mean(y, y, k) - 2 * mean(x, y, k)
+    assert maximum_mean_discrepancy(x, y, bandwidth) == pytest.approx(expected, rel=1e-9)
+    norm = lambda s, t: float(np.linalg.norm(s - t))  # noqa: E731
+    assert energy_distance(x, y) == pytest.approx(2 * mean(x, y, norm) - mean(x, x, norm) - mean(y, y, norm), abs=1e-12)
+
+
+def test_frechet_is_the_distance_of_gaussians() -> None:
+    x, y = RNG.standard_normal((40, 3)) @ RNG.standard_normal((3, 3)), RNG.standard_normal((50, 3)) + 1.0
+    first, second = np.cov(x.T), np.cov(y.T)
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(
+        first + second - 2 * scipy.linalg.sqrtm(first @ second).real
+    )
+    assert frechet(x, y) == pytest.approx(expected, rel=1e-9)
+    assert frechet(x, x) == pytest.approx(0.0, abs=1e-9)
+    assert frechet(x[:, 0], 2 * x[:, 0] + 3) == pytest.approx((x[:, 0].mean() + 3) ** 2 + x[:, 0].var(ddof=1), rel=1e-9)
+
+
+def test_a_sample_is_no_distance_from_itself() -> None:
+    x = RNG.standard_normal((25, 2))
+    for distance in (wasserstein, sliced_wasserstein, energy_distance, maximum_mean_discrepancy):
+        assert distance(x, x[::-1]) == pytest.approx(0.0, abs=1e-9)
+
+
+def gaussian(mean: float, scale: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.distributions.Normal(mean, scale).log_prob
+
+
+def test_divergences_of_gaussians() -> None:
+    torch.manual_seed(0)
+    x, y = 1.0 + 0.5 * torch.randn(20_000).double(), torch.randn(20_000).double()
+    found = kullback_leibler(gaussian(1.0, 0.5), gaussian(0.0, 1.0), x)
+    expected = math.log(2.0) + (0.25 + 1.0) / 2 - 0.5
+    assert abs(found.value - expected) < 5 * found.se < 0.05  # five standard errors, false alarm 1e-6
+    grid = np.linspace(-12, 12, 100_001)
+    p, q = scipy.stats.norm.pdf(grid, 1.0, 0.5), scipy.stats.norm.pdf(grid)
+    exact = scipy.spatial.distance.jensenshannon(p, q) ** 2
+    shared = jensen_shannon(gaussian(1.0, 0.5), gaussian(0.0, 1.0), x, y)
+    assert abs(shared.value - exact) < 5 * shared.se < 0.02
+
+
+def test_of_lines_that_do_not_meet_only_transport_tells_how_far() -> None:
+    """The parallel lines of Arjovsky et al.: KL is infinite and JS log 2 for every gap, W₁ is the gap."""
+    height = torch.rand(50, dtype=torch.float64)
+    for gap in (1.0, 0.1, 1e-3):
+        lines = [torch.stack([torch.full_like(height, at), height], -1) for at in (0.0, gap)]
+        on = [lambda x, at=at: torch.where(x[:, 0] == at, 0.0, -torch.inf) for at in (0.0, gap)]
+        assert kullback_leibler(on[0], on[1], lines[0]).value == math.inf
+        assert jensen_shannon(on[0], on[1], *lines).value == pytest.approx(math.log(2.0))
+        assert wasserstein(*lines) == pytest.approx(gap)
+
+
+def test_the_test_of_a_band_keeps_its_level() -> None:
+    """100 pairs of samples of one distribution: p is uniform. Kolmogorov's test, false alarm 0.001."""
+    rng = np.random.default_rng(1)
+    found = [null_band(energy_distance, *rng.standard_normal((2, 12, 2)), permutations=99, seed=i).p for i in range(100)]
+    assert scipy.stats.kstest(found, "uniform").pvalue > 0.001
+
+
+@pytest.mark.parametrize("distance", [energy_distance, maximum_mean_discrepancy, sliced_wasserstein])
+def test_a_band_tells_samples_of_two_distributions(distance: Callable[..., float]) -> None:
+    x, y = RNG.standard_normal((40, 2)), RNG.standard_normal((40, 2)) + 2.0
+    band = null_band(distance, x, y, permutations=60)
+    assert band.p == pytest.approx(1 / 61) and band.value > band.quantile(0.95) and band.null.shape == (60,)
+
+
+def test_modes_count_what_lies_near_them() -> None:
+    angles = np.arange(8) * np.pi / 4
+    centres = 2.0 * np.stack([np.cos(angles), np.sin(angles)], -1)
+    rng = np.random.default_rng(2)
+    x = centres[rng.integers(0, 8, 20_000)] + 0.1 * rng.standard_normal((20_000, 2))
+    found, share = modes(x, centres, 0.1), 1 - math.exp(-4.5)
+    assert found.hit == 8
+    assert abs(found.quality - share) < 5 * (share * (1 - share) / 20_000) ** 0.5  # five standard errors, false alarm 1e-6
+    # cut at r = 3 standard deviations a variance is 1 − (r²/2) / (exp(r²/2) − 1); five standard errors of 2,400 draws
+    cut = 1 - 4.5 / (math.exp(4.5) - 1)
+    assert np.abs(found.covariances / 0.01 - cut * np.eye(2)).max() < 5 * (2 / 2400) ** 0.5
+    few = modes(np.concatenate([centres[:3].repeat(10, 0), np.zeros((10, 2))]), centres, 0.1)
+    assert few.hit == 3 and few.quality == 0.75 and few.counts.tolist() == [10, 10, 10, 0, 0, 0, 0, 0]
+    assert np.isnan(few.covariances[3:]).all() and np.abs(few.covariances[:3]).max() < 1e-30
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: wasserstein(np.zeros((5001, 1)), np.zeros((5001, 1))), "at most 4000, or use sliced_wasserstein"),
+        (lambda: wasserstein(np.zeros((301, 1)), np.zeros((5, 1))), "at most 300 if the sizes differ"),
+        (lambda: wasserstein(np.zeros((5, 1)), np.zeros((5, 2))), "x has 1 features and y 2"),
+        (lambda: wasserstein_line(np.zeros((5, 2)), np.zeros((5, 2))), "Use wasserstein or sliced_wasserstein"),
+        (lambda: wasserstein_line([1.0], [math.nan]), "y holds 1 values that are NaN"),
+        (lambda: wasserstein_line([1.0], [2.0], 0.5), "order is 0.5, but must be at least 1"),
+        (lambda: energy_distance([], [1.0]), "x must be a sample"),
+        (lambda: sliced_wasserstein([1.0], [1.0], directions=0), "directions is 0"),
+        (lambda: maximum_mean_discrepancy([1.0], [1.0], 0.0), "bandwidth is 0.0, but must be positive"),
+        (lambda: null_band(energy_distance, [1.0], [1.0], 0), "permutations is 0"),
+        (lambda: modes(np.zeros((2, 2)), np.zeros((1, 2)), 0.0), "scale is 0.0"),
+        (lambda: frechet([1.0], [1.0, 2.0]), "needs at least 2 rows"),
+    ],
+)
+def test_wrong_input_is_answered_in_a_sentence(call: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        call()

@@ -1,0 +1,219 @@
+"""Distributions that are known through their draws: what they draw, what they refuse, and how their noise is inferred."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Unsupported
+from pyro_genmodels import GAN, InfoGAN
+from pyro_genmodels.implicit import ConvCritic, Critic, Generator, ImplicitDistribution, NoiseReparam
+
+X = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+BACKENDS = [SVI, EM, Gibbs, MetropolisHastings, HMC]
+
+
+class Line(nn.Module):
+    """x = A ε + b, and C context if there is one."""
+
+    def __init__(self, a: Tensor, b: Tensor, c: Tensor | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Parameter(a), nn.Parameter(b), c
+
+    def forward(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
+        x = noise @ self.a.T + self.b
+        return x if context is None or self.c is None else x + context @ self.c.T
+
+
+def line(context: bool = False) -> Generator:
+    a = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
+    c = torch.tensor([[3.0], [-1.0]], dtype=torch.float64) if context else None
+    return Generator((2,), 2, context=int(context), network=Line(a, a.new_tensor([1.0, -1.0]), c)).double()
+
+
+def test_draws_are_those_of_pushed_noise() -> None:
+    torch.manual_seed(0)
+    x = line()().sample((40_000,))
+    a = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
+    # five standard errors of means and covariances: false alarm 1e-6 each
+    assert (x.mean(0) - x.new_tensor([1.0, -1.0])).abs().max() < 5 * 2.1 / 200
+    assert (x.T.cov() - a @ a.T).abs().max() < 5 * 4.25 * 2**0.5 / 200
+
+
+def test_gradients_of_draws_go_through_the_network() -> None:
+    generator = line()
+    torch.manual_seed(0)
+    noise = generator().noise.sample((7,))
+    torch.manual_seed(0)
+    generator().rsample((7,)).sum().backward()
+    weights = generator.network
+    assert torch.allclose(weights.b.grad, torch.full((2,), 7.0, dtype=torch.float64))
+    assert torch.allclose(weights.a.grad, noise.sum(0).expand(2, 2))
+
+
+def test_context_has_its_row() -> None:
+    context = torch.tensor([[0.0], [100.0], [200.0]], dtype=torch.float64)
+    x = line(True)(context).sample((5,))
+    assert x.shape == (5, 3, 2)
+    assert torch.equal((x[..., 0] / 300.0).round(), torch.tensor([0.0, 1.0, 2.0]).double().expand(5, 3))
+
+
+@pytest.mark.parametrize("noise", ["normal", "uniform"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_shapes_in_plates_and_out(shape: tuple[int, ...], noise: str) -> None:
+    generator = Generator(shape, 4, noise=noise, hidden=(5,))
+    assert generator().sample().shape == shape
+    assert generator().expand((6, 5)).sample((2,)).shape == (2, 6, 5, *shape)
+
+    def program() -> Tensor:
+        with pyro.plate("outer", 3), pyro.plate("rows", 4):
+            return pyro.sample("x", generator())
+
+    assert program().shape == (4, 3, *shape)
+
+
+def test_noise_of_whole_numbers() -> None:
+    coins = dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)
+    assert set(ImplicitDistribution(coins, lambda e: e.sum(-1)).sample((100,)).tolist()) == {0.0, 1.0, 2.0}
+
+
+def test_a_push_of_another_shape_is_refused() -> None:
+    noise = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    with pytest.raises(ValueError, match=r"push gave a tensor of shape \(5, 2\).* must have shape \(5, 3\)"):
+        ImplicitDistribution(noise, lambda e: e, (3,)).sample((5,))
+    with pytest.raises(ValueError, match=r"gave a tensor of shape \(5, 3\) for 5 rows, but x has shape \(2,\)"):
+        Generator((2,), 4, network=nn.Linear(4, 3))().sample((5,))
+
+
+def test_log_prob_says_what_to_use() -> None:
+    with pytest.raises(Unsupported, match=r"no log_prob.*Adversarial\(critic\).*NoiseReparam\(\).*observation model"):
+        line()().log_prob(X[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_observed_site_without_density_is_refused_before_the_first_step(backend: Any) -> None:
+    steps: list[int] = []
+    run = backend(progress=False, callbacks=(lambda step, info: steps.append(step),))
+    with pytest.raises(Unsupported, match=r"Site 'x' of GAN: ImplicitDistribution has draws.*Adversarial\(critic\)"):
+        run.fit(GAN((2,), 2), X)
+    assert steps == []
+
+
+LINE = line()
+
+
+def seen(y: Tensor) -> None:
+    """A hidden draw of the generator, seen with noise."""
+    x = pyro.sample("x", LINE())
+    pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hidden_site_without_density_is_refused_before_the_first_step(backend: Any) -> None:
+    with pytest.raises(Unsupported, match="no log_prob.*NoiseReparam"):
+        backend(progress=False).fit(seen, X[0])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        HMC(chains=48, warmup=200, draws=100, seed=0, progress=False),
+        MetropolisHastings(chains=48, warmup=300, draws=100, thin=15, seed=1, progress=False),
+    ],
+    ids=["HMC", "MetropolisHastings"],
+)
+def test_the_noise_of_a_hidden_draw_has_its_exact_posterior(sampler: Any) -> None:
+    y = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    posterior = sampler.fit(poutine.reparam(seen, config={"x": NoiseReparam()}), y)
+    network = LINE.network
+    a, b = network.a.detach(), network.b.detach()
+    prior, noise = a @ a.T, 0.25 * torch.eye(2, dtype=torch.float64)
+    gain = prior @ torch.linalg.inv(prior + noise)
+    mean, covariance = b + gain @ (y - b), prior - gain @ prior
+    x = posterior.draws["x"].flatten(0, 1)
+    assert set(posterior.draws) == {"x", "x_noise"}
+    # of at least 1000 independent draws; five standard errors, false alarm 1e-6 each
+    assert ((x.mean(0) - mean).abs() / (covariance.diagonal() / 1000).sqrt()).max() < 5
+    assert (x.T.cov() - covariance).abs().max() < 5 * covariance.max() * (2 / 1000) ** 0.5
+
+
+def test_the_noise_of_what_is_observed_is_refused() -> None:
+    with pytest.raises(Unsupported, match="'x' is observed, and its noise cannot be told"):
+        poutine.reparam(GAN((2,), 2).model, config={"x": NoiseReparam()})(X.float())
+    with pytest.raises(Unsupported, match="'y' is Normal"):
+        poutine.reparam(seen, config={"x": NoiseReparam(), "y": NoiseReparam()})(X[0])
+
+
+def test_a_critic_of_the_exact_ratio_makes_a_wrong_generator_right() -> None:
+    """Discriminator-driven sampling: p_draws(x) exp(D(x)) = p_data(x) where D is the logit of the best critic."""
+    data, draws = dist.Normal(torch.tensor(1.0).double(), 0.7), dist.Normal(torch.tensor(0.0).double(), 1.5)
+
+    def program() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        x = pyro.deterministic("x", 1.5 * z)
+        pyro.factor("critic", data.log_prob(x) - draws.log_prob(x))
+
+    x = HMC(chains=48, warmup=200, draws=100, seed=0, progress=False).fit(program).draws["x"].flatten()
+    # of at least 1000 independent draws; five standard errors, false alarm 1e-6 each
+    assert (x.mean() - 1.0).abs() < 5 * 0.7 / 1000**0.5
+    assert (x.std() - 0.7).abs() < 5 * 0.7 / 2000**0.5
+
+
+def test_spectral_normalisation_divides_by_the_largest_singular_value() -> None:
+    torch.manual_seed(0)
+    for critic, x in ((Critic((6,), hidden=(8, 4), spectral=True), X[:, :1].float().expand(12, 6)),
+                      (ConvCritic((8, 8), (3, 4), spectral=True), torch.zeros(2, 8, 8))):  # fmt: skip
+        for _ in range(300):  # each run of a critic in training mode is one power iteration
+            critic(x)
+        for layer in critic.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                assert float(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_critics_see_what_is_beside_x() -> None:
+    x, context = torch.randn(5, 8, 8), torch.randn(5, 3)
+    for critic in (Critic((8, 8), context=3), ConvCritic((8, 8), context=3)):
+        scores = critic(x, context)
+        assert scores.shape == (5,)
+        assert not torch.equal(scores, critic(x, context + 1.0))
+
+
+def test_infogan_draws_its_codes_from_their_priors_and_recognises_every_row() -> None:
+    torch.manual_seed(0)
+    model = InfoGAN((3,), 2, categories=4, codes=2, hidden=(5,))
+    trace = poutine.trace(model.model).get_trace(None, size=4000)
+    category, code = trace.nodes["category"]["value"], trace.nodes["code"]["value"]
+    counts = category.bincount(minlength=4)
+    assert ((counts - 1000).abs() < 5 * 750**0.5).all()  # five standard errors, false alarm 1e-6 each
+    assert code.shape == (4000, 2) and code.abs().max() <= 1.0 and (code.var(0) - 1 / 3).abs().max() < 5 * 0.3 / 4000**0.5
+    x = trace.nodes["x"]["value"]
+    guided = poutine.trace(model.guide).get_trace(x)
+    assert guided.nodes["category"]["value"].shape == (4000,) and guided.nodes["code"]["value"].shape == (4000, 2)
+    torch.testing.assert_close(model.categories_of(x).sum(-1), torch.ones(4000))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Generator((2,), 0), "noise of at least 1 number"),
+        (lambda: Generator((2,), noise="cauchy"), "noise is 'cauchy', but must be one of 'normal', 'uniform'"),
+        (lambda: InfoGAN((2,), categories=1), "hides a category of at least 2, or numbers"),
+        (lambda: InfoGAN((2,), categories=0), "Take a GAN to hide nothing"),
+        (lambda: InfoGAN((2,), categories=0, codes=1).categories_of(X), "built without categories"),
+        (lambda: InfoGAN((2,), recogniser=nn.Linear(2, 3)).categories_of(X), r"must give \(12, 10\)"),
+        (lambda: GAN((2,)).model(X[:, :1]), r"x has shape \(12, 1\), but this GAN was built for \(rows, 2\)"),
+        (lambda: GAN((2,)).model(), "needs data x, or the number of rows"),
+        (lambda: GAN((2,), context=3).sample(5), "built for a context of 3 numbers a row"),
+        (lambda: GAN((2,)).sample(context=X), "built without a context"),
+        (lambda: GAN((2,), context=3).generator(torch.arange(3)), "one_hot"),
+    ],
+)
+def test_wrong_input_is_answered_in_a_sentence(make: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()
