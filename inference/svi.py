@@ -646,8 +646,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             return {n: trace.nodes[n]["value"] for n in program.latents if n in trace.nodes}, log_prob(trace)
         weigher, parts, log_q = state.weigher, list[dict[str, Tensor]](), torch.zeros((), dtype=program.dtype)
         shared: dict[str, Tensor] = {}
-        for index in torch.arange(program.rows, device=program.device).split(_ROWS):
-            trace = state.guide.trace(program, shared, program.fed(program.minibatch(index)))
+        for first in range(0, program.rows, _ROWS):
+            trace = state.guide.trace(program, shared, program.between(first, first + _ROWS))
             own = {n: node["value"] for n, node in trace.nodes.items() if is_drawn(node) and n not in weigher.local}
             terms = [
                 node["log_prob_sum"] for n, node in trace.nodes.items() if node["type"] == "sample" and n in weigher.local
