@@ -24,6 +24,7 @@ from inference.contract import Backend, Draw, Unsupported
 from inference.em import EM
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
+from inference.log import JSONLines
 from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
 from inference.nuts import NUTS
 from inference.posterior import Posterior
@@ -49,6 +50,7 @@ __all__ = [
     "Gibbs",
     "Hamiltonian",
     "Independence",
+    "JSONLines",
     "Langevin",
     "MetropolisHastings",
     "MultiplyIWELBO",

@@ -106,6 +106,7 @@ class SVIInfo(NamedTuple):
         distortion: −E_q log p(x | z).
         validation: The bound at the validation data, in nats a row; NaN where it was not looked at.
         waited: Looks at the validation data since the best one.
+        rows: How many rows a step sees, of all processes; a number, None for a program without rows.
     """
 
     loss: Tensor
@@ -113,6 +114,7 @@ class SVIInfo(NamedTuple):
     distortion: Tensor | None = None
     validation: Tensor | None = None
     waited: Tensor | None = None
+    rows: int | None = None
 
 
 class _Evaluated(torch.autograd.Function):
@@ -429,10 +431,11 @@ class SVI(Backend[SVIState, SVIInfo]):
             self._follow(state)
         if state.scheduler.last_epoch % _NOT_FINITE == 0 and state.streak >= _NOT_FINITE:
             self._give_up(state, program, data)
+        rows = None if program.rows is None else min(self.batch_size or program.rows, program.rows)
         if self.validation is None:
-            return state, SVIInfo(loss, rate, distortion)
+            return state, SVIInfo(loss, rate, distortion, rows=rows)
         state, seen = self._validated(state, program)
-        return state, SVIInfo(loss, rate, distortion, seen, state.waited)
+        return state, SVIInfo(loss, rate, distortion, seen, state.waited, rows)
 
     @torch.no_grad()
     def _follow(self, state: SVIState) -> None:
