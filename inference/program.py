@@ -351,8 +351,11 @@ class Program:
         self._leaves, self._evaluations = leaves, evaluations
         if isinstance(owner, Prepared):
             if transform is not None and tensors:
-                with isolated(0, tensors[0].device):
-                    self._transformed = self.fed(tensors)
+                try:
+                    with isolated(0, tensors[0].device):
+                        self._transformed = self.fed(tensors)
+                except RuntimeError as error:
+                    raise ValueError(f"transform= does not take these data: {str(error).splitlines()[0]}") from error
             prepared_args, prepared_kwargs = self.arguments(self._transformed or tensors)
             owner.prepare(*prepared_args, **prepared_kwargs)
         parameters = list(owner.parameters()) if isinstance(owner, nn.Module) else []

@@ -148,6 +148,14 @@ def test_a_support_that_follows_the_rows_is_asked_of_the_program() -> None:
         Program(Limited(), (x, limits), follow=True, batch_size=10)
 
 
+def test_data_that_a_transform_does_not_take_are_refused() -> None:
+    class Looking(Binary):
+        def prepare(self, x: Tensor) -> None: ...
+
+    with pytest.raises(ValueError, match=r"transform= does not take these data: .*p_in"):
+        svi(transform=torch.bernoulli).fit(Looking(), 2.0 * GREY)
+
+
 def test_a_transform_is_made_of_all_rows_once() -> None:
     """What is checked, kept as observed, and read by the guide at the end is one and the same."""
     whole, read = [], []
