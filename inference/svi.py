@@ -415,7 +415,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         if self.clip_norm is not None:
             is_finite = is_finite & nn.utils.clip_grad_norm_(objective.weights, self.clip_norm).isfinite()
         is_skipped = (~is_finite).to(loss.dtype)
-        if state.optimiser.defaults.get("fused"):
+        if state.optimiser.defaults.get("fused") and loss.device.type != "cpu":
             state.optimiser.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
             state.optimiser.step()
         elif is_finite:
