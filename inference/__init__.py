@@ -26,6 +26,7 @@ from inference.em import EM
 from inference.games import Hinge, LeastSquares, Minimax, NonSaturating, Wasserstein
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
+from inference.log import JSONLines
 from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
 from inference.nuts import NUTS
 from inference.posterior import Posterior
@@ -53,6 +54,7 @@ __all__ = [
     "Hamiltonian",
     "Hinge",
     "Independence",
+    "JSONLines",
     "Langevin",
     "LeastSquares",
     "MetropolisHastings",

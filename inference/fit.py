@@ -536,9 +536,10 @@ class _Run:
                 self.improved = i + 1
                 bar.update()
                 if i % 20 == 0 and not bar.disable:
-                    bar.set_postfix_str(self.backend.shown(info, self.program), refresh=False)
+                    bar.set_postfix_str(self.backend.shown(info, self.program) + _speed(bar, info), refresh=False)
                 is_done = stop is not None and self.processes.any(bool(stop(info)))
-                is_last = is_done or self._is_called_off(i, info) or i + 1 == total
+                is_called_off = self._is_called_off(i, info)  # also after the last step
+                is_last = is_done or is_called_off or i + 1 == total
                 if is_last and stop and not is_done:
                     self.findings.append(
                         f"{self.name} stopped at its limit of {total} steps before it had converged. Raise steps=."
@@ -694,6 +695,12 @@ class _Run:
             "interrupted": any(finding.startswith("Stopped by Ctrl-C") for finding in findings),
             "findings": findings,
         }
+
+
+def _speed(bar: tqdm[Any], info: Any) -> str:
+    """Rows a second, for a progress bar; "" where a step does not say how many it sees, or none have been timed."""
+    rows, rate = getattr(info, "rows", None), bar.format_dict["rate"]
+    return f", {rows * rate:.0f} rows/s" if isinstance(rows, int) and rate else ""
 
 
 def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

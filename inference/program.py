@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform, Unit
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
@@ -214,9 +215,15 @@ def _bounds(support: Any) -> list[Tensor]:
     for _, value in sorted(vars(support).items()):
         if isinstance(value, (int, float, Tensor)):
             found.append(torch.as_tensor(value))
-        elif isinstance(value, torch.distributions.constraints.Constraint):
+        elif isinstance(value, Constraint):
             found += _bounds(value)
     return found
+
+
+def _is_constant(support: Any) -> bool:
+    """Whether a constraint is made of numbers alone, and so is the same wherever it is asked."""
+    parts = vars(support).values()
+    return all(_is_constant(p) if isinstance(p, Constraint) else isinstance(p, (bool, int, float, str)) for p in parts)
 
 
 def is_statement(node: Mapping[str, Any]) -> bool:
@@ -346,7 +353,13 @@ class Program:
         self._transformed: list[Tensor] | None = None
         self._leaves, self._evaluations = leaves, evaluations
         if isinstance(owner, Prepared):
-            prepared_args, prepared_kwargs = self.arguments(self.fed(tensors))
+            if transform is not None and tensors:
+                try:
+                    with isolated(0, tensors[0].device):
+                        self._transformed = self.fed(tensors)
+                except RuntimeError as error:
+                    raise ValueError(f"transform= does not take these data: {str(error).splitlines()[0]}") from error
+            prepared_args, prepared_kwargs = self.arguments(self._transformed or tensors)
             owner.prepare(*prepared_args, **prepared_kwargs)
         parameters = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         floating = [leaf for leaf in tensors if leaf.is_floating_point()]
@@ -375,6 +388,8 @@ class Program:
         if isinstance(self.owner, nn.Module):
             self.owner.to(self.device)
         self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        if self._transformed is not None:
+            self._transformed = [self._cast(self._transformed[0]), *self.data[1:]]
         self.weights: dict[str, Tensor] = {}
         self._at_a_glance(part, self._look_for_weights)
         if part is not None:
@@ -414,6 +429,12 @@ class Program:
             with isolated(0, self.device):
                 self._transformed = self.fed(self.data)
         return self._transformed
+
+    def between(self, first: int, last: int) -> list[Tensor]:
+        """The program's tensors as it sees them outside of batches, from row ``first`` to before row ``last``."""
+        seen = self._transformed or self.data
+        cut = [leaf[first:last] if leaf.dim() and leaf.shape[0] == self.rows else leaf for leaf in seen]
+        return cut if self._transformed is not None else self.fed(cut)
 
     def _at_a_glance(self, part: int | None, look: Callable[[], T]) -> T:
         """What ``look`` finds in the first ``part`` rows, None for all, as a batch shows them."""
@@ -580,7 +601,7 @@ class Program:
         other.data = [other._cast(leaf) for leaf in self.minibatch(index)]
         tensors = iter(other.data)
         other._leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        other._known, other.rows = Known(other.data), len(index)
+        other._known, other.rows, other._transformed = Known(other.data), len(index), None
         other._look()
         return other
 
@@ -643,6 +664,7 @@ class Program:
             self.nesting = max(map(len, self.batch_shapes.values()), default=0)
             self._check_supports(traces)
             self._check_data(traces, self.observed)
+            self._leaf_of = self._leaves_observed(traces)
             self._check_randomness(traces)
             if not self._is_fixed and not self.is_changing:
                 self.is_changing = self._is_read(traces[0])
@@ -759,17 +781,38 @@ class Program:
                 self.deterministic[name] = torch.Size(rows if size == part else size for size in shape)
         self._see_all(part, [name for name in self.observed_sites if plates & self.frames[name].keys()])
 
+    def _leaves_observed(self, traces: list[poutine.Trace]) -> dict[str, int]:
+        """Observed sites whose values are an argument as it came, to its place, where nothing but those can be amiss.
+
+        What is amiss in other rows can then be seen without running the program on them: there is no mask, and the support
+        is the same for all rows and all latent values.
+        """
+        found = {}
+        for name in self.observed_sites:
+            nodes = [trace.nodes[name] for trace in traces if name in trace.nodes]
+            places = [i for i, leaf in enumerate(self.data) if all(node["value"] is leaf for node in nodes)]
+            is_plain = all(node["mask"] is None and _is_constant(node["fn"].support) for node in nodes)
+            if places and is_plain and len(nodes) == len(traces):
+                found[name] = places[0]
+        return found
+
     def _see_all(self, part: int, names: list[str]) -> None:
-        """Runs through all rows: checks the data of the sites ``names``, and keeps them if they are not too large."""
+        """Goes through all rows: checks the data of the sites ``names``, and keeps them if they are not too large."""
         assert self.rows is not None
         sizes = {name: self.observed[name].numel() * self.observed[name].element_size() for name in names}
         is_kept = sum(sizes.values()) * self.rows <= _LARGEST * part
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         with isolated(0, self.device), reproducible(self.dtype, self.device), torch.no_grad():
-            for index in torch.arange(self.rows).split(max(part, _CHUNK)):
-                trace = self.trace({}, data=self.fed(self.minibatch(index)), evaluated=False)
-                seen = {name: trace.nodes[name]["value"].detach() for name in self.observed if name in trace.nodes}
-                self._check_data([trace], seen, int(index[0]))
+            for first in range(0, self.rows, max(part, _CHUNK)):
+                data = self.between(first, first + max(part, _CHUNK))
+                if self._leaf_of.keys() == self.observed.keys() == set(names):
+                    seen = {name: data[place] for name, place in self._leaf_of.items()}
+                    for name, value in seen.items():
+                        self._check_support(name, value, self.observed_sites[name].support.check(value), None, first)
+                else:
+                    trace = self.trace({}, data=data, evaluated=False)
+                    seen = {name: trace.nodes[name]["value"].detach() for name in self.observed if name in trace.nodes}
+                    self._check_data([trace], seen, first)
                 for name in names if is_kept else ():
                     found[name].append(seen[name])
         self.observed = {name: value for name, value in self.observed.items() if name not in names}
@@ -778,9 +821,8 @@ class Program:
 
     def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
         """Values of a site of the rows, from those of parts of them; rows of an argument are not copied."""
-        whole = next(
-            (leaf for leaf in self.data if torch.is_tensor(leaf) and leaf.shape == self.observed_sites[name].shape), None
-        )
+        shape = self.observed_sites[name].shape
+        whole = next((leaf for leaf in self._transformed or self.data if leaf.shape == shape), None)
         if whole is not None and whole.dtype == parts[0].dtype and torch.equal(whole[: len(parts[0])], parts[0]):
             return whole
         site = self.observed_sites[name]
@@ -804,16 +846,22 @@ class Program:
                 self._check_fit(name, nodes[0])
             # a support may follow a latent, as that of Uniform(0, θ): what lies outside must do so in every run
             inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
+            self._check_support(name, value, inside, mask, first)
+
+    def _check_support(self, name: str, value: Tensor, inside: Tensor, mask: Tensor | None, first: int) -> None:
+        """Raises if a value that is neither missing nor masked lies outside of the support."""
+        site = self.observed_sites[name]
+        if not bool(inside.all()):
             missing = value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
             inside = inside | (missing.flatten(value.dim() - site.event_dim).any(-1) if site.event_dim else missing)
-            bad = (~inside if mask is None else ~inside & mask).nonzero()
-            if len(bad):
-                where = tuple(bad[0].tolist())
-                told = (where[0] + first, *where[1:])
-                raise ValueError(
-                    f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
-                    f"the first, at {told}, is {value[where].tolist()}."
-                )
+        bad = (~inside if mask is None else ~inside & mask).nonzero()
+        if len(bad):
+            where = tuple(bad[0].tolist())
+            told = (where[0] + first, *where[1:])
+            raise ValueError(
+                f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
+                f"the first, at {told}, is {value[where].tolist()}."
+            )
 
     def _check_fit(self, name: str, node: Mapping[str, Any]) -> None:
         """Raises a sentence if a distribution cannot tell the density of its data."""

@@ -106,6 +106,7 @@ class SVIInfo(NamedTuple):
         distortion: −E_q log p(x | z).
         validation: The bound at the validation data, in nats a row; NaN where it was not looked at.
         waited: Looks at the validation data since the best one.
+        rows: How many rows a step sees, of all processes; a number, None for a program without rows.
     """
 
     loss: Tensor
@@ -113,6 +114,7 @@ class SVIInfo(NamedTuple):
     distortion: Tensor | None = None
     validation: Tensor | None = None
     waited: Tensor | None = None
+    rows: int | None = None
 
 
 class _Evaluated(torch.autograd.Function):
@@ -413,7 +415,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         if self.clip_norm is not None:
             is_finite = is_finite & nn.utils.clip_grad_norm_(objective.weights, self.clip_norm).isfinite()
         is_skipped = (~is_finite).to(loss.dtype)
-        if state.optimiser.defaults.get("fused"):
+        if state.optimiser.defaults.get("fused") and loss.device.type != "cpu":
             state.optimiser.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
             state.optimiser.step()
         elif is_finite:
@@ -429,10 +431,11 @@ class SVI(Backend[SVIState, SVIInfo]):
             self._follow(state)
         if state.scheduler.last_epoch % _NOT_FINITE == 0 and state.streak >= _NOT_FINITE:
             self._give_up(state, program, data)
+        rows = None if program.rows is None else min(self.batch_size or program.rows, program.rows)
         if self.validation is None:
-            return state, SVIInfo(loss, rate, distortion)
+            return state, SVIInfo(loss, rate, distortion, rows=rows)
         state, seen = self._validated(state, program)
-        return state, SVIInfo(loss, rate, distortion, seen, state.waited)
+        return state, SVIInfo(loss, rate, distortion, seen, state.waited, rows)
 
     @torch.no_grad()
     def _follow(self, state: SVIState) -> None:
@@ -652,8 +655,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         assert program.rows is not None
         weigher, parts, log_q = state.weigher, list[dict[str, Tensor]](), torch.zeros((), dtype=program.dtype)
         shared: dict[str, Tensor] = {}
-        for index in torch.arange(program.rows, device=program.device).split(_ROWS):
-            trace = state.guide.trace(program, shared, program.fed(program.minibatch(index)))
+        for first in range(0, program.rows, _ROWS):
+            trace = state.guide.trace(program, shared, program.between(first, first + _ROWS))
             own = {n: node["value"] for n, node in trace.nodes.items() if is_drawn(node) and n not in weigher.local}
             terms = [
                 node["log_prob_sum"] for n, node in trace.nodes.items() if node["type"] == "sample" and n in weigher.local

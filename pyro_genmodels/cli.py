@@ -1,4 +1,4 @@
-"""The command line: ``genmodels list | fit | compare | diagnose``. Parses, calls, prints.
+"""The command line: ``genmodels list | fit | compare | diagnose``, and ``train | sample | evaluate``, in ``cli_train``.
 
 Tables go to stdout, all else to stderr.
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from inference import Backend, Posterior, arviz, checkpoint
-from pyro_genmodels import datasets
+from pyro_genmodels import cli_train, datasets
 from pyro_genmodels.comparison import (
     METHODS,
     MODELS,
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="genmodels", description="Generative models as Pyro programs, and ways to know what they hide.")
-    commands = parser.add_subparsers(required=True, metavar="list | fit | compare | diagnose")
+    commands = parser.add_subparsers(required=True, metavar="list | fit | compare | diagnose | train | sample | evaluate")
 
     command = commands.add_parser("list", help="models, data sets and back-ends, and what works with what")
     command.set_defaults(command=_list)
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("diagnose", help="a saved posterior: plan, summary, findings in words")
     command.set_defaults(command=_diagnose)
     command.add_argument("folder", type=Path, metavar="FOLDER", help="what fit --out or Posterior.save wrote")
+    cli_train.add(commands, _count, _whole)
     return parser
 
 

@@ -107,23 +107,77 @@ def test_a_file_in_memory_map_trains_as_a_tensor_does(tmp_path: Path) -> None:
     assert torch.equal(svi().fit(Binary(), mapped).history["loss"], one)
 
 
-def test_only_a_batch_is_looked_at_but_all_data_are_checked() -> None:
+@pytest.mark.parametrize("is_computed", [False, True])
+def test_only_a_batch_is_looked_at_but_all_data_are_checked(is_computed: bool) -> None:
+    """The program runs on all rows only where it computes what it observes: what comes as it is can be seen without it."""
     rows = []
 
     class Counting(Binary):
         def model(self, x: Tensor | None = None, size: int | None = None) -> None:
             assert x is not None
             rows.append(len(x))
-            super().model(x)
+            super().model(x * 1.0 if is_computed else x)
 
     program = Program(Counting(), (BITS,), follow=True, batch_size=10)
     assert program.latents["z"].shape == (ROWS, 2) and program.latents["z"].plates[0].size == ROWS
     assert program.observed["x"].shape == BITS.shape and torch.equal(program.observed["x"], BITS)
-    assert sorted(set(rows)) == [10, 11, ROWS] and rows.count(ROWS) == 1
+    assert set(rows) - {ROWS} == {10, 11} and rows.count(ROWS) == is_computed
     bad = BITS.clone()
     bad[71, 3] = 2.0
-    with pytest.raises(ValueError, match=r"outside the support .*at \(71, 3\)|first, at \(71"):
-        svi().fit(Binary(), bad)
+    with pytest.raises(ValueError, match=r"outside the support .*the first, at \(71,\)"):
+        Program(Counting(), (bad,), follow=True, batch_size=10)
+    missing = BITS.clone()
+    missing[80, 1] = torch.nan
+    Program(Counting(), (missing,), follow=True, batch_size=10)
+
+
+def test_a_support_that_follows_the_rows_is_asked_of_the_program() -> None:
+    """The limits of the row that is amiss are those of that row, not of the ones in the first batch."""
+
+    class Limited(Binary):
+        def model(self, x: Tensor | None = None, limits: Tensor | None = None) -> None:  # type: ignore[override]
+            assert x is not None and limits is not None
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                pyro.sample("x", dist.Uniform(-1.0 - limits, self.decoder(z).sum(-1).exp() + limits), obs=x)
+
+    x, limits = torch.ones(ROWS), torch.full((ROWS,), 2.0)
+    Program(Limited(), (x, limits), follow=True, batch_size=10)
+    x[71] = 1e6
+    with pytest.raises(ValueError, match=r"outside the support"):
+        Program(Limited(), (x, limits), follow=True, batch_size=10)
+
+
+def test_data_that_a_transform_does_not_take_are_refused() -> None:
+    class Looking(Binary):
+        def prepare(self, x: Tensor) -> None: ...
+
+    with pytest.raises(ValueError, match=r"transform= does not take these data: .*p_in"):
+        svi(transform=torch.bernoulli).fit(Looking(), 2.0 * GREY)
+
+
+def test_a_transform_is_made_of_all_rows_once() -> None:
+    """What is checked, kept as observed, and read by the guide at the end is one and the same."""
+    whole, read = [], []
+
+    def binarised(x: Tensor) -> Tensor:
+        if len(x) == ROWS:
+            whole.append(torch.bernoulli(x))
+            return whole[-1]
+        return torch.bernoulli(x)
+
+    class Looking(Binary):
+        def prepare(self, x: Tensor) -> None:
+            self.prepared = x
+
+        def guide(self, x: Tensor | None = None, size: int | None = None) -> None:
+            read.append(x)
+            super().guide(x)
+
+    model = Looking()
+    posterior = svi(transform=binarised).fit(model, GREY)
+    assert len(whole) == 1 and torch.equal(model.prepared, whole[0])
+    assert torch.equal(posterior.observed["x"], whole[0]) and torch.equal(read[-1], whole[0])
 
 
 def test_draws_of_rows_are_those_of_the_guide_in_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,11 +86,10 @@ class Encoder(nn.Module):
         return result if len(lead) == 1 else result.reshape(*lead, -1)
 
     def _seen(self, x: Tensor) -> Tensor:
-        is_gap = x.isnan()
-        known = torch.where(is_gap, 0.0, x)
+        known = x.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)  # much faster than where
         if not self.sees_gaps:
             return known
-        known, is_known = (part.unsqueeze(1) if len(self.shape) == 2 else part for part in (known, (~is_gap).to(x)))
+        known, is_known = (part.unsqueeze(1) if len(self.shape) == 2 else part for part in (known, (~x.isnan()).to(x)))
         return torch.cat([known, is_known], 1)
 
 

@@ -87,7 +87,10 @@ class Likelihood(nn.Module, abc.ABC):
         Raises:
             ValueError: If an entry is outside the domain; it says which one, and what to do.
         """
-        is_outside = ~(self.is_inside(x) | x.isnan())
+        is_inside = self.is_inside(x)
+        if is_inside.all():
+            return
+        is_outside = ~(is_inside | x.isnan())
         if is_outside.any():
             value, count = x[is_outside][0].item(), int(is_outside.sum())
             raise ValueError(

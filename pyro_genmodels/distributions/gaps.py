@@ -226,8 +226,8 @@ def _mean(part: Any) -> Tensor:
 
 def _inside(value: Tensor, given: Any) -> tuple[Tensor, Tensor]:
     """Values with something inside the support where they are unknown; and which entries are known."""
-    is_known = ~value.isnan()
-    return torch.where(is_known, value, float(given.support is constraints.positive)), is_known
+    filler = float(given.support is constraints.positive)
+    return value.nan_to_num(nan=filler, posinf=math.inf, neginf=-math.inf), ~value.isnan()  # much faster than where
 
 
 class Entries(TorchDistribution):

@@ -1,0 +1,113 @@
+"""Pictures to train networks on: the bundled digits, MNIST and Fashion-MNIST from a folder of data, or a file."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_genmodels.datasets.bundled import digits
+
+__all__ = ["PICTURES", "Pictures", "pictures"]
+
+PICTURES = ("digits", "fashion_mnist", "mnist")
+_FOLDER = "PYRO_GENMODELS_DATA"
+_TEST = 297  # of the digits, the last ones
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Rows to train on, and rows to judge by.
+
+    Args:
+        name: Short name.
+        train: (rows, *shape) float32; whole numbers of bytes are divided by 255.
+        test: (rows, *shape); None if there are none.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        return tuple(self.train.shape[1:])
+
+
+def pictures(name: str) -> Pictures:
+    """Pictures by name, or from a file.
+
+    "digits" come with the package. "mnist" and "fashion_mnist" are read from NAME.npz in the folder that the environment
+    variable PYRO_GENMODELS_DATA names, with the arrays ``x_train`` and ``x_test``. So is any other .npz file, which may have
+    one array ``x`` instead; a .npy file is that array.
+
+    Args:
+        name: "digits", "mnist", "fashion_mnist", or a path.
+
+    Raises:
+        FileNotFoundError: There is no such file; for a name, the message says where it was looked for.
+        ValueError: The file has no such arrays, or they are no rows of finite numbers.
+
+    Example:
+        >>> pictures("digits").train.shape
+        torch.Size([1500, 8, 8])
+    """
+    if name == "digits":
+        x = (digits().x / 16.0).float().reshape(-1, 8, 8)
+        return Pictures(name, x[:-_TEST], x[-_TEST:])
+    path = Path(name)
+    if name in PICTURES:
+        path = Path(os.environ.get(_FOLDER, "")) / f"{name}.npz"
+        if _FOLDER not in os.environ or not path.is_file():
+            where = f"in '{path.parent}'" if _FOLDER in os.environ else f"as {_FOLDER} is not set"
+            raise FileNotFoundError(
+                f"{name} is read from {name}.npz in the folder that {_FOLDER} names, but there is none {where}. Put it "
+                "there, with the arrays x_train and x_test, or take digits, which come with the package."
+            )
+    if path.suffix.lower() not in (".npz", ".npy"):
+        raise ValueError(f"There are no pictures '{name}'; there are {', '.join(PICTURES)}, or give a .npz or .npy file.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    arrays = _arrays(path)
+    train = next((arrays[key] for key in ("x_train", "x") if key in arrays), None)
+    if train is None:
+        raise ValueError(f"{path.name} has the arrays {', '.join(arrays)}: call the rows 'x', or 'x_train' and 'x_test'.")
+    x, test = _rows(train, path.name), arrays.get("x_test")
+    found = Pictures(path.stem, x, None if test is None else _rows(test, path.name))
+    if found.test is not None and found.test.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"{path.name} has rows of shape {tuple(x.shape[1:])} to train on, but {tuple(found.test.shape[1:])} in x_test."
+        )
+    return found
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"x": loaded}
+            names = [name for name in loaded.files if name in ("x", "x_train", "x_test")]
+            return {name: loaded[name] for name in names} if names else dict.fromkeys(loaded.files, np.empty(0))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.name} cannot be read as numpy arrays: {error}") from error
+
+
+def _rows(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype.kind not in "biuf" or array.ndim < 2 or not array.size:
+        raise ValueError(
+            f"{name} has {array.dtype} of shape {array.shape}, but must have rows of numbers, (rows, height, width) or such."
+        )
+    x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if array.dtype == np.uint8:
+        x = x / 255.0
+    bad = (~x.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} has {len(bad)} values that are not finite, the first at {tuple(bad[0].tolist())}.")
+    return x
