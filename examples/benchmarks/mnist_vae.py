@@ -1,18 +1,18 @@
-"""Burda et al.'s autoencoders on MNIST, one and two layers, fitted by the evidence lower bound and by the importance-weighted one.
+"""Burda et al.'s autoencoders on MNIST, of one and two layers, fitted by the evidence lower bound and by importance weights.
 
     python examples/benchmarks/mnist_vae.py                            # the short protocol, on a processor
     python examples/benchmarks/mnist_vae.py --full --device cuda       # the authors' protocol, for a GPU
 
-Pictures are binarised anew at every visit, those of the test set once, the same for all models. NLL is −log p(x) a picture in
-nats, by importance sampling from the guide (``metrics.density.log_evidence``); it does not depend on the bound that a model was
-fitted by. Models are compared picture by picture, which takes the spread between pictures out.
+Pictures are binarised anew at every visit, those of the test set once, the same for all models. NLL is −log p(x) a picture,
+in nats, by importance sampling from the guide (``metrics.density.log_evidence``); it does not depend on the bound that a
+model was fitted by. Models are compared picture by picture, which takes the spread between pictures out.
 
 Short protocol: batches of 100, 15 epochs, Adam at 2e-3 for the first half and then along a cosine to a hundredth of that,
 moving average of the weights of decay 0.999, 5,000 samples at 1,000 test pictures, every tenth of the test set.
 
-The authors' (github.com/yburda/iwae): batches of 20, eight stages of 3^i epochs at 1e-3 · 10^(−i/7), 3,280 epochs in all, Adam
-with eps = 1e-4, no average, 5,000 samples at all 10,000 test pictures. In both, training leaves the last 400 pictures out, the
-logits start at the mean picture, and gradients are those of the authors (``path=False``) unless ``--path`` is given.
+The authors' (github.com/yburda/iwae): batches of 20, eight stages of 3^i epochs at 1e-3 · 10^(−i/7), 3,280 epochs in all,
+Adam with eps = 1e-4, no average, 5,000 samples at all 10,000 test pictures. In both, training leaves the last 400 pictures
+out, the logits start at the mean picture, and gradients are the authors' (``path=False``) unless ``--path`` is given.
 """
 
 from __future__ import annotations
@@ -165,16 +165,15 @@ def main() -> None:
     x = x[:-400].to(options.device)
     test = test.bernoulli(generator=torch.Generator().manual_seed(0))[:: 10_000 // images][:images].to(options.device)
     print(f"{len(test)} test pictures, {options.samples} samples; the paper's Table 1 is of all 10,000 and 3,280 epochs")
-    print(
-        f"{'':20} {'NLL':>7} {'± se':>6} {'paper':>7} {'active':>7} {'k-hat>0.7':>10} {'bound':>8} {'fitting s':>10} {'testing s':>10}"
-    )
+    titles = ("NLL", "± se", "paper", "active", "k-hat>0.7", "bound", "fit, s", "test, s")
+    print(f"{'':20}", *(f"{title:>{width}}" for title, width in zip(titles, (7, 6, 7, 7, 10, 8, 8, 8), strict=True)))
     rows = {}
     for name in names:
         row = rows[name] = measured(name, options, x, test)
         se = float(row.log_p.std()) / math.sqrt(len(row.log_p))
         print(
             f"{name:20} {-float(row.log_p.mean()):7.2f} {se:6.2f} {PAPER[name]:7.2f} {row.active:>7} {row.unreliable:10.3f} "
-            f"{-row.bound:8.2f} {row.fitting:10.0f} {row.testing:10.0f}",
+            f"{-row.bound:8.2f} {row.fitting:8.0f} {row.testing:8.0f}",
             flush=True,
         )
     print(f"\n{'better by, in nats, picture by picture':48} {'here':>7} {'± se':>6} {'paper':>7}")
