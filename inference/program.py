@@ -43,6 +43,7 @@ _CHUNK = 4096  # rows that are checked at a time, where a run sees batches
 _LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
 _MANY, _WIDE = 200, 2**18  # statements, and numbers drawn, from which a program is looked at less often
 _FEWER_LOOKS = 3
+_FEW = 12  # numbers of a value that an error spells out
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,14 @@ class Shape(NamedTuple):
                 if frame.vectorized:
                     plates.setdefault(frame.name, set()).add(frame.size)
         return cls(plates, set.intersection(*seen))
+
+
+def _said(value: Tensor) -> str:
+    """A value in words: its numbers if they are few, else how many there are and how far they reach."""
+    if value.numel() <= _FEW:
+        return str(value.tolist())
+    known = value[~value.isnan()] if value.is_floating_point() else value.flatten()
+    return f"{value.numel()} numbers from {known.min().item():g} to {known.max().item():g}"
 
 
 def _patterns(name: str) -> set[str]:
@@ -860,7 +869,7 @@ class Program:
             told = (where[0] + first, *where[1:])
             raise ValueError(
                 f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
-                f"the first, at {told}, is {value[where].tolist()}."
+                f"the first, at {told}, is {_said(value[where])}."
             )
 
     def _check_fit(self, name: str, node: Mapping[str, Any]) -> None:

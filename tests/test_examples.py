@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The rows of the table of an example that does not compare back-ends.
 ROWS = {
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
+    "mnist_vae": ("bound", "log p(x)", "active units"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -36,6 +37,7 @@ ON_DATA = {
     "anomaly_detection": "adbench.npz",
     "clustering": "classical.npz",
     "density_estimation": "uci_regression.npz",
+    "mnist_vae": "mnist.npz",
     "patch_denoising": "bsds300_patches.npz",
     "semi_supervised_text": "bow_20news_full.npz",
     "topics": "bow_ap.npz",

@@ -180,6 +180,18 @@ def test_a_transform_is_made_of_all_rows_once() -> None:
     assert torch.equal(posterior.observed["x"], whole[0]) and torch.equal(read[-1], whole[0])
 
 
+def test_a_large_value_outside_of_the_support_is_told_in_short() -> None:
+    def program(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=shift).expand([28, 28]).to_event(2), obs=x)
+
+    x = torch.zeros(3, 28, 28)
+    x[1] = torch.linspace(0.0, 1.0, 784).reshape(28, 28)
+    with pytest.raises(ValueError, match=r"the first, at \(1,\), is 784 numbers from 0 to 1\.$"):
+        Program(program, (x,))
+
+
 def test_draws_of_rows_are_those_of_the_guide_in_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Means of 4,000 draws within 5 standard errors of the encoder's; parts of 32 rows."""
     monkeypatch.setattr("inference.svi._ROWS", 32)
