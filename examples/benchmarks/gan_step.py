@@ -3,8 +3,8 @@
     python examples/benchmarks/gan_step.py
 
 Networks (16-256-256-64 and 64-256-256-1), batches of 128, fused Adam and the losses are alike; runs alternate in one
-process, and the first 200 steps of each, in which ours records its graphs, are not counted. A step by hand lets the critic's weights
-take gradients while the generator is trained, as such loops do; ours does not, nor does it run any handler of Pyro.
+process, and the first 200 steps of each, in which ours records its graphs, are not counted. A step by hand lets the
+critic's weights take gradients while the generator is trained, as such loops do; ours does not.
 """
 
 from __future__ import annotations
@@ -86,9 +86,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(f"python examples/benchmarks/gan_step.py --runs {given.runs} --steps {given.steps}")
-    print(
-        f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, shared"
-    )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared")
     print("\nsteps of the generator a second     ours   by hand   ratio, median of pairs of runs")
     for name, game, critic_steps in (("non-saturating", NonSaturating(), 1), ("WGAN-GP, 5 critic steps", Wasserstein(), 5)):
         steps = given.steps if critic_steps == 1 else SKIPPED + (given.steps - SKIPPED) // 4
