@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pyro
@@ -196,6 +197,49 @@ def test_infogan_draws_its_codes_from_their_priors_and_recognises_every_row() ->
     guided = poutine.trace(model.guide).get_trace(x)
     assert guided.nodes["category"]["value"].shape == (4000,) and guided.nodes["code"]["value"].shape == (4000, 2)
     torch.testing.assert_close(model.categories_of(x).sum(-1), torch.ones(4000))
+
+
+MODELS = {
+    "GAN": lambda: GAN((3,), 2, hidden=(4,)),
+    "GAN, uniform noise": lambda: GAN((3,), 2, hidden=(4,), noise="uniform"),
+    "InfoGAN": lambda: InfoGAN((3,), 2, 3, 1, hidden=(4,)),
+}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+
+
+def drawn(model: Any) -> dict[str, Tensor]:
+    """All that a model draws with one seed."""
+    torch.manual_seed(5)
+    nodes = poutine.trace(model.model).get_trace(None, size=6).nodes
+    return {name: node["value"] for name, node in nodes.items() if node["type"] == "sample" and name != "rows"}
+
+
+@every_model
+def test_a_state_dict_carries_over_to_a_new_model(make: Any) -> None:
+    old, new = make(), make()
+    new.load_state_dict(old.state_dict())
+    assert all(torch.equal(value, drawn(new)[name]) for name, value in drawn(old).items())
+
+
+@every_model
+def test_in_float64_all_draws_are(make: Any) -> None:
+    assert {v.dtype for v in drawn(make().double()).values() if v.is_floating_point()} == {torch.float64}
+
+
+@every_model
+def test_two_instances_share_nothing_and_a_copy_is_whole(make: Any) -> None:
+    one, two = make(), make()
+    for other in (two, copy.deepcopy(one)):
+        addresses = [{v.data_ptr() for v in m.state_dict().values()} for m in (one, other)]
+        assert not addresses[0] & addresses[1]
+    assert all(torch.equal(value, drawn(copy.deepcopy(one))[name]) for name, value in drawn(one).items())
+
+
+@every_model
+def test_every_weight_of_the_generator_has_a_gradient(make: Any) -> None:
+    model = make()
+    drawn(model)["x"].square().sum().backward()
+    assert all(w.grad is not None and w.grad.isfinite().all() for w in model.generator.parameters())
 
 
 @pytest.mark.parametrize(
