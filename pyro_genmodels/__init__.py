@@ -15,10 +15,11 @@ from pyro_genmodels.classical import (
     NaiveBayes,
     SoftmaxRegression,
 )
-from pyro_genmodels.diffusion import tweedie
+from pyro_genmodels.diffusion import DDPM, tweedie
 
 __all__ = [
     "CVAE",
+    "DDPM",
     "GMM",
     "HMM",
     "IWAE",
