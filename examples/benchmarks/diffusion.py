@@ -4,7 +4,8 @@
 
 Errors are medians over paths at the same number of calls of the denoiser, which is what a sampler costs; the order is seen
 between 128 and 256 steps. The cost of a loop is that of all it does but for the calls: the network is a small convolutional
-one on 32 images of 28 by 28, called as often, alternating.
+one on 32 images of 28 by 28, called as often, alternating; seconds are those of the processor, which other processes
+of the machine do not take part in.
 """
 
 from __future__ import annotations
@@ -91,12 +92,12 @@ def cost(repeats: int) -> None:
         handle.remove()
         ours, bare = [], []
         for _ in range(repeats):
-            begin = time.perf_counter()
+            begin = time.process_time()
             sampler(denoiser, x, grid)
-            middle = time.perf_counter()
+            middle = time.process_time()
             for _ in range(count):
                 network(x, level)
-            bare.append(time.perf_counter() - middle)
+            bare.append(time.process_time() - middle)
             ours.append(middle - begin)
         ratio = statistics.median(a / b for a, b in zip(ours, bare))
         extra = statistics.median(a - b for a, b in zip(ours, bare)) / count
