@@ -1,12 +1,14 @@
 """Diffusion: schedules, denoisers, an oracle that is exact, samplers and likelihoods that are held to it."""
 
 from pyro_genmodels.diffusion import langevin, likelihood, samplers
+from pyro_genmodels.diffusion.ddpm import DDPM
 from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser, Network
 from pyro_genmodels.diffusion.oracle import Oracle
 from pyro_genmodels.diffusion.schedule import EDM, VE, VP, Betas, Cosine, Learned, Schedule, Sigmoid, Straight, SubVP
 from pyro_genmodels.diffusion.scores import score_of, tweedie, tweedie_covariance
 
 __all__ = [
-    "EDM", "VE", "VP", "Betas", "Cosine", "Denoised", "Denoiser", "Learned", "Network", "Oracle", "Schedule", "Sigmoid",
+    "DDPM", "EDM", "VE", "VP", "Betas", "Cosine", "Denoised", "Denoiser", "Learned", "Network", "Oracle", "Schedule",
+    "Sigmoid",
     "Straight", "SubVP", "langevin", "likelihood", "samplers", "score_of", "tweedie", "tweedie_covariance",
 ]  # fmt: skip

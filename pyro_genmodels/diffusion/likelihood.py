@@ -221,7 +221,7 @@ def variational_bound(
             known = step_posterior(denoiser, noisy, step, "upper" if variance == "lower" else variance)
             decoder = _log_normal(x, known) if levels is None else _log_mass(x, known, levels)
         else:
-            truth = _bridge(step, x, noisy)
+            truth = bridge(step, x, noisy)
             terms.append(_divergence(*truth, step_posterior(denoiser, noisy, step, variance)))
     return Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(x)), decoder)
 
@@ -259,13 +259,13 @@ def path_bound(
             known = step_posterior(denoiser, noisy, step, "upper" if variance == "lower" else variance)
             return value + _log_normal(x, known)
         known = step_posterior(denoiser, noisy, step, variance)
-        mean, scale = _bridge(step, x, noisy)
+        mean, scale = bridge(step, x, noisy)
         noisy = mean + scale * next(draws)
         value = value + _log_normal(noisy, known) - _log_normal(noisy, StepPosterior(mean, scale, False))
     return value
 
 
-def _bridge(step: Step, x: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+def bridge(step: Step, x: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of q(x_s | x_t, x_0)."""
     share = (step.next_sigma / step.sigma).square()
     kept = step.alpha / step.next_alpha

@@ -30,6 +30,7 @@ Orders of the flow are those of the end points of paths, weak ones those of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -371,29 +372,23 @@ def _multistep(denoiser: Denoiser, x: Tensor, grid: Tensor, order: int, corrects
 
 def _polynomial(step: Step, x: Tensor, known: list[tuple[Tensor, Tensor]]) -> Tensor:
     """σ_s/σ_t x + α_s ∫_0^h exp(u − h) P(u) du, with P the polynomial through known values of x̂_0."""
-    width, start = step.width, step.scaled[0].log()
-    places = torch.stack([(start - place) / width for place, _ in known])  # u/h: 0 is now, 1 after the step
-    powers = torch.arange(len(known), dtype=places.dtype)
+    width, start = step.width.item(), step.scaled[0].log().item()
+    places = torch.tensor([(start - place.item()) / width for place, _ in known], dtype=torch.float64)
+    powers = torch.arange(len(known), dtype=torch.float64)  # of u/h, which is 0 now and 1 after the step
     # moments of exp(u − h) over [0, h] in powers of u/h: by parts m_0 = 1 − e^(−h), m_p = 1 − p m_(p−1) / h
+    moments = [-math.expm1(-width)]
     if width > 1.0:
-        moments = [-torch.expm1(-width)]
         for power in range(1, len(known)):
             moments.append(1.0 - power * moments[-1] / width)
     else:  # that would cancel: m_p = Σ_j p! (−1)^j h^(j+1) / (p + j + 1)!
-        moments = []
-        for power in range(len(known)):
-            term = width / (power + 1)
-            total = term.clone()
+        for power in range(1, len(known)):
+            total = term = width / (power + 1)
             for j in range(1, 20):
-                term = -term * width / (power + 1 + j)
-                total = total + term
+                term *= -width / (power + 1 + j)
+                total += term
             moments.append(total)
-    weights = torch.linalg.solve(places[None, :] ** powers[:, None], torch.stack(moments))
-    for weight, (_, value) in zip(weights, known):
-        if value is known[0][1]:
-            blended = weight * value
-        else:
-            blended = blended + weight * value
+    weights = torch.linalg.solve(places[None, :] ** powers[:, None], torch.tensor(moments, dtype=torch.float64))
+    blended = sum(weight * value for weight, (_, value) in zip(weights.tolist(), known))
     return step.next_sigma / step.sigma * x + step.next_alpha * blended
 
 
