@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -21,7 +22,9 @@ from inference.terms import Coordinates, Elements, colour, one_by_one
 
 __all__ = ["GuideDraw"]
 
-_TRIALS = 3  # settings at which elements are told apart: all rows are evaluated at each of them for every bit of their number
+_TRIALS = (
+    3  # settings at which elements are told apart: all rows are evaluated at each of them for every bit of their number
+)
 
 
 class Gaps(NamedTuple):
@@ -50,14 +53,18 @@ class GuideDraw(Block):
 
     The drawn entries are forgotten after the step: they leave the posterior of z given the known ones as it is.
 
-    A guide that is narrower than the posterior holds a chain for long where it has reached the tails: look at the effective
-    sample size of each row. The certificate is the change of the log-joint that the elements' own terms do not explain.
+    A guide that is narrower than the posterior holds a chain for long where it has reached the tails. So each element also
+    takes a step of a random walk, z' = z + c (z₁ − z₂) in unconstrained coordinates, z₁ and z₂ being draws of the guide, whose
+    scale the step has then, and c uniform up to the best constant for a normal target (Roberts et al.); entries that are
+    missing are integrated out meanwhile. Still, look at the effective sample size of each row. The certificate is the change of the log-joint that the elements' own terms do not
+    explain; acceptance is that of the guide's proposals.
 
     Args:
         sites: Names of the sites, of one batch shape; filled in by ``bind``.
         guide: A Pyro guide, used as it is; or the Posterior of a variational fit, whose guide is taken; None takes the
             model's own guide. It may draw further sites, which are left aside.
         completes: Whether entries that are missing are drawn before the guide reads them; else it reads them as NaN.
+        walks: Whether continuous sites also take a step of a random walk.
         elements: Which elements are accepted on their own; None finds out.
         gaps: The data with missing entries; filled in by ``bind``.
 
@@ -65,6 +72,7 @@ class GuideDraw(Block):
         D. Rezende, S. Mohamed and D. Wierstra, Stochastic backpropagation and approximate inference in deep generative
         models (2014), appendix F.
         P.-A. Mattei and J. Frellsen, Leveraging the exact likelihood of deep latent variable models (2018).
+        G. Roberts, A. Gelman and W. Gilks, Weak convergence and optimal scaling of random walk Metropolis algorithms (1997).
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -81,10 +89,12 @@ class GuideDraw(Block):
         'Guide'
     """
 
+    sites: tuple[str, ...] = field(default=(), kw_only=True)
     guide: Callable[..., Any] | Posterior | None = None
     completes: bool = True
-    elements: Elements | None = None
-    gaps: tuple[Gaps, ...] = ()
+    walks: bool = True
+    elements: Elements | None = field(default=None, kw_only=True)
+    gaps: tuple[Gaps, ...] = field(default=(), kw_only=True)
 
     @property
     def update(self) -> str:
@@ -125,8 +135,9 @@ class GuideDraw(Block):
             bound = replace(bound, gaps=bound._found_gaps(program, trials) if self.completes else ())
             values = {**trials.values, **bound._completed(density, trials.values)}
             first = {name: value[:1].expand_as(value) for name, value in values.items() if name not in bound.sites}
-            log_q = bound._log_q(density, {**first, **{name: values[name] for name in bound.sites}})
-            bound._check_repeats(density, {**first, **{name: values[name] for name in bound.sites}}, log_q)
+            mixed = {**first, **{name: values[name] for name in bound.sites}}
+            log_q = bound._log_q(density, mixed)
+            bound._check_repeats(density, mixed, log_q)
             coordinates = Coordinates(program, bound.sites, is_constrained=True)
             of = coordinates.batch % max(next(iter(shapes.values())).numel(), 1)
             bound = replace(bound, elements=colour(density, coordinates, of, values))
@@ -187,8 +198,8 @@ class GuideDraw(Block):
                 )
             if node["log_prob"].shape != site.batch_shape:
                 raise Unsupported(
-                    f"The guide draws '{name}' in {node['log_prob'].numel()} independent parts, but in {program.name} it has "
-                    f"{site.batch_shape.numel()}. Put it into the plates that it is in there."
+                    f"The guide draws '{name}' in {node['log_prob'].numel()} independent parts, but in {program.name} it "
+                    f"has {site.batch_shape.numel()}. Put it into the plates that it is in there."
                 )
 
     def _check_repeats(self, density: Density, values: Mapping[str, Tensor], log_q: Tensor) -> None:
@@ -203,8 +214,9 @@ class GuideDraw(Block):
         assert self.elements is not None
         coordinates = Coordinates(density.program, self.sites, is_constrained=True)
         vector = coordinates.vector(values)
-        for _ in range(2):
-            is_other = torch.rand(self.elements.number, device=vector.device) < 0.5
+        numbers = torch.arange(self.elements.number, device=vector.device)
+        for bit in range((self.elements.number - 1).bit_length()):  # any two elements differ in a bit of their numbers
+            is_other = (numbers >> bit) % 2 == 1
             mixed = torch.where(is_other[self.elements.of], vector.roll(1, 0), vector)
             found = self._log_q(density, {**first, **coordinates.values(mixed)})
             precision = 1e-9 if found.dtype == torch.float64 else 1e-4
@@ -300,40 +312,110 @@ class GuideDraw(Block):
 
         def run(rows: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
             latent, completed = rows
-            log_q = self._parts(self._run(program, latent, completed), program)
-            if not is_drawn:
-                return {}, log_q, log_q
             others = {name: value for name, value in latent.items() if name not in self.sites}
-            nodes = self._run(program, others, completed)
+            nodes = self._run(program, others if is_drawn else latent, completed)
             drawn = {name: nodes[name]["value"].to(latent[name]) for name in self.sites}
-            return drawn, log_q, self._parts(nodes, program)
+            if not is_drawn:
+                present = nodes
+            elif len(self.sites) == 1:  # its distribution follows what is given alone
+                (name,) = self.sites
+                present = {name: {"log_prob": nodes[name]["fn"].log_prob(latent[name])}}
+            else:
+                present = self._run(program, latent, completed)
+            return drawn, self._parts(present, program), self._parts(nodes, program)
 
         with Drawing():
             found: tuple[dict[str, Tensor], Tensor, Tensor] = mapped(run, (latent, completed))
         return found
+
+    def _pair(self, density: Density, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Two draws of the guide, which reads missing entries as they are."""
+        program, bare = density.program, replace(self, gaps=())
+
+        def run(others: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            nodes = bare._run(program, others, {})
+            one = {name: nodes[name]["value"] for name in self.sites}
+            if len(self.sites) == 1:
+                return one, {name: nodes[name]["fn"]() for name in self.sites}
+            nodes = bare._run(program, others, {})
+            return one, {name: nodes[name]["value"] for name in self.sites}
+
+        others = {name: values[name] for name in program.latents if name not in self.sites}
+        chains = {} if others else {"": values[self.sites[0]].flatten(1)[:, 0]}  # where nothing else has the chains' axis
+        with Drawing():
+            pair: tuple[dict[str, Tensor], dict[str, Tensor]] = mapped(run, {**others, **chains})
+        return pair
 
     def init(self, density: Density, current: Current) -> tuple[()]:
         return ()
 
     @torch.no_grad()
     def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
+        completed = self._completed(density, current.values)
+        values = {**current.values, **completed}
+        drawn, present, log_q = self._mapped(density, values)
+        moved, rate, unexplained = self._decided(density, values, drawn, log_q - present)
+        if self.walks and all(density.program.latents[name].is_continuous for name in self.sites):
+            moved = {name: value for name, value in moved.items() if name not in completed}
+            walked, log_q_ratio = self._walked(density, moved)
+            moved, _, more = self._decided(density, moved, walked, log_q_ratio)
+            unexplained = unexplained + more
+        values = {**current.values, **{name: moved[name] for name in self.sites}}
+        return state, Current(values, density.joint(values)), Move(rate, unexplained)
+
+    def _walked(self, density: Density, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Where a step of the random walk would lead, and its log q ratio, (chain, element).
+
+        The step is symmetric in unconstrained coordinates, as the difference of two draws is. They follow what is known of
+        the data, and not the entries that were drawn given the present values.
+        """
+        assert self.elements is not None
+        one, other = self._pair(density, values)
+        coordinates = Coordinates(density.program, self.sites)
+        present = coordinates.vector(values)
+        size = torch.rand(len(present), self.elements.number, dtype=present.dtype, device=present.device)
+        of = coordinates.batch % self.elements.number
+        constant = 2.38 / math.sqrt(2.0 * coordinates.size / self.elements.number)
+        step = constant * size[:, of] * (coordinates.vector(one) - coordinates.vector(other))
+        walked = coordinates.values(present + step)
+        volumes = []
+        for point in (present, present + step):
+            parts = point.split(coordinates.sizes, -1)
+            for name, part in zip(coordinates.sites, parts, strict=True):
+                transform, part = coordinates.transforms[name], part.reshape(len(part), *coordinates.shapes[name])
+                volume = transform.log_abs_det_jacobian(part, transform(part))
+                elements = density.program.latents[name].batch_shape.numel()
+                volumes.append(volume.reshape(len(part), elements, -1).sum(-1))
+        before, after = (sum(half) for half in (volumes[: len(self.sites)], volumes[len(self.sites) :]))
+        return walked, torch.as_tensor(before - after)
+
+    def _decided(
+        self, density: Density, values: dict[str, Tensor], proposed: dict[str, Tensor], log_q_ratio: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Accepts or refuses each element of a proposal.
+
+        Args:
+            density: The densities of the program.
+            values: Where the chains are, and the completed data.
+            proposed: Values of the sites.
+            log_q_ratio: log q(proposed | present) − log q(present | proposed), (chain, element).
+
+        Returns:
+            The values, the mean acceptance rate and what is unexplained, (chain,) both.
+        """
         assert self.elements is not None
         elements, (owner,) = self.elements, self.elements.owners
         coordinates = Coordinates(density.program, self.sites, is_constrained=True)
         staged = coordinates.terms(density)
-        completed = self._completed(density, current.values)
-        drawn, log_q_present, log_q = self._mapped(density, {**current.values, **completed})
         if self.is_scan:
-            log_q_present, log_q = (part.sum(1, keepdim=True) for part in (log_q_present, log_q))
-        others = {name: value for name, value in {**current.values, **completed}.items() if name not in self.sites}
-        present, proposal = coordinates.vector(current.values), coordinates.vector(drawn)
+            log_q_ratio = log_q_ratio.sum(1, keepdim=True)
+        others = {name: value for name, value in values.items() if name not in self.sites}
+        present, proposal = coordinates.vector(values), coordinates.vector(proposed)
         before, after = staged(present, others), staged(proposal, others)
         gain = elements.own(after, owner) - elements.own(before, owner)
-        log_ratio = (gain - (log_q - log_q_present)).nan_to_num(nan=-torch.inf)
+        log_ratio = (gain - log_q_ratio).nan_to_num(nan=-torch.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
         vector = torch.where(accepted[:, elements.of], proposal, present)
-        values = {**current.values, **coordinates.values(vector)}
         explained = torch.where(accepted, gain, 0.0).sum(-1)
         unexplained = staged(vector, others).sum(-1) - before.sum(-1) - explained
-        move = Move(log_ratio.clamp(max=0.0).exp().mean(-1), unexplained)
-        return state, Current(values, density.joint(values)), move
+        return {**values, **coordinates.values(vector)}, log_ratio.clamp(max=0.0).exp().mean(-1), unexplained
