@@ -121,7 +121,7 @@ def test_completions_have_the_predictive_distribution_of_the_known_entries() -> 
 class _NoRatio(GuideDraw):
     """Takes whatever the encoder says: pseudo-Gibbs."""
 
-    def _decided(self, density: Density, values: Any, proposed: Any, log_q_ratio: Tensor) -> Any:
+    def _decided(self, density: Density, values: Any, proposed: Any, log_q_ratio: Tensor, is_led: bool = False) -> Any:
         return {**values, **proposed}, torch.ones(len(log_q_ratio)).double(), torch.zeros(len(log_q_ratio)).double()
 
 

@@ -27,6 +27,15 @@ _TRIALS = (
 )
 
 
+_LED = 0.3  # of warm-up, in which every proposal is taken: chains start where the guide leads them, in each row
+
+
+class GuideState(NamedTuple):
+    """step (): how many steps there have been."""
+
+    step: Tensor
+
+
 class Gaps(NamedTuple):
     """Data some of whose entries are missing.
 
@@ -54,10 +63,13 @@ class GuideDraw(Block):
     The drawn entries are forgotten after the step: they leave the posterior of z given the known ones as it is.
 
     A guide that is narrower than the posterior holds a chain for long where it has reached the tails. So each element also
-    takes a step of a random walk, z' = z + c (z₁ − z₂) in unconstrained coordinates, z₁ and z₂ being draws of the guide, whose
-    scale the step has then, and c uniform up to the best constant for a normal target (Roberts et al.); entries that are
-    missing are integrated out meanwhile. Still, look at the effective sample size of each row. The certificate is the change of the log-joint that the elements' own terms do not
-    explain; acceptance is that of the guide's proposals.
+    takes a step of a random walk, z' = z + c (z₁ − z₂) in unconstrained coordinates. z₁ and z₂ are draws of the guide, so
+    that the step has its scale; c is uniform up to the best constant for a normal target (Roberts et al.). Entries that are
+    missing are integrated out meanwhile. Still, look at the effective sample size of each row.
+
+    In the first part of warm-up every proposal of the guide is taken, so that chains start where it leads them (Mattei and
+    Frellsen). The certificate is the change of the log-joint that the elements' own terms do not explain; acceptance is that of the
+    guide's proposals.
 
     Args:
         sites: Names of the sites, of one batch shape; filled in by ``bind``.
@@ -346,22 +358,23 @@ class GuideDraw(Block):
             pair: tuple[dict[str, Tensor], dict[str, Tensor]] = mapped(run, {**others, **chains})
         return pair
 
-    def init(self, density: Density, current: Current) -> tuple[()]:
-        return ()
+    def init(self, density: Density, current: Current) -> GuideState:
+        return GuideState(current.log_joint.new_zeros(()))
 
     @torch.no_grad()
-    def step(self, state: tuple[()], density: Density, current: Current, warmup: int) -> tuple[tuple[()], Current, Move]:
+    def step(self, state: GuideState, density: Density, current: Current, warmup: int) -> tuple[GuideState, Current, Move]:
         completed = self._completed(density, current.values)
         values = {**current.values, **completed}
         drawn, present, log_q = self._mapped(density, values)
-        moved, rate, unexplained = self._decided(density, values, drawn, log_q - present)
+        is_led = bool(state.step < _LED * warmup)
+        moved, rate, unexplained = self._decided(density, values, drawn, log_q - present, is_led)
         if self.walks and all(density.program.latents[name].is_continuous for name in self.sites):
             moved = {name: value for name, value in moved.items() if name not in completed}
             walked, log_q_ratio = self._walked(density, moved)
             moved, _, more = self._decided(density, moved, walked, log_q_ratio)
             unexplained = unexplained + more
         values = {**current.values, **{name: moved[name] for name in self.sites}}
-        return state, Current(values, density.joint(values)), Move(rate, unexplained)
+        return GuideState(state.step + 1), Current(values, density.joint(values)), Move(rate, unexplained)
 
     def _walked(self, density: Density, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Where a step of the random walk would lead, and its log q ratio, (chain, element).
@@ -390,7 +403,12 @@ class GuideDraw(Block):
         return walked, torch.as_tensor(before - after)
 
     def _decided(
-        self, density: Density, values: dict[str, Tensor], proposed: dict[str, Tensor], log_q_ratio: Tensor
+        self,
+        density: Density,
+        values: dict[str, Tensor],
+        proposed: dict[str, Tensor],
+        log_q_ratio: Tensor,
+        is_led: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Accepts or refuses each element of a proposal.
 
@@ -399,6 +417,7 @@ class GuideDraw(Block):
             values: Where the chains are, and the completed data.
             proposed: Values of the sites.
             log_q_ratio: log q(proposed | present) − log q(present | proposed), (chain, element).
+            is_led: Whether every proposal with a density is taken.
 
         Returns:
             The values, the mean acceptance rate and what is unexplained, (chain,) both.
@@ -415,6 +434,7 @@ class GuideDraw(Block):
         gain = elements.own(after, owner) - elements.own(before, owner)
         log_ratio = (gain - log_q_ratio).nan_to_num(nan=-torch.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
+        accepted = accepted | log_ratio.isfinite() if is_led else accepted
         vector = torch.where(accepted[:, elements.of], proposal, present)
         explained = torch.where(accepted, gain, 0.0).sum(-1)
         unexplained = staged(vector, others).sum(-1) - before.sum(-1) - explained
