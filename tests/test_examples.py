@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The rows of the table of an example that does not compare back-ends.
 ROWS = {
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
+    "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

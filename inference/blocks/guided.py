@@ -68,8 +68,8 @@ class GuideDraw(Block):
     missing are integrated out meanwhile. Still, look at the effective sample size of each row.
 
     In the first part of warm-up every proposal of the guide is taken, so that chains start where it leads them (Mattei and
-    Frellsen). The certificate is the change of the log-joint that the elements' own terms do not explain; acceptance is that of the
-    guide's proposals.
+    Frellsen). The certificate is the change of the log-joint that the elements' own terms do not explain; acceptance is that
+    of the guide's proposals.
 
     Args:
         sites: Names of the sites, of one batch shape; filled in by ``bind``.
