@@ -2,9 +2,8 @@
 
     python examples/missing_pixels.py
 
-A VAE is fitted to digits partly hidden, so that its encoder learns to read gaps. Pixels of other digits are then guessed:
-from what they are in other digits (mean), from the encoder's guess at z (one pass of pseudo-Gibbs sampling), and from draws
-of the posterior of z, which Gibbs makes of such guesses, row by row.
+A VAE is fitted to digits partly hidden. Pixels of others are guessed: from what they are in other digits (mean), from the
+encoder's guess at z (one pass of pseudo-Gibbs sampling), and from the posterior of z, which Gibbs makes of such guesses.
 
 Squared error of the mean of the draws; log-likelihood of all missing pixels of a digit together, in nats per pixel; share
 of missing pixels in central intervals of the draws, grey levels spread evenly so that none are tied, with standard errors.
@@ -57,7 +56,7 @@ def main(smoke: bool = False, folder: str = "runs/missing_pixels") -> None:
     """Fits, fills in, prints a table and saves ``completions.png`` in a folder."""
     x, count = (datasets.load("digits").x / 16.0).float().reshape(-1, 8, 8), 4 if smoke else 60
     torch.manual_seed(0)
-    x, truth = x[:-50], x[-50:]
+    x, truth = x.split([len(x) - 50, 50])
     gaps = torch.where(torch.rand(truth.shape) < 0.5, torch.nan, truth)
     model = VAE((8, 8), 4, likelihood=DiscretisedLogistic(17), hidden=(256, 128), observed=True)
     SVI(steps=40 * count, learning_rate=1e-3, batch_size=100, draws=1, transform=hide, seed=0, progress=False).fit(model, x)
@@ -65,8 +64,8 @@ def main(smoke: bool = False, folder: str = "runs/missing_pixels") -> None:
     posterior = gibbs.fit(model, gaps)
     z = {"pseudo-Gibbs": model.encode(gaps).sample((20 * count,)), "exact": posterior.draws["z"].flatten(0, 1)}
     found = {"mean": by_pixel(x, truth, gaps, 17)} | {name: by_code(model, z[name], truth, gaps) for name in z}
-    print(f"{len(x)} digits; of {len(truth)} others, half of the pixels are missing\n\n{HEADER}")
-    print("\n".join(line(name, truth, gaps, 17, *parts) for name, parts in found.items()))
+    lines = [line(name, truth, gaps, 17, *parts) for name, parts in found.items()]
+    print(f"{len(x)} digits; half of the pixels of {len(truth)} others are missing\n", HEADER, *lines, sep="\n")
     rhat = arviz.rhat(posterior.draws["z"].numpy()).max(1)
     print(f"\n{posterior.plan}\nR-hat is below 1.1 for {(rhat < 1.1).sum()} digits, {rhat.max():.2f} for the worst")
     pictures = {"data": truth[:10], "known": gaps[:10]} | {f"{n}\na draw": d[-1][:10] for n, (d, *_) in found.items()}

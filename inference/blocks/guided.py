@@ -31,7 +31,7 @@ _LED = 0.3  # of warm-up, in which every proposal is taken: chains start where t
 
 
 class GuideState(NamedTuple):
-    """step (): how many steps there have been."""
+    """step (): how many steps of warm-up there have been."""
 
     step: Tensor
 
@@ -129,6 +129,12 @@ class GuideDraw(Block):
         """The same block, all elements together."""
         assert self.elements is not None
         return replace(self, elements=one_by_one(torch.zeros_like(self.elements.of), len(self.elements.owners[0])))
+
+    def saved(self) -> Block:
+        return replace(self, guide=None)
+
+    def restored(self, asked: Block) -> Block:
+        return replace(self, guide=asked.guide) if isinstance(asked, GuideDraw) else self
 
     # ------------------------------------------------------------------------------------------ binding
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
@@ -353,7 +359,9 @@ class GuideDraw(Block):
             return one, {name: nodes[name]["value"] for name in self.sites}
 
         others = {name: values[name] for name in program.latents if name not in self.sites}
-        chains = {} if others else {"": values[self.sites[0]].flatten(1)[:, 0]}  # where nothing else has the chains' axis
+        chains = (
+            {} if others else {"": values[self.sites[0]].reshape(len(values[self.sites[0]]), -1)[:, 0]}
+        )  # where nothing else has the chains' axis
         with Drawing():
             pair: tuple[dict[str, Tensor], dict[str, Tensor]] = mapped(run, {**others, **chains})
         return pair
@@ -374,7 +382,8 @@ class GuideDraw(Block):
             moved, _, more = self._decided(density, moved, walked, log_q_ratio)
             unexplained = unexplained + more
         values = {**current.values, **{name: moved[name] for name in self.sites}}
-        return GuideState(state.step + 1), Current(values, density.joint(values)), Move(rate, unexplained)
+        state = GuideState(state.step + 1) if warmup else state
+        return state, Current(values, density.joint(values)), Move(rate, unexplained)
 
     def _walked(self, density: Density, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Where a step of the random walk would lead, and its log q ratio, (chain, element).
