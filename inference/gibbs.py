@@ -182,6 +182,13 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
     def schedule(self) -> Sample:
         return Sample(self.chains, self.warmup, self.draws, self.thin, until=self.until)
 
+    def saved(self, state: GibbsState, program: Program) -> GibbsState:
+        return state._replace(blocks=tuple(block.saved() for block in state.blocks))
+
+    def restored(self, saved: GibbsState, program: Program) -> GibbsState:
+        asked = {(names,) if isinstance(names, str) else tuple(names): block for names, block in (self.blocks or {}).items()}
+        return saved._replace(blocks=tuple(block.restored(asked.get(block.sites, block)) for block in saved.blocks))
+
     def init(self, program: Program) -> GibbsState:
         blocks, notes = assign(program, self.blocks)
         density = program.density

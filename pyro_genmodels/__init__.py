@@ -15,12 +15,11 @@ from pyro_genmodels.classical import (
     NaiveBayes,
     SoftmaxRegression,
 )
-from pyro_genmodels.diffusion import DDPM, tweedie
+from pyro_genmodels.diffusion import tweedie
 from pyro_genmodels.implicit import GAN, InfoGAN
 
 __all__ = [
     "CVAE",
-    "DDPM",
     "GAN",
     "GMM",
     "HMM",

@@ -25,6 +25,7 @@ from inference import (
     Enumerate,
     Gaussian,
     Gibbs,
+    GuideDraw,
     Hamiltonian,
     PolyaGamma,
     Posterior,
@@ -525,6 +526,11 @@ def plated(y: Tensor) -> None:
         pyro.sample("y", dist.StudentT(3.0, m, 1.0), obs=y)
 
 
+def plated_guide(y: Tensor) -> None:
+    with pyro.plate("rows", len(y)):
+        pyro.sample("m", dist.Normal(0.6 * y, 0.9))
+
+
 def walked(y: Tensor) -> None:
     """States of a random walk in one vector: neighbours interact, so two colours do."""
     m = pyro.sample("m", dist.Normal(y.new_zeros(len(y)), 3.0).to_event(1))
@@ -546,6 +552,11 @@ def walked_normal(y: Tensor) -> None:
     with pyro.plate("rows", len(y)):
         m = pyro.sample("m", dist.Normal(y.new_tensor(0.0), 1.0))
     pyro.factor("smooth", -2.0 * m.diff().square().sum())
+
+
+def walked_guide(y: Tensor) -> None:
+    with pyro.plate("rows", len(y)):
+        pyro.sample("m", dist.Normal(y, 1.0))
 
 
 def gathered(y: Tensor) -> None:
@@ -939,7 +950,9 @@ def test_a_demotion_is_the_same_in_every_run() -> None:
 
 
 @pytest.mark.usefixtures("inside_a_run")
-@pytest.mark.parametrize("block", [Slice(), AdaptiveWalk(), PriorDraw()], ids=lambda block: type(block).__name__)
+@pytest.mark.parametrize(
+    "block", [Slice(), AdaptiveWalk(), PriorDraw(), GuideDraw(walked_guide)], ids=lambda block: type(block).__name__
+)
 def test_elements_that_are_wrongly_taken_for_independent_are_found_out(block: Any) -> None:
     """Elements tied by a factor, which is forgotten."""
     density, trials = at_trials(walked_normal, Y)
@@ -1019,6 +1032,7 @@ def blocks_of_every_kind() -> Iterator[tuple[str, Callable[..., None], tuple[Ten
     yield "Slice", counted, (array(0.0, 1.0, 450.0),), {"count": Slice()}
     yield "AdaptiveWalk", plated, (Y,), {"m": AdaptiveWalk()}
     yield "PriorDraw", plated, (Y,), {"m": PriorDraw()}
+    yield "GuideDraw", plated, (Y,), {"m": GuideDraw(plated_guide)}
     yield "Enumerate", lattice, (Y,), {"spin": Enumerate(by_element=True)}
 
 

@@ -21,6 +21,7 @@ ROWS = {
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
+    "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -34,6 +34,7 @@ from inference import (
     Enumerate,
     Gaussian,
     Gibbs,
+    GuideDraw,
     Hamiltonian,
     Independence,
     Langevin,
@@ -210,6 +211,9 @@ RUNS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[Tensor, ...], 
     "Gibbs": (lambda: Gibbs(**CHAINS), lambda: outages, (COUNTS,), (6, 15)),
     "Gibbs, every block": (
         lambda: Gibbs(**{**CHAINS, "warmup": 5, "draws": 4}, blocks=BLOCKS), lambda: everything, (Y,), (3, 6),
+    ),
+    "Gibbs, guide": (
+        lambda: Gibbs(**CHAINS, blocks={("level", "spread"): GuideDraw(own_guide)}), lambda: line, (Y,), (6, 15),
     ),
     "Gibbs, demoted": (lambda: Gibbs(**CHAINS), lambda: bent, (FAR,), (6, 15)),
     "RandomWalk": (lambda: MetropolisHastings(**CHAINS, thin=2), lambda: rates, (COUNTS,), (6, 15)),

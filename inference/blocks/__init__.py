@@ -7,6 +7,7 @@ from inference.blocks.constant import Constant
 from inference.blocks.elliptical import EllipticalSlice
 from inference.blocks.enumerate import Enumerate
 from inference.blocks.gaussian import Gaussian
+from inference.blocks.guided import GuideDraw
 from inference.blocks.hamiltonian import Hamiltonian
 from inference.blocks.own import Own
 from inference.blocks.polya_gamma import PolyaGamma
@@ -24,6 +25,7 @@ __all__ = [
     "Enumerate",
     "Gaussian",
     "GaussianChain",
+    "GuideDraw",
     "Hamiltonian",
     "Move",
     "Own",

@@ -93,6 +93,14 @@ class Block(abc.ABC):
         """
         return replace(self, sites=tuple(sites))
 
+    def saved(self) -> Block:
+        """The block without code, as a checkpoint holds it."""
+        return self
+
+    def restored(self, asked: Block) -> Block:
+        """The block of which this is what a checkpoint holds; ``asked`` is what was asked for its sites, before ``bind``."""
+        return self
+
     def drawn(
         self, state: Any, density: Density, values: dict[str, Tensor], warmup: int
     ) -> tuple[Any, dict[str, Tensor], Tensor] | None:

@@ -85,19 +85,32 @@ class LatentModel(GenerativeModel):
         return drawn
 
     @torch.no_grad()
-    def complete(self, x: Tensor, draws: int = 1) -> Tensor:
-        """x with its missing entries drawn from p(x | z) at draws of z from q(z | x).
+    def complete(self, x: Tensor, draws: int = 1, z: Tensor | None = None) -> Tensor:
+        """x with its missing entries drawn from p(x | z) at draws of z.
 
-        That is as good as the guess at z is: the samplers of ``inference`` make it exact.
+        At draws of q(z | x), the default, that is as good as the guess at z is. At draws of z from its posterior, such as
+        those of ``Gibbs(blocks={"z": GuideDraw()})``, it is exact.
 
         Args:
             x: (rows, *shape), NaN where an entry is missing.
-            draws: How many completions.
+            draws: How many completions; not used where z is given.
+            z: (draws, rows, features).
 
         Returns:
             (draws, rows, *shape).
+
+        Raises:
+            ValueError: If x or z has another shape.
         """
-        return filled(x, self.decoder(self.encode(x).sample(torch.Size((draws,)))).sample())
+        check_shape(x, self.shape, type(self).__name__)
+        if z is None:
+            z = self.encode(x).sample(torch.Size((draws,)))
+        elif z.dim() != 3 or z.shape[1:] != (len(x), self.decoder.features):
+            raise ValueError(
+                f"z has shape {tuple(z.shape)}, but must be (draws, {len(x)}, {self.decoder.features}). Of the draws of a "
+                'posterior, pass posterior.draws["z"].flatten(0, 1).'
+            )
+        return filled(x, self.decoder(like(z, self)).sample())
 
 
 def check_beta(beta: float) -> float:
