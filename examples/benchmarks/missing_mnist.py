@@ -105,6 +105,7 @@ def main() -> None:
             f"{name:14}R-hat below 1.1 for {(rhat < 1.1).mean():.0%} of images, below 1.5 for {(rhat < 1.5).mean():.0%}; "
             f"acceptance {np.mean([rate for _, rate in told]):.3f}; {seconds[name]:.0f} s"
             f"{'' if is_better else '   MISS: not better than pseudo-Gibbs in both'}"
+            f"{'' if (rhat < 1.1).mean() > 0.9 else '   MISS: chains have not converged, take more sweeps'}"
         )
 
 
