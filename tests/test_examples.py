@@ -93,4 +93,4 @@ def test_readme_names_what_there_is() -> None:
         assert (ROOT / path).is_file(), path
     for command in re.findall(r"^genmodels (.*?)(?:\s+#.*)?$", README, re.MULTILINE):
         args = cli._parser().parse_args(command.split())
-        assert set((args.method or "em").split(",")) <= set(METHODS)
+        assert set((getattr(args, "method", None) or "em").split(",")) <= set(METHODS)
