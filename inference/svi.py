@@ -271,7 +271,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         """The weight of the divergence: that of the bound, else of the model."""
         chosen = self.bound.beta
         if chosen is None:
-            chosen = program.owner.beta if isinstance(program.owner, Tempered) else 1.0
+            told = program.owner.beta if isinstance(program.owner, Tempered) else 1.0
+            chosen = told if isinstance(told, (int, float)) else 1.0  # a weight of that name is something else
         if not callable(chosen):
             if chosen == 1.0:
                 return None

@@ -23,6 +23,7 @@ EXACT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_number_of_components_is_uniform_before_the_data() -> None:
     """4000 draws. False alarm: 30 cells beyond 4 standard errors, 2e-3."""
     with isolated(0), reproducible(torch.float64):

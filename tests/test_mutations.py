@@ -448,7 +448,14 @@ def test_the_unbroken_code_passes(check: str, monkeypatch: Patch) -> None:
     CHECKS[check](monkeypatch)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+# A kernel on traces takes seconds for its matrix; what it is without its number of sites stands for its other mutants.
+QUICK = [
+    pytest.param(name, marks=[pytest.mark.slow] if SITE in str(mutant) and "without" not in name else [])
+    for name, mutant in MUTANTS.items()
+]
+
+
+@pytest.mark.parametrize("mutant", QUICK)
 def test_a_mutant_is_caught(mutant: str, monkeypatch: Patch) -> None:
     broken = MUTANTS[mutant]
     break_(broken.where, broken.old, broken.new, monkeypatch)

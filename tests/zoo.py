@@ -57,6 +57,7 @@ class Instance:
             these are the sites themselves. Where labels are exchangeable, functions that do not depend on them.
         refused: Back-end that cannot run it to words of the sentence that says so.
         slow: Back-ends that take longer than a default run has time for.
+        stepped: Whether EM takes steps that the model brings, which approximate the posterior means and climb nothing.
         rough: Whether EM averages by drawing, so that its point moves about the mode.
         scattered: Whether the posterior has modes that are apart, besides those of renaming; a guide takes one of them.
         title: Name of the instance; None: that of the program.
@@ -73,6 +74,7 @@ class Instance:
     refused: Mapping[str, str] = field(default_factory=dict)
     slow: tuple[str, ...] = ()
     rough: bool = False
+    stepped: bool = False
     scattered: bool = False
     title: str | None = None
 
@@ -426,7 +428,7 @@ ZOO: tuple[Instance, ...] = (
         GMM(2, "tied"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Gaussian", "covariances": "InverseWishart", "z": "Enumerate"},
         models.gmm_moments("tied"), quantities=models.gmm_quantities,
-        title="GMM, tied", scattered=True, slow=LONG,
+        title="GMM, tied", scattered=True, slow=(*LONG, "Gibbs"),
     ),
     Instance(
         GMM(2, "diagonal"), (models.POINTS,),
@@ -438,18 +440,18 @@ ZOO: tuple[Instance, ...] = (
         GMM(2, "spherical"), (models.POINTS,),
         {"weights": "Dirichlet", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
         models.gmm_moments("spherical"), quantities=models.gmm_quantities,
-        title="GMM, spherical", scattered=True, slow=LONG,
+        title="GMM, spherical", scattered=True, slow=(*LONG, "Gibbs"),
     ),
     Instance(
         GMM(2, "isotropic", weights="equal"), (models.POINTS,),
         {"means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
-        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic", slow=LONG,
+        models.gmm_moments("isotropic"), quantities=models.gmm_quantities, title="GMM, isotropic", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         GMM(models.STICKS, "diagonal", weights="stick-breaking", concentration=models.ALPHA), (models.POINTS,),
         {"sticks": "Beta", "means": "Normal", "covariances": "InverseGamma", "z": "Enumerate"},
         models.gmm_sticks_moments, quantities=models.gmm_columns_quantities,
-        title="GMM, sticks", scattered=True, slow=LONG,
+        title="GMM, sticks", scattered=True, slow=(*LONG, "Gibbs"),
     ),
     Instance(
         Mixture(2, "bernoulli"), (models.SWITCHES,),
@@ -459,14 +461,15 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         Mixture(2, "poisson"), (models.CALLS,),
         {"weights": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
-        models.mixture_poisson_moments, quantities=models.mixture_quantities, title="Mixture, poisson", slow=LONG,
+        models.mixture_poisson_moments, quantities=models.mixture_quantities,
+        title="Mixture, poisson", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         Mixture(2, ["bernoulli", "categorical", "poisson", "normal"]), (models.MIXED,),
         {"weights": "Dirichlet", "probabilities": "Beta", "shares": "Dirichlet", "rates": "Gamma", "means": "Normal",
          "variances": "InverseGamma", "z": "Enumerate"},
         models.mixture_mixed_moments, quantities=models.mixture_quantities,
-        title="Mixture, mixed columns", slow=LONG,
+        title="Mixture, mixed columns", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         NaiveBayes(2, ["bernoulli", "poisson", "gaussian"]), (models.PATIENTS, models.ILLNESS),
@@ -502,7 +505,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         MarginClassifier(intercept_scale=2.0, latent=False), models.SIDES,
         {"coefficients": "HMC"},
-        models.margin_moments, title="MarginClassifier, summed", slow=LONG,
+        models.margin_moments, title="MarginClassifier, summed", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         PPCA(1), (models.PAIRS,),
@@ -512,7 +515,7 @@ ZOO: tuple[Instance, ...] = (
     Instance(
         PPCA(1, latent=False), (models.PAIRS,),
         {"noise": "HMC", "location": "Gaussian", "loadings": "HMC"},
-        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed", slow=LONG,
+        models.ppca_summed_moments, quantities=models.factor_quantities, title="PPCA, summed", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         FactorAnalysis(1), (models.PAIRS,),
@@ -530,12 +533,12 @@ ZOO: tuple[Instance, ...] = (
         HMM(2, "categorical"), (models.SYMBOLS,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "probabilities": "Dirichlet", "z": "Enumerate"},
         models.hmm_categorical_moments, quantities=models.hmm_quantities,
-        title="HMM, symbols", slow=LONG,
+        title="HMM, symbols", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         HMM(2, "poisson"), (models.TALLY,),
         {"initial": "Dirichlet", "transitions": "Dirichlet", "rates": "Gamma", "z": "Enumerate"},
-        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts", slow=LONG,
+        models.hmm_poisson_moments, quantities=models.hmm_quantities, title="HMM, counts", slow=(*LONG, "Gibbs"),
     ),
     Instance(
         LDA(2, 4, share_concentration=1.5, topic_concentration=1.5), (models.BAGS,),
@@ -546,7 +549,7 @@ ZOO: tuple[Instance, ...] = (
         LDA(2, 4, share_concentration=1.5, topic_concentration=1.5, is_collapsed=True), (models.BAGS,),
         {"topics": "Own", "shares": "Own"},
         models.lda_moments, maximise=("shares", "topics"), quantities=models.lda_quantities,
-        title="LDA, collapsed", slow=LONG,
+        title="LDA, collapsed", slow=(*LONG, "Gibbs"), stepped=True,
     ),
 )  # fmt: skip
 
@@ -565,6 +568,8 @@ def cell(instance: Instance, backend: str) -> str:
     if backend == "SVI":
         return "one mode of several" if instance.scattered else "means agree" if instance.guide is None else "agrees"
     if backend == "EM":
+        if instance.stepped:
+            return "near the means"
         return "climbs" if instance.peak is None else "near the mode" if instance.rough else "mode"
     return "agrees"
 
