@@ -320,7 +320,8 @@ class Flow(Prior):
         ValueError: If the prior is not on R^d, or a transform has no inverse, or is not for d numbers, or leads out of R^d.
 
     Example:
-        >>> prior = Flow(StandardNormal(4), [pyro.distributions.transforms.affine_coupling(4, hidden_dims=[16])])
+        >>> from pyro.distributions import transforms
+        >>> prior = Flow(StandardNormal(4), [transforms.affine_coupling(4, hidden_dims=[16])])
         >>> prior().sample().shape
         torch.Size([4])
 

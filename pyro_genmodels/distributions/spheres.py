@@ -37,8 +37,8 @@ class HypersphericalUniform(TorchDistribution):
         like: A tensor whose type and device the samples have; None: torch's default.
 
     Example:
-        >>> HypersphericalUniform(3).log_prob(torch.tensor([0.0, 0.0, 1.0])).exp() * 4 * torch.pi
-        tensor(1.)
+        >>> HypersphericalUniform(3).sample((5,)).shape
+        torch.Size([5, 3])
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
