@@ -188,7 +188,9 @@ def test_a_large_value_outside_of_the_support_is_told_in_short() -> None:
 
     x = torch.zeros(3, 28, 28)
     x[1] = torch.linspace(0.0, 1.0, 784).reshape(28, 28)
-    with pytest.raises(ValueError, match=r"the first, at \(1,\), is 784 numbers from 0 to 1\. Binarise them, .*bernoulli\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"the first, at \(1,\), is 784 numbers from 0 to 1\. Binarise them, .*bernoulli\)\.$"
+    ):
         Program(program, (x,))
 
 
