@@ -12,7 +12,6 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -20,20 +19,18 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from inference.contract import Backend, Draw, Unsupported
 from inference.fit import Optimise
 from inference.games import Game, NonSaturating, Wasserstein, gradient_penalty, zero_penalty
 from inference.guides import Guide, is_drawn
 from inference.handlers import refill
-from inference.networks import autocast, first_not_finite
+from inference.networks import first_not_finite
 from inference.objective import Objective
 from inference.program import Program
+from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_step
 
 __all__ = ["Adversarial", "AdversarialInfo", "AdversarialState"]
-
-_NOT_FINITE = 25  # steps in a row of numbers that are not finite after which training is given up
 
 
 class AdversarialState(NamedTuple):
@@ -228,7 +225,9 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         )
         generating = partial(self._generator_loss, program, guide, wiring)
         judging = partial(self._critic_loss, program, wiring)
-        objectives = (make(self._in_networks(generating, program)), make(self._in_networks(judging, program)))
+        networks = [self.critic, *(program.owner.children() if isinstance(program.owner, nn.Module) else ())]
+        cast = partial(in_networks, networks=networks, device=program.device, dtype=self.autocast)
+        objectives = (make(cast(generating)), make(cast(judging)))
         zero = torch.zeros((), dtype=torch.long)
         averaged = tuple(weight.detach().clone() for weight in leaves) if self.average is not None else ()
         streak = torch.zeros((), dtype=program.dtype, device=program.device)
@@ -335,19 +334,6 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
                 raise ValueError("The critic gives scores of the data that are NaN or infinite. Look at its weights.")
 
     # ------------------------------------------------------------------------------------------------ the losses
-    def _in_networks(self, loss: Callable[..., Any], program: Program) -> Callable[..., Any]:
-        """The loss, with the arithmetic of networks in the type ``autocast``."""
-        if self.autocast is None:
-            return loss
-        own = program.owner.children() if isinstance(program.owner, nn.Module) else ()
-        networks, dtype = [*own, self.critic], self.autocast
-
-        def cast(data: list[Tensor] | None, is_recorded: bool) -> tuple[Tensor, Tensor]:
-            with autocast(networks, program.device, dtype):
-                return loss(data, is_recorded)
-
-        return cast
-
     def _real(self, program: Program, wiring: Wiring, data: list[Tensor]) -> list[Tensor]:
         """The data of the observed sites."""
         if None not in wiring.sources:
@@ -414,9 +400,8 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         state = state._replace(batches=state.batches + 1)
         if size is None or size >= rows:
             return state, None
-        first = taken % (rows // size) * size
-        order = state.order if first else torch.randperm(rows, device=program.device)
-        return state._replace(order=order), program.minibatch(order[first : first + size])
+        order, index = rows_of_step(program, state.order, taken, size)
+        return state._replace(order=order), program.minibatch(index)
 
     def step(self, state: AdversarialState, program: Program) -> tuple[AdversarialState, AdversarialInfo]:
         is_finite = torch.ones((), dtype=torch.bool, device=program.device)
@@ -432,8 +417,9 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         streak = (state.streak + 1) * (~is_finite).to(state.streak.dtype)
         state = state._replace(step=state.step + 1, streak=streak)
         if state.averaged:
-            self._follow(state)
-        if int(state.step) % _NOT_FINITE == 0 and streak >= _NOT_FINITE:
+            assert self.average is not None
+            follow(state.averaged, self._own(state), self.average, int(state.step))
+        if int(state.step) % NOT_FINITE == 0 and streak >= NOT_FINITE:
             self._give_up(state, program, data)
         return state, AdversarialInfo(value, penalty, loss, None if state.guide is None else information)
 
@@ -450,14 +436,6 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         if isinstance(self.objective, Wasserstein) and self.objective.clip is not None:
             for weight in self.critic.parameters():
                 weight.clamp_(-self.objective.clip, self.objective.clip)
-
-    @torch.no_grad()
-    def _follow(self, state: AdversarialState) -> None:
-        """Moves the averages, which first are means of all that there was."""
-        assert self.average is not None
-        count = int(state.step)
-        decay = min(self.average, (count - 1) / count)
-        get_ema_multi_avg_fn(decay)([*state.averaged], [w.detach() for w in self._own(state)], count)
 
     def _own(self, state: AdversarialState) -> list[Tensor]:
         """The weights of program and guide."""
@@ -492,8 +470,7 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     def sample(self, state: AdversarialState, program: Program) -> tuple[AdversarialState, Draw]:
         """The value of the game at the last weights, of one batch."""
         if state.averaged:
-            for weight, value in zip(self._own(state), state.averaged, strict=True):
-                weight.copy_(value)
+            put(self._own(state), state.averaged)
             state = state._replace(averaged=())
         state, data = self._batch(state, program)
         data = program.data if data is None else data

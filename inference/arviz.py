@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,10 @@ __all__ = [
     "loo",
     "mcse",
     "pareto_k",
+    "pareto_k_of_largest",
     "rhat",
     "smoothed",
+    "tail_length",
     "worst",
     "write",
 ]
@@ -119,6 +122,23 @@ def rhat(values: np.ndarray) -> np.ndarray:
     return _reduce("rhat", values)
 
 
+def tail_length(count: int) -> int:
+    """How many of ``count`` importance weights, the largest, the shape of their tail is fitted to."""
+    return math.ceil(min(count / 5, 3 * count**0.5))
+
+
+def pareto_k_of_largest(top: np.ndarray, count: int) -> float:
+    """k-hat of ``count`` importance weights, of which the largest are known: those below its tail do not move it.
+
+    Args:
+        top: The largest log weights, (at least ``tail_length(count)`` + 1,), or all of them if they are fewer.
+        count: How many weights there are that are not zero.
+    """
+    known = top[np.isfinite(top)]
+    below = np.full(max(0, count - known.size), known.min() if known.size else 0.0)
+    return pareto_k(np.concatenate([below, known]))
+
+
 def pareto_k(log_weights: np.ndarray) -> float:
     """Shape k-hat of the tail of importance weights, by ArviZ's Pareto smoothing.
 
@@ -132,7 +152,7 @@ def pareto_k(log_weights: np.ndarray) -> float:
     finite = np.sort(log_weights[np.isfinite(log_weights)].astype(np.float64))
     if finite.size < _FEWEST_WEIGHTS:
         return float("nan")
-    tail = finite[-int(np.ceil(min(finite.size / 5, 3 * finite.size**0.5))) :]
+    tail = finite[-tail_length(finite.size) :]
     # Rounding has a Pareto tail as well, and ArviZ 1.x refuses ties.
     if np.ptp(tail) < 1e-3:
         return float("-inf")

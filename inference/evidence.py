@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inference.arviz import LARGEST_K
+from inference import arviz
 from inference.contract import Programmed
-from inference.pareto import largest, tail_shape
 from inference.rowwise import Rowwise
 
 __all__ = ["Evidence", "Tally", "log_evidence"]
@@ -41,7 +40,7 @@ class Evidence(NamedTuple):
     @property
     def findings(self) -> list[str]:
         """What speaks against the estimates, in words."""
-        bad, rows = int((self.pareto_k > LARGEST_K).sum()), len(self.log_p)
+        bad, rows = int((self.pareto_k > arviz.LARGEST_K).sum()), len(self.log_p)
         found = []
         if bad:
             found.append(
@@ -65,7 +64,9 @@ class Tally:
         empty = torch.full((rows,), -torch.inf, dtype=torch.float64, device=device)
         self.samples, self.total, self.squares = samples, empty, empty
         self.finite = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.top = torch.full((rows, largest(samples)), -torch.inf, dtype=torch.float64, device=device)
+        self.top = torch.full(
+            (rows, min(samples, arviz.tail_length(samples) + 1)), -torch.inf, dtype=torch.float64, device=device
+        )
 
     def add(self, log_weights: Tensor) -> None:
         """Takes log weights, (draw, row)."""
@@ -80,7 +81,9 @@ class Tally:
         return Evidence(
             self.total - math.log(self.samples),
             variance.clamp(min=0.0).sqrt(),
-            tail_shape(self.top, self.finite),
+            torch.tensor(
+                [arviz.pareto_k_of_largest(*each) for each in zip(self.top.cpu().numpy(), self.finite.tolist())]
+            ).to(self.total),
             self.samples,
         )
 

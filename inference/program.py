@@ -41,8 +41,7 @@ _LOOKS = 8  # a site that appears half the time is missed with probability 2â»â
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
 _CHUNK = 4096  # rows that are checked at a time, where a run sees batches
 _LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
-_MANY, _WIDE = 200, 2**18  # statements, and numbers drawn, from which a program is looked at less often
-_FEWER_LOOKS = 3
+_MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 _FEW = 12  # numbers of a value that an error spells out
 
 
@@ -167,11 +166,6 @@ def _tensor(leaf: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.as_tensor(leaf)
-
-
-def _drawn(node: Mapping[str, Any]) -> int:
-    """How many numbers a statement draws."""
-    return node["value"].numel() if is_statement(node) and kind_of(node) == "latent" else 0
 
 
 def _largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:
@@ -648,8 +642,7 @@ class Program:
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
             traces = [self.trace({}, evaluated=False)]
-            is_slow = len(traces[0].nodes) >= _MANY or sum(map(_drawn, traces[0].nodes.values())) >= _WIDE
-            looks = _FEWER_LOOKS if is_slow else _LOOKS if self._is_fixed else _MORE_LOOKS
+            looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
             traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
             self._check_structure(traces)
             nodes = _largest(traces)
@@ -831,9 +824,11 @@ class Program:
     def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
         """Values of a site of the rows, from those of parts of them; rows of an argument are not copied."""
         shape = self.observed_sites[name].shape
-        whole = next((leaf for leaf in self._transformed or self.data if leaf.shape == shape), None)
-        if whole is not None and whole.dtype == parts[0].dtype and torch.equal(whole[: len(parts[0])], parts[0]):
-            return whole
+        for whole in self._transformed or self.data:
+            if whole.shape == shape and whole.dtype == parts[0].dtype:
+                cut = whole.split([len(part) for part in parts]) if sum(map(len, parts)) == len(whole) else ()
+                if cut and all(torch.equal(*pair) for pair in zip(cut, parts, strict=True)):
+                    return whole
         site = self.observed_sites[name]
         dims = [dim - site.event_dim for plate, dim in self.frames[name].items() if plate in self.row_plates]
         return torch.cat(parts, dims[0])
@@ -869,8 +864,14 @@ class Program:
             told = (where[0] + first, *where[1:])
             raise ValueError(
                 f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
-                f"the first, at {told}, is {_said(value[where])}."
+                f"the first, at {told}, is {_said(value[where])}.{self._remedy(site, value)}"
             )
+
+    @staticmethod
+    def _remedy(site: Site, value: Tensor) -> str:
+        """What to do about grey values of a coin."""
+        is_grey = site.family == "Bernoulli" and bool(((value >= 0.0) & (value <= 1.0)).all())
+        return " Binarise them, x.round(), or anew at every visit, SVI(transform=torch.bernoulli)." if is_grey else ""
 
     def _check_fit(self, name: str, node: Mapping[str, Any]) -> None:
         """Raises a sentence if a distribution cannot tell the density of its data."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -26,7 +26,6 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from inference.bounds import ELBO, Bound, Particles
 from inference.contract import Backend, Draw, Tempered, Unsupported
@@ -36,17 +35,17 @@ from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, batched, is_drawn, log_prob, mapped
 from inference.handlers import Arithmetic, isolated, quiet, refill
-from inference.networks import autocast, first_not_finite
-from inference.objective import Loss, Objective
+from inference.networks import first_not_finite
+from inference.objective import Objective
 from inference.particles import Weigher
 from inference.program import Program
 from inference.start import ascended, starting_values
+from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_step
 
 __all__ = ["SVI", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
 _CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint
-_NOT_FINITE = 25  # steps in a row without a finite bound after which training is given up
 _ROWS = 4096  # that a guide draws at a time, where it is trained on batches
 _LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
 
@@ -68,7 +67,7 @@ class SVIState(NamedTuple):
         guide: The guide, callable with the arguments of the program.
         optimiser: Adam over the weights of guide and program.
         scheduler: Learning-rate schedule.
-        step: Number of steps taken, ().
+        step: Number of steps taken, (), on the CPU.
         skipped: Steps whose bound was not finite, ().
         objective: The loss and its gradients.
         order: The rows in the order of this pass, of which every step takes the next few, (rows,); empty without batches.
@@ -245,16 +244,19 @@ class SVI(Backend[SVIState, SVIInfo]):
         leaves = list(trained.values())
         optimiser = _adam(leaves, self.learning_rate) if self.optimiser is None else self.optimiser(leaves)
         scheduler = (self.scheduler or partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=self._rate))(optimiser)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise Unsupported("ReduceLROnPlateau waits for a number, but a scheduler is stepped without. Use patience=.")
         zero = torch.zeros((), dtype=program.dtype, device=program.device)
         weigher = Weigher(guide, program, trace)
         beta = self._beta(program, zero)
-        self._check_bound(program, weigher)
+        coupled = weigher.couples() if self.bound.order != 1.0 or weigher.has_scores else None
+        self._check_bound(program, weigher, beta, coupled)
         _ = self.bound.draws == 1 or weigher.is_wide  # found out now, and not while a graph is recorded
-        is_whole = self._is_whole(program, weigher, beta)
+        is_whole = self._is_plain(beta) and (coupled is not None or not (program.weights and weigher.has_rows))
         path = self.bound.path and guide.has_path(trace, program) and (self.bound.order == 1.0 or not weigher.has_scores)
         loss = partial(self._whole_loss, guide, program, path) if is_whole else partial(self._loss, weigher, beta, path)
         objective = Objective(
-            self._in_networks(loss, program, guide),
+            in_networks(loss, self._networks(program, guide), program.device, self.autocast),
             [*trained.values()],
             [program.owner, program.call, guide.call, getattr(guide.call, "__self__", None), beta],
             name=program.name,
@@ -264,8 +266,21 @@ class SVI(Backend[SVIState, SVIInfo]):
         weights = tuple(weight.detach().clone() for weight in objective.weights) if self.average is not None else ()
         worst = zero - math.inf
         return SVIState(
-            guide, optimiser, scheduler, zero, zero, objective, torch.empty(0), zero, weigher, beta, weights, (), worst, zero
-        )  # fmt: skip
+            guide=guide,
+            optimiser=optimiser,
+            scheduler=scheduler,
+            step=torch.zeros((), dtype=torch.long),
+            skipped=zero,
+            objective=objective,
+            order=torch.empty(0),
+            streak=zero,
+            weigher=weigher,
+            beta=beta,
+            averaged=weights,
+            best=(),
+            validation=worst,
+            waited=zero,
+        )
 
     def _beta(self, program: Program, zero: Tensor) -> Beta | None:
         """The weight of the divergence: that of the bound, else of the model."""
@@ -280,39 +295,25 @@ class SVI(Backend[SVIState, SVIInfo]):
             return Beta(lambda step: value, zero)
         return Beta(chosen, zero)
 
-    def _is_whole(self, program: Program, weigher: Weigher, beta: Beta | None) -> bool:
-        """Whether all of the program has one weight, and nothing is told of its parts."""
-        is_plain = beta is None and self.bound.order == 1.0 and not self.bound.floor
-        return is_plain and not (program.weights and weigher.has_rows)
+    def _is_plain(self, beta: Beta | None) -> bool:
+        """Whether the bound asks for nothing but log p and log q of all rows together."""
+        return beta is None and self.bound.order == 1.0 and not self.bound.floor
 
-    def _check_bound(self, program: Program, weigher: Weigher) -> None:
+    def _check_bound(self, program: Program, weigher: Weigher, beta: Beta | None, coupled: str | None) -> None:
         name = type(self.bound).__name__
         if self.bound.floor:
             weigher.check_floor()
-        if self.bound.order == 1.0:
-            return
-        if self.batch_size is not None and not weigher.has_rows:
+        if self.bound.order != 1.0 and self.batch_size is not None and not weigher.has_rows:
             raise Unsupported(
                 f"{name} weighs draws row by row, but the guide draws nothing in a plate over the rows of {program.name}, "
                 "and all rows together cannot be weighed from a part of them. Leave batch_size out, or use ELBO()."
             )
-        coupled = weigher.couples()
-        if coupled:
+        if coupled is not None and not self._is_plain(beta):
             raise Unsupported(f"{name} weighs the draws of every element by themselves, but {coupled}. Use ELBO().")
 
-    def _in_networks(self, loss: Loss, program: Program, guide: Guide) -> Loss:
-        """The loss, with the arithmetic of networks in the type ``autocast``."""
-        if self.autocast is None:
-            return loss
+    def _networks(self, program: Program, guide: Guide) -> list[nn.Module]:
         owners = [program.owner, None if guide.owner is None else guide.owner.module]
-        networks = {id(net): net for owner in owners if isinstance(owner, nn.Module) for net in owner.children()}
-        dtype = self.autocast
-
-        def cast(data: list[Tensor] | None, is_recorded: bool) -> tuple[Tensor, Tensor]:
-            with autocast([*networks.values()], program.device, dtype):
-                return loss(data, is_recorded)
-
-        return cast
+        return [network for owner in owners if isinstance(owner, nn.Module) for network in owner.children()]
 
     def _has_rows(self, guide: Guide, program: Program, trace: poutine.Trace) -> bool:
         """Whether the guide draws sites of single rows; of the rows that a process sees, it can only draw those.
@@ -324,9 +325,9 @@ class SVI(Backend[SVIState, SVIInfo]):
         local = [n for n, site in program.latents.items() if n in trace.nodes and plates & {p.name for p in site.plates}]
         if not local or program.shard is None:
             return bool(local)
-        cut = guide.trace(program, data=program.shard)
+        cut, whole = guide.trace(program, data=program.shard), guide.trace(program)  # the first may be as long as a batch
         for name in local:
-            if cut.nodes[name]["value"].shape == trace.nodes[name]["value"].shape:
+            if cut.nodes[name]["value"].shape == whole.nodes[name]["value"].shape:
                 raise Unsupported(
                     f"The guide has '{name}' for all {program.rows} rows, whichever it is given, so that several processes "
                     "cannot split them. Give a guide that computes it from the rows, or fit in one process "
@@ -405,13 +406,13 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def step(self, state: SVIState, program: Program) -> tuple[SVIState, SVIInfo]:
         if state.beta is not None:
-            state.beta.now.fill_(state.beta.value(state.scheduler.last_epoch))
+            state.beta.now.fill_(state.beta.value(int(state.step)))
         order, data = self._batch(state, program)
         objective = state.objective
         found = program.processes.average(objective(data), objective.weights, objective.buffers)
         loss, rate, distortion = found.unbind() if found.dim() else (found, None, None)
         is_finite = loss.isfinite()
-        if not state.scheduler.last_epoch and not is_finite:
+        if not int(state.step) and not is_finite:
             raise ValueError(f"The bound of {program.name} is {-float(loss)} at the start. Give start=, or check the data.")
         if self.clip_norm is not None:
             is_finite = is_finite & nn.utils.clip_grad_norm_(objective.weights, self.clip_norm).isfinite()
@@ -429,8 +430,9 @@ class SVI(Backend[SVIState, SVIInfo]):
             order=order,
         )
         if state.averaged:
-            self._follow(state)
-        if state.scheduler.last_epoch % _NOT_FINITE == 0 and state.streak >= _NOT_FINITE:
+            assert self.average is not None
+            follow(state.averaged, state.objective.weights, self.average, int(state.step))
+        if int(state.step) % NOT_FINITE == 0 and state.streak >= NOT_FINITE:
             self._give_up(state, program, data)
         rows = None if program.rows is None else min(self.batch_size or program.rows, program.rows)
         if self.validation is None:
@@ -438,42 +440,26 @@ class SVI(Backend[SVIState, SVIInfo]):
         state, seen = self._validated(state, program)
         return state, SVIInfo(loss, rate, distortion, seen, state.waited, rows)
 
-    @torch.no_grad()
-    def _follow(self, state: SVIState) -> None:
-        """Moves the averages, which first are means of all that there was."""
-        assert self.average is not None
-        count = state.scheduler.last_epoch
-        decay = min(self.average, (count - 1) / count)
-        get_ema_multi_avg_fn(decay)([*state.averaged], [w.detach() for w in state.objective.weights], count)
-
-    @torch.no_grad()
-    def _put(self, state: SVIState, values: Sequence[Tensor]) -> list[Tensor]:
-        """Sets the weights; returns what they were."""
-        before = [weight.detach().clone() for weight in state.objective.weights]
-        for weight, value in zip(state.objective.weights, values, strict=True):
-            weight.copy_(value)
-        return before
-
     def _give_up(self, state: SVIState, program: Program, data: list[Tensor] | None) -> NoReturn:
         """Raises: weights from which no step leads back."""
         layer = first_not_finite(program, state.guide, lambda: state.objective.loss(data, False))
         raise ValueError(
-            f"The bound of {program.name} has not been finite since step {state.scheduler.last_epoch - int(state.streak)}"
+            f"The bound of {program.name} has not been finite since step {int(state.step) - int(state.streak)}"
             f"{'' if layer is None else f'; the first layer that gives NaN or infinity is {layer}'}. Take a smaller "
             "learning_rate or clip_norm=1.0; a checkpoint holds the last weights that were finite."
         )
 
     def is_sound(self, state: SVIState, program: Program) -> bool:
-        return not self.steps or all(bool(weight.isfinite().all()) for weight in state.objective.weights)
+        return all(bool(weight.isfinite().all()) for weight in state.objective.weights)
 
     # ------------------------------------------------------------------------------------------- validation
     def _validated(self, state: SVIState, program: Program) -> tuple[SVIState, Tensor]:
         """Looks at the validation data where it is time; NaN where it is not."""
         rows = program.rows or 1
         every = self.validate_every or max(1, rows // min(self.batch_size or rows, rows))
-        if state.scheduler.last_epoch % every:
+        if int(state.step) % every:
             return state, state.validation.new_tensor(math.nan)
-        mine = self._put(state, state.averaged) if state.averaged else []
+        mine = put(state.objective.weights, state.averaged) if state.averaged else []
         try:
             bound = self._validation_bound(state, program)
             if not bound > state.validation:
@@ -482,7 +468,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             return state._replace(best=best, validation=bound, waited=torch.zeros_like(state.waited)), bound
         finally:
             if mine:
-                self._put(state, mine)
+                put(state.objective.weights, mine)
 
     @torch.no_grad()
     def _validation_bound(self, state: SVIState, program: Program) -> Tensor:
@@ -524,14 +510,11 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _batch(self, state: SVIState, program: Program) -> tuple[Tensor, list[Tensor] | None]:
         """The order of the rows, and the data of the next step: passes over all rows, what is left at their end put back."""
-        processes = program.processes
         if self.batch_size is None or program.rows is None or self.batch_size >= program.rows:
             whole = [*program.data] if program.shard is None and program.transform is not None else program.shard
             return state.order, whole
-        first = state.scheduler.last_epoch % (program.rows // self.batch_size) * self.batch_size
-        order = state.order if first else torch.randperm(program.rows, device=program.device)
-        processes.equalise([] if first else [order])
-        return order, program.minibatch(processes.share(order[first : first + self.batch_size]))
+        order, rows = rows_of_step(program, state.order, int(state.step), self.batch_size)
+        return order, program.minibatch(program.processes.share(rows))
 
     def _scale(self, program: Program) -> float:
         """Rows in all by rows in a batch, of which every process sees its share."""
@@ -642,7 +625,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         """The state when training is over: with the best or the averaged weights, if any."""
         chosen = state.best or state.averaged
         if chosen:
-            self._put(state, chosen)
+            put(state.objective.weights, chosen)
         return state._replace(best=(), averaged=())
 
     def _is_read_in_parts(self, state: SVIState, program: Program) -> bool:
@@ -744,4 +727,4 @@ def _keep_own_weights(module: nn.Module) -> None:
 def _score(trace: poutine.Trace) -> Tensor:
     """Log-probability of the sites that are not reparameterised, whose gradient needs the score function."""
     terms = [node["log_prob_sum"] for node in trace.nodes.values() if is_drawn(node) and not node["fn"].has_rsample]
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=log_prob(trace).dtype)
+    return torch.stack(terms).sum()

@@ -178,6 +178,8 @@ def learning_curve(posteriors: Posteriors) -> Figure:
     figure, axes = _panels(len(named), width=3.4, height=2.8)
     for axis, (name, (posterior, colour)) in zip(axes, named.items()):
         label, values = next(iter(posterior.history.items()))
+        rows = _rows(posterior) if "rate" in posterior.history else None  # what a row costs, where rows have codes
+        values = values if rows is None else values / rows
         curve = values.detach().cpu().double().reshape(len(values), -1).numpy()
         axis.plot(curve, color=colour, linewidth=0.8, alpha=0.35 if label == "loss" else 0.8)
         if label == "loss" and len(curve) >= 100:
@@ -193,8 +195,14 @@ def learning_curve(posteriors: Posteriors) -> Figure:
             axis.set_ylim(low - room, high + room)
         axis.set_title(name)
         axis.set_xlabel("step")
-        axis.set_ylabel({"lp": "log-density", "log_joint": "log-joint"}.get(label, label))
+        unit = "" if rows is None else ", nats a row"
+        axis.set_ylabel({"lp": "log-density", "log_joint": "log-joint"}.get(label, label) + unit)
     return figure
+
+
+def _rows(posterior: Posterior) -> int | None:
+    """How many rows the largest plate of the data has."""
+    return max((len(values) for values in posterior.coords.values()), default=None)
 
 
 def elements(posterior: Posterior, sites: Sequence[str] | None = None) -> dict[str, np.ndarray]:

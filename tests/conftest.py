@@ -47,7 +47,7 @@ METROPOLIS_THIN = {
     "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 80, "schools": 20,
     "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 100,
     "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 40, "GMM, diagonal": 80, "GMM, spherical": 60,
-    "GMM, sticks": 120, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
+    "GMM, sticks": 240, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
     "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 90, "HMM": 60,
 }  # fmt: skip
 # Sweeps before the first draw, where labels take long to leave the clusters that a chain starts from.

@@ -23,7 +23,6 @@ from exact import noise
 from inference import Unsupported, arviz
 from inference.annealing import annealed_evidence, simulated
 from inference.evidence import Tally, log_evidence
-from inference.pareto import largest, tail_shape
 from pyro_genmodels.metrics import calibration, codes, density
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -149,14 +148,15 @@ def test_what_comes_in_parts_is_what_comes_at_once() -> None:
     np.testing.assert_allclose(found.pareto_k, shapes, rtol=0, atol=1e-6)
 
 
-def test_shapes_of_tails_are_those_of_arviz() -> None:
+def test_the_largest_weights_have_the_k_hat_of_all() -> None:
     """Of all kinds of weights: light and heavy, tied, few, and none but zeros."""
     raw = noise(400, 12, seed=5) * torch.tensor([1e-5, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 40.0, 1.0, 1.0, 1.0])
     raw[:, 9] = raw[:, 9].round()
     raw[20:, 10] = -torch.inf
     raw[:, 11] = -torch.inf
-    top = raw.topk(largest(400), 0).values.T
-    found = tail_shape(top, (raw > -torch.inf).sum(0)).numpy()
+    top = raw.topk(arviz.tail_length(400) + 1, 0).values.T
+    counts = (raw > -torch.inf).sum(0).tolist()
+    found = np.array([arviz.pareto_k_of_largest(each.numpy(), count) for each, count in zip(top, counts)])
     expected = np.array([arviz.pareto_k(column.numpy()) for column in raw.T])
     is_finite = np.isfinite(expected)
     np.testing.assert_allclose(found[is_finite], expected[is_finite], rtol=0, atol=1e-6)

@@ -287,6 +287,7 @@ def noise_of_single_rows_is_drawn_where_the_rows_are(folder: Path) -> None:
     same_everywhere(SVI(**QUIET, steps=10, draws=4).fit(model, X))
     first, second = processes().gather(dict(model.named_buffers()))
     assert first.tensors and all(torch.equal(buffer, second.tensors[name]) for name, buffer in first.tensors.items())
+    same_everywhere(SVI(**QUIET, steps=4, draws=2, batch_size=len(X) // 2).fit(Coder(rank()), X))  # as many as a shard has
     backend = SVI(**QUIET, steps=800, draws=400)
     with graphs():
         together = backend.fit(Coder(rank()), X)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inference import ELBO, IWELBO, SVI, Gibbs
+from inference import ELBO, IWELBO, SVI, Gibbs, Unsupported
 from inference.handlers import reproducible
 from inference.program import Program
 
@@ -188,7 +188,9 @@ def test_a_large_value_outside_of_the_support_is_told_in_short() -> None:
 
     x = torch.zeros(3, 28, 28)
     x[1] = torch.linspace(0.0, 1.0, 784).reshape(28, 28)
-    with pytest.raises(ValueError, match=r"the first, at \(1,\), is 784 numbers from 0 to 1\.$"):
+    with pytest.raises(
+        ValueError, match=r"the first, at \(1,\), is 784 numbers from 0 to 1\. Binarise them, .*bernoulli\)\.$"
+    ):
         Program(program, (x,))
 
 
@@ -259,6 +261,39 @@ def test_schedules_and_optimisers_are_those_of_torch() -> None:
 
     svi(steps=12, optimiser=adam, scheduler=watched).fit(model, BITS)
     assert rates == pytest.approx([0.02] * 5 + [0.01] * 5 + [0.005] * 2)
+
+
+def test_grey_values_of_a_coin_are_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"outside the support.*SVI\(transform=torch.bernoulli\)"):
+        svi().fit(Binary(), GREY)
+
+
+def test_schedules_of_any_kind_are_stepped_and_one_that_waits_for_a_number_is_refused() -> None:
+    kinds = torch.optim.lr_scheduler
+
+    def chained(optimiser: torch.optim.Optimizer) -> Any:
+        return kinds.ChainedScheduler([kinds.ExponentialLR(optimiser, 0.9), kinds.ConstantLR(optimiser, 1.0)])
+
+    assert svi(steps=7, scheduler=chained).fit(Binary(), BITS).history["loss"].isfinite().all()
+    with pytest.raises(Unsupported, match=r"ReduceLROnPlateau.*patience="):
+        svi(scheduler=kinds.ReduceLROnPlateau).fit(Binary(), BITS)
+
+
+def test_what_a_program_computes_from_late_rows_is_what_it_observes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part of the data looks like an argument, the rest does not."""
+    monkeypatch.setattr("inference.program._CHUNK", 30)
+    x = GREY.clone()
+    x[60:] += 1.0
+
+    class Clipped(Binary):
+        def model(self, x: Tensor | None = None, size: int | None = None) -> None:
+            assert x is not None
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x.clamp(max=1.0))
+
+    program = Program(Clipped(), (x,), follow=True, batch_size=30)
+    assert torch.equal(program.observed["x"], x.clamp(max=1.0))
 
 
 def test_the_average_of_the_weights_takes_their_place() -> None:
