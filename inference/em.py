@@ -193,6 +193,10 @@ class EM(Backend[EMState, EMInfo]):
     def schedule(self) -> Optimise:
         return Optimise(self.steps, 1, 1, lambda info: bool(info.is_done))
 
+    @property
+    def view(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size}
+
     # ------------------------------------------------------------------------------------- start
     def init(self, program: Program) -> EMState:
         if self.objective not in ("map", "mle"):
@@ -222,7 +226,10 @@ class EM(Backend[EMState, EMInfo]):
         else:
             with reproducible(seen.dtype, program.device):
                 wide = {name: _as(value, seen) for name, value in given.items()}
-                roles, values, points = self._piloted(seen, self._task(seen, maximised), averaged, wide)
+                whole = dataclasses.replace(self, batch_size=None)  # there are few rows
+                roles, values, points = whole._piloted(seen, self._task(seen, maximised), averaged, wide)
+            if self._is_batched(program):
+                roles = roles._replace(grown=(), climbed=roles.grown + roles.climbed)
             values = {name: _as(value, program) for name, value in values.items()} | given
             points = {name: Points(*(_as(part, program) for part in own)) for name, own in points.items()}
             # labels of all rows, which the first step does not look at
@@ -301,13 +308,7 @@ class EM(Backend[EMState, EMInfo]):
         """What pilots see of the program: few rows of very many, in float64, where tables are all that is averaged over."""
         rows = program.rows or 0
         is_large = rows > 2 * _PILOT_ROWS and len(program.row_plates) > 0
-        if (
-            program.is_long
-            or program.is_sequence
-            or program.weights
-            or self.batch_size is not None
-            or not set(averaged) <= set(program.finite)
-        ):
+        if program.is_long or program.is_sequence or program.weights or not set(averaged) <= set(program.finite):
             return program
         if not is_large and program.dtype == torch.float64:
             return program

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 _LOOKS = 8  # a site that appears half the time is missed with probability 2⁻⁷;
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
-_CHUNK = 4096  # rows that are checked at a time, where a run sees batches
+_CHUNK = 4096  # rows that are checked at a time, where a run sees batches; all that is looked at of
+_MANY_ROWS = 16_384  # that many or more
 _LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
 _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 _FEW = 12  # numbers of a value that an error spells out
@@ -315,6 +316,7 @@ class Program:
         weights: Trainable leaves that the density depends on.
         nesting: Batch dimensions that plates or batch shapes take up.
         rows: Size of dimension 0 of the first tensor argument, or None.
+        part: How many of them have shown the structure, as many as a batch has, or few of very many; None if all did.
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
         has_rows: Whether a log-probability of many normal rows was a matrix product; see ``inference.rows``.
         groups: How many groups of consecutive chains there are that do not learn from one another; see ``replicate``.
@@ -381,8 +383,10 @@ class Program:
         self.name = type(owner).__name__ if owner is not None else getattr(model, "__name__", type(model).__name__)
         self._bind(model, owner)
         self.nesting, self.data = 0, [tensor.detach() for tensor in tensors]
-        part = None if self.rows is None or batch_size is None or self.rows <= batch_size else batch_size
-        used = self._at_a_glance(part, lambda: self._used_weights(owner))
+        is_batched = self.rows is not None and batch_size is not None and batch_size < self.rows
+        is_large = self.rows is not None and self.rows >= _MANY_ROWS and is_fixed and not is_simulated and not transform
+        self.part: int | None = batch_size if is_batched else _CHUNK if is_large and batch_size is None else None
+        used = self._seen(is_batched, lambda: self._used_weights(owner))
         if used and dtype is None:
             self.dtype = next(iter(used.values())).dtype
         elif isinstance(owner, nn.Module) and not used and not follow:
@@ -394,9 +398,13 @@ class Program:
         if self._transformed is not None:
             self._transformed = [self._cast(self._transformed[0]), *self.data[1:]]
         self.weights: dict[str, Tensor] = {}
-        self._at_a_glance(part, self._look_for_weights)
-        if part is not None:
-            self._widen(part)
+        self._seen(is_batched, self._look_for_weights)
+        if is_batched:
+            assert self.part is not None
+            self._widen(self.part)
+        elif self.part is not None and not self._confirm():
+            self.part = None
+            self._at_a_glance(None, self._look_for_weights)
 
     def _bind(self, model: Any, owner: Any) -> None:
         self.owner = owner
@@ -438,6 +446,24 @@ class Program:
         seen = self._transformed or self.data
         cut = [leaf[first:last] if leaf.dim() and leaf.shape[0] == self.rows else leaf for leaf in seen]
         return cut if self._transformed is not None else self.fed(cut)
+
+    def parts(self) -> Iterator[tuple[int, list[Tensor] | None]]:
+        """All the data, about as many rows at a time as were looked at, and where they begin; None if all were."""
+        if self.part is None or self.rows is None:
+            yield 0, None
+            return
+        size = max(self.part, _CHUNK)
+        for first in range(0, self.rows, size):
+            yield first, self.between(first, first + size)
+
+    def _seen(self, is_batched: bool, look: Callable[[], T]) -> T:
+        """What ``look`` finds in a part of the rows, or in all where the program has not asked for batches and needs all."""
+        if not is_batched and self.part is not None:
+            try:
+                return self._at_a_glance(self.part, look)
+            except Exception:  # whatever a program raises that was written for all rows, and what is said better of all
+                self.part = None
+        return self._at_a_glance(self.part, look)
 
     def _at_a_glance(self, part: int | None, look: Callable[[], T]) -> T:
         """What ``look`` finds in the first ``part`` rows, None for all, as a batch shows them."""
@@ -582,21 +608,6 @@ class Program:
             Exception: Whatever the program raises that was written for just these rows.
         """
         other = copy.copy(self)
-        for name in (
-            "density",
-            "proposals",
-            "steps",
-            "shard",
-            "_grown",
-            "row_plates",
-            "row_loops",
-            "constants",
-            "dims",
-            "coords",
-            "finite",
-            "continuous",
-        ):
-            other.__dict__.pop(name, None)
         if isinstance(self.owner, nn.Module) and dtype != self.dtype:
             other.owner = copy.deepcopy(self.owner).to(dtype)
             other.call = other.owner if self.call is self.owner else getattr(other.owner, self.call.__name__)
@@ -604,7 +615,7 @@ class Program:
         other.data = [other._cast(leaf) for leaf in self.minibatch(index)]
         tensors = iter(other.data)
         other._leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        other._known, other.rows, other._transformed = Known(other.data), len(index), None
+        other._known, other.rows, other.part, other._transformed = Known(other.data), len(index), None, None
         other._look()
         return other
 
@@ -635,10 +646,17 @@ class Program:
 
     def sample_prior(self) -> dict[str, Tensor]:
         """One draw of all latent sites; flat ones start anywhere on (-2, 2), unconstrained."""
-        trace = self.trace({}, evaluated=False)
+        return self.drawn({})
+
+    def drawn(self, values: Mapping[str, Tensor], data: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """Values of all latent sites: those given, and a draw from the prior of the others given those."""
+        trace = self.trace(values, data=data, evaluated=False)
         return {name: trace.nodes[name]["value"].detach() for name in self.latents}
 
     def _look(self) -> None:
+        for name, value in vars(Program).items():
+            if isinstance(value, cached_property):  # of another look
+                self.__dict__.pop(name, None)
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
             traces = [self.trace({}, evaluated=False)]
@@ -646,24 +664,7 @@ class Program:
             traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
             self._check_structure(traces)
             nodes = _largest(traces)
-            kinds = {name: kind_of(node) for name, node in nodes.items()}
-            sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
-            for name, site in sites.items():  # choices that follow another latent, such as a binomial of a latent total
-                if site.choices is not None:
-                    others = [_site(name, trace.nodes[name]).choices for trace in traces if name in trace.nodes]
-                    if any(choices is None or not torch.equal(choices, site.choices) for choices in others):
-                        sites[name] = replace(site, choices=None)
-            self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
-            self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
-            self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
-            self.augmented = tuple(name for name in self.observed_sites if isinstance(nodes[name]["fn"], Augmented))
-            self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
-            self.deterministic = {
-                name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"
-            }
-            self.batch_shapes = {name: _batch_shape(node) for name, node in nodes.items()}
-            self.frames = {name: _frames(node) for name, node in nodes.items()}
-            self.nesting = max(map(len, self.batch_shapes.values()), default=0)
+            self._take_down(nodes, traces)
             self._check_supports(traces)
             self._check_data(traces, self.observed)
             self._leaf_of = self._leaves_observed(traces)
@@ -676,6 +677,53 @@ class Program:
             self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
             for name in [name for name, site in self.latents.items() if site.is_linked]:
                 self.latents[name] = replace(self.latents[name], plates=self._along(name, nodes))
+
+    def _take_down(self, nodes: Mapping[str, Mapping[str, Any]], traces: list[poutine.Trace]) -> None:
+        """Notes what sites there are, and of what shape, from the nodes of a program's statements."""
+        kinds = {name: kind_of(node) for name, node in nodes.items()}
+        sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
+        for name, site in sites.items():  # choices that follow another latent, such as a binomial of a latent total
+            if site.choices is not None:
+                others = [_site(name, trace.nodes[name]).choices for trace in traces if name in trace.nodes]
+                if any(choices is None or not torch.equal(choices, site.choices) for choices in others):
+                    sites[name] = replace(site, choices=None)
+        self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
+        self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
+        self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
+        self.augmented = tuple(name for name in self.observed_sites if isinstance(nodes[name]["fn"], Augmented))
+        self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
+        self.deterministic = {name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"}
+        self.batch_shapes = {name: _batch_shape(node) for name, node in nodes.items()}
+        self.frames = {name: _frames(node) for name, node in nodes.items()}
+        self.nesting = max(map(len, self.batch_shapes.values()), default=0)
+
+    def _confirm(self) -> bool:
+        """Takes sizes and values from all rows, a part of which has shown the structure; whether theirs is the same."""
+
+        def told() -> list[Any]:
+            kinds = [(s.name, s.family, s.event_dim, s.dtype, s.choices is None) for s in self._sites]
+            return [*kinds, *self.frames.items(), self.augmented]
+
+        before, plates = told(), self.row_plates
+        free = [name for name, site in self.latents.items() if site.choices is None]
+        with isolated(0, self.device), reproducible(self.dtype, self.device):
+            trace = self.trace({}, evaluated=False)
+            self._take_down(_largest([trace]), [trace])
+            for name in set(free) & self.latents.keys():
+                self.latents[name] = replace(self.latents[name], choices=None)
+            sizes = {plate.name: plate.size for site in self._sites for plate in site.plates}
+            is_same = (
+                before == told()
+                and len(plates) > 0
+                and all(sizes.get(plate) == self.rows for plate in plates)
+                and not any(site.is_linked for site in self.latents.values())
+                and all(_is_constant(site.support) for site in self.observed_sites.values())
+            )
+            if is_same:
+                self._check_data([trace], self.observed)
+                self._leaf_of = self._leaves_observed([trace])
+                self._check_randomness([trace])
+        return is_same
 
     def _along(self, site: str, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[Plate, ...]:
         """The plate of the statements that depend on a sequence of states, along which its elements lie; () if none is."""
@@ -805,9 +853,8 @@ class Program:
         is_kept = sum(sizes.values()) * self.rows <= _LARGEST * part
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         with isolated(0, self.device), reproducible(self.dtype, self.device), torch.no_grad():
-            for first in range(0, self.rows, max(part, _CHUNK)):
-                data = self.between(first, first + max(part, _CHUNK))
-                if self._leaf_of.keys() == self.observed.keys() == set(names):
+            for first, data in self.parts():
+                if data is not None and self._leaf_of.keys() == self.observed.keys() == set(names):
                     seen = {name: data[place] for name, place in self._leaf_of.items()}
                     for name, value in seen.items():
                         self._check_support(name, value, self.observed_sites[name].support.check(value), None, first)
@@ -979,6 +1026,10 @@ class Program:
         return None
 
     @property
+    def _sites(self) -> list[Site]:
+        return [*self.latents.values(), *self.observed_sites.values()]
+
+    @property
     def knows_rows(self) -> bool:
         """Whether it shows what of it belongs to single rows, by a plate of their number or by running with one more."""
         return bool(self.row_plates) or self._grown is not None
@@ -990,8 +1041,7 @@ class Program:
         They have as many elements as there are rows, and one more if a row is added. So the columns of square data are none,
         nor are five components of five rows. A program that does not run with one row more is judged by the number alone.
         """
-        sites = [*self.latents.values(), *self.observed_sites.values()]
-        sized = {plate.name for site in sites for plate in site.plates if plate.size == self.rows} - self._resized
+        sized = {plate.name for site in self._sites for plate in site.plates if plate.size == self.rows} - self._resized
         if sized and self._grown is not None:
             sized -= {name for name, sizes in self._grown.plates.items() if self.rows in sizes}
         return tuple(sorted(sized))
@@ -1137,8 +1187,7 @@ class Program:
 
     @cached_property
     def coords(self) -> dict[str, np.ndarray]:
-        sites = [*self.latents.values(), *self.observed_sites.values()]
-        plates = [plate for site in sites for plate in site.plates if plate.name not in self._resized]
+        plates = [plate for site in self._sites for plate in site.plates if plate.name not in self._resized]
         return {plate.name: np.arange(plate.size) for plate in plates}
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,27 +70,44 @@ def exchangeable(program: Program) -> dict[str, Axis]:
 
 def _holds(program: Program, guess: Mapping[str, Axis], size: int) -> bool:
     labels = torch.arange(size, device=program.device)
-    swap = torch.cat([labels[:2].flip(0), labels[2:]])
-    draws = []
+    permutations = (torch.cat([labels[:2].flip(0), labels[2:]]), labels.roll(1))
+    shared = [name for name, site in program.latents.items() if not {p.name for p in site.plates} & set(program.row_plates)]
     with isolated(1, program.device):
-        for _ in range(3):
-            try:
-                values = program.sample_prior()
-                draws.append(values)
-                before = program.log_joint(values)
-                afters = [program.log_joint(permuted(values, guess, p, program)) for p in (swap, labels.roll(1))]
-            except (Unsupported, RuntimeError, ValueError):
-                return False
-            rounding = 1e-9 if before.dtype == torch.float64 else 1e-4
-            if not all(torch.allclose(before, after, rtol=rounding) for after in afters):
-                return False
-        return None in guess.values() or _are_coupled(program, guess, *draws[:2])
+        try:
+            draws: list[dict[str, Tensor]] = [{}, {}, {}]
+            for first, data in program.parts():
+                draws = [program.drawn(known, data) for known in draws]
+                if not all(_is_unchanged(program, guess, permutations, values, data) for values in draws):
+                    return False
+                if not first and None not in guess.values() and not _are_coupled(program, guess, draws, data):
+                    return False
+                draws = [{name: draws[0][name] for name in shared}]  # rows to come meet the same components
+        except (Unsupported, RuntimeError, ValueError):
+            return False
+        return True
+
+
+def _is_unchanged(
+    program: Program,
+    guess: Mapping[str, Axis],
+    permutations: Iterable[Tensor],
+    values: Mapping[str, Tensor],
+    data: list[Tensor] | None,
+) -> bool:
+    before = program.log_joint(values, data)
+    rounding = 1e-9 if before.dtype == torch.float64 else 1e-4
+    afters = (program.log_joint(permuted(values, guess, permutation, program), data) for permutation in permutations)
+    return all(torch.allclose(before, after, rtol=rounding) for after in afters)
 
 
 def _are_coupled(
-    program: Program, guess: Mapping[str, Axis], here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+    program: Program,
+    guess: Mapping[str, Axis],
+    draws: Sequence[Mapping[str, Tensor]],
+    data: list[Tensor] | None,
 ) -> bool:
     """Whether the log-joint is more than a sum over elements: f(a, b) − f(a, ·) − f(·, b) + f(·, ·) is not zero."""
+    here, there, *_ = draws
 
     def moved(*elements: int) -> Tensor:
         values = dict(here)
@@ -98,7 +115,7 @@ def _are_coupled(
             index = torch.tensor(elements, dtype=torch.long, device=program.device)
             first = axis if isinstance(axis, int) else axis[0] if axis else 0
             values[name] = here[name].index_copy(first, index, there[name].index_select(first, index))
-        return program.log_joint(values)
+        return program.log_joint(values, data)
 
     terms = torch.stack([moved(0, 1), -moved(0), -moved(1), moved()])
     rounding = 1e-10 if terms.dtype == torch.float64 else 1e-4

@@ -22,6 +22,7 @@ ROWS = {
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
     "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
+    "vade_clusters": ("k-means on pixels", "GMM on codes", "VaDE", "VaDE from random weights"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -20,14 +21,14 @@ from pyro_genmodels.classical.seeding import apart
 
 __all__ = ["VaDE"]
 
-_STARTS, _SWEEPS = 5, 100  # of the mixture that start_from fits to codes
+_STARTS, _SWEEPS = 10, 100  # of the mixture that start_from fits to codes
 _FLOOR = 1e-2  # least share of the variance of all codes that a cluster has, where the mixture starts
 
 
 class VaDE(LatentModel):
     """Variational deep embedding: rows fall into clusters, in a space that a network unfolds.
 
-        c_n ~ Categorical(π),  z_n ~ N(μ_c, diag(σ_c²)) with c = c_n,  x_n ~ p(x | decoder(z_n))
+        c_n ~ Categorical(π),  z_n ~ N(μ_c, Σ_c) with c = c_n,  x_n ~ p(x | decoder(z_n))
 
     guessed by q(z_n | x_n), independent normals whose parameters an encoder gives. The cluster is not guessed: it is summed
     out exactly, in every bound and by every sampler, which is at least as tight as the paper's q(c | x).
@@ -52,6 +53,8 @@ class VaDE(LatentModel):
         decoder: Network from (batch, features) to ``likelihood.outputs`` numbers an entry of x, (batch, k, *shape) or
             flattened; None: an ``MLP``.
         hidden: Widths of the hidden layers of the ``MLP``, from x to z; the default is the paper's.
+        covariance: "diagonal", as in the paper, or "full": of each cluster. Codes of an autoencoder are correlated within a
+            cluster, so that "full" starts from better clusters.
         beta: Weight of the divergence of q(z | x) from p(z) in the bound that ``SVI`` maximises.
 
     References:
@@ -73,11 +76,14 @@ class VaDE(LatentModel):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
         hidden: Sequence[int] = (500, 500, 2000),
+        covariance: Literal["diagonal", "full"] = "diagonal",
         beta: float = 1.0,
     ) -> None:
         super().__init__()
         if clusters < 1:
             raise ValueError(f"VaDE needs at least 1 cluster, but clusters is {clusters}.")
+        if covariance not in ("diagonal", "full"):
+            raise ValueError(f"covariance is {covariance!r}, but must be 'diagonal' or 'full'.")
         self.shape, self.clusters, self.beta = tuple(shape), clusters, check_beta(beta)
         self.family = StandardNormal(features)
         self.decoder = Decoder(shape, features, likelihood or Bernoulli(), decoder, mirrored(hidden))
@@ -86,6 +92,7 @@ class VaDE(LatentModel):
         self.logits = nn.Parameter(torch.zeros(clusters))
         self.means = nn.Parameter(torch.randn(clusters, features))
         self.log_scales = nn.Parameter(torch.zeros(clusters, features))
+        self.mixing = nn.Parameter(torch.zeros(clusters, features, features)) if covariance == "full" else None
 
     def _guess(self, x: Tensor) -> TorchDistribution:
         return self.family.posterior(self.encoder(x))
@@ -93,7 +100,7 @@ class VaDE(LatentModel):
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         with pyro.plate("rows", rows_of(x, size, self.shape, "VaDE")):
             c = pyro.sample("cluster", dist.Categorical(logits=self.logits))
-            z = pyro.sample("z", dist.Normal(self.means[c], self.log_scales[c].exp()).to_event(1))
+            z = pyro.sample("z", self._cluster(c))
             return pyro.sample("x", self.decoder(z), obs=x)
 
     def guide(self, x: Tensor | None = None, size: int | None = None) -> None:
@@ -101,8 +108,16 @@ class VaDE(LatentModel):
         with pyro.plate("rows", rows_of(x, size, self.shape, "VaDE")):
             pyro.sample("z", self._mixture() if x is None else self._guess(x))
 
+    def _cluster(self, c: Tensor) -> TorchDistribution:
+        """z of rows in clusters c."""
+        scales = self.log_scales.exp()
+        if self.mixing is None:
+            return dist.Normal(self.means[c], scales[c]).to_event(1)
+        factors = self.mixing.tril(-1) + torch.diag_embed(scales)
+        return dist.MultivariateNormal(self.means[c], scale_tril=factors[c])
+
     def _mixture(self) -> TorchDistribution:
-        clusters = dist.Normal(self.means, self.log_scales.exp()).to_event(1)
+        clusters = self._cluster(torch.arange(self.clusters, device=self.means.device))
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), clusters)
 
     def autoencoder(self) -> Autoencoder:
@@ -132,11 +147,13 @@ class VaDE(LatentModel):
             )
         if len(codes) < self.clusters:
             raise ValueError(f"codes has {len(codes)} rows, but there are {self.clusters} clusters.")
-        runs = [_mixture_of(codes.double(), self.clusters) for _ in range(_STARTS)]
-        _, shares, means, variances = max(runs, key=lambda run: run[0])
+        runs = [_mixture_of(codes.double(), self.clusters, self.mixing is not None) for _ in range(_STARTS)]
+        _, shares, means, factors = max(runs, key=lambda run: run[0])
         self.logits.copy_(shares.log())
         self.means.copy_(means)
-        self.log_scales.copy_(0.5 * variances.log())
+        self.log_scales.copy_(factors.diagonal(dim1=-2, dim2=-1).log())
+        if self.mixing is not None:
+            self.mixing.copy_(factors)
 
     @torch.no_grad()
     def responsibilities(self, x: Tensor, draws: int = 10) -> Tensor:
@@ -177,20 +194,27 @@ class _Code(nn.Module):
         return mean
 
 
-def _mixture_of(codes: Tensor, clusters: int) -> tuple[float, Tensor, Tensor, Tensor]:
-    """Mean log-likelihood, shares (K,), means and variances (K, features) of a mixture of diagonal Gaussians, by EM."""
+def _mixture_of(codes: Tensor, clusters: int, is_full: bool) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Mean log-likelihood, shares (K,), means (K, D) and factors of covariances (K, D, D) of a mixture, by EM."""
     floor = _FLOOR * codes.var(0, unbiased=False).clamp(min=torch.finfo(torch.float32).tiny)
     weights = one_hot(apart(codes / floor.sqrt(), clusters), clusters, codes.dtype)
     log_likelihood = -math.inf
     for _ in range(_SWEEPS):
         sizes = weights.sum(0) + 1e-6
         means = weights.mT @ codes / sizes[:, None]
-        variances = (weights.mT @ codes.square() / sizes[:, None] - means.square()).clamp(min=0.0) + floor
+        gaps = codes - means.unsqueeze(1)  # (K, rows, features)
+        if is_full:
+            factors = torch.linalg.cholesky(
+                (weights.mT.unsqueeze(-1) * gaps).mT @ gaps / sizes[:, None, None] + floor.diag()
+            )
+        else:
+            factors = torch.diag_embed(
+                ((weights.mT.unsqueeze(1) @ gaps.square()).squeeze(1) / sizes[:, None] + floor).sqrt()
+            )
         shares = sizes / sizes.sum()
-        given = dist.Normal(means, variances.sqrt()).to_event(1)
-        joint = given.log_prob(codes.unsqueeze(1)) + shares.log()
+        joint = dist.MultivariateNormal(means, scale_tril=factors).log_prob(codes.unsqueeze(1)) + shares.log()
         evidence, before = joint.logsumexp(-1), log_likelihood
         weights, log_likelihood = (joint - evidence[:, None]).exp(), float(evidence.mean())
         if log_likelihood - before < 1e-5:
             break
-    return log_likelihood, shares, means, variances
+    return log_likelihood, shares, means, factors
