@@ -666,6 +666,7 @@ class Program:
             nodes = _largest(traces)
             self._take_down(nodes, traces)
             self._check_supports(traces)
+            self._following = {name for name in self.observed_sites if self._follows(name, traces)}
             self._check_data(traces, self.observed)
             self._leaf_of = self._leaves_observed(traces)
             self._check_randomness(traces)
@@ -717,7 +718,6 @@ class Program:
                 and len(plates) > 0
                 and all(sizes.get(plate) == self.rows for plate in plates)
                 and not any(site.is_linked for site in self.latents.values())
-                and all(_is_constant(site.support) for site in self.observed_sites.values())
             )
             if is_same:
                 self._check_data([trace], self.observed)
@@ -794,14 +794,19 @@ class Program:
             raise Unsupported(sentence)
         self.is_changing = True
 
+    @staticmethod
+    def _follows(name: str, traces: list[poutine.Trace]) -> bool:
+        """Whether the support of a site changes from run to run, as that of Uniform(0, θ) does."""
+        first, *others = [_bounds(trace.nodes[name]["fn"].support) for trace in traces if name in trace.nodes]
+        return any(not torch.equal(a, b) for bounds in others for a, b in zip(first, bounds, strict=True))
+
     def _check_supports(self, traces: list[poutine.Trace]) -> None:
         for name, site in self.latents.items():
             if self.is_changing or (self._is_fixed and not site.is_continuous):
                 continue
             if site.is_continuous:
                 _ = site.transform  # raises if there is none
-            bounds = [_bounds(trace.nodes[name]["fn"].support) for trace in traces]
-            if any(not torch.equal(a, b) for row in bounds[1:] for a, b in zip(bounds[0], row, strict=True)):
+            if self._follows(name, traces):
                 self._refuse(
                     f"The support of '{name}' depends on other latent sites. Use MetropolisHastings(proposal=Prior()). Or "
                     "sample it on a fixed support and scale it: u ~ Uniform(0, 1), x = low + (high - low) * u."
@@ -895,9 +900,9 @@ class Program:
                 continue
             if not self.is_simulated:
                 self._check_fit(name, nodes[0])
-            # a support may follow a latent, as that of Uniform(0, θ): what lies outside must do so in every run
-            inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
-            self._check_support(name, value, inside, mask, first)
+            if name not in self._following:  # else data outside of it in these runs may be inside in others
+                inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
+                self._check_support(name, value, inside, mask, first)
 
     def _check_support(self, name: str, value: Tensor, inside: Tensor, mask: Tensor | None, first: int) -> None:
         """Raises if a value that is neither missing nor masked lies outside of the support."""

@@ -281,8 +281,8 @@ def test_data_inside_a_support_that_depends_on_a_latent_are_accepted(backend: st
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Uniform(0.0, end), obs=y)
 
-    posterior = BACKENDS[backend]().fit(longest, torch.tensor([0.5, 4.0]))
-    assert bool((posterior.draws["end"] > 4.0).all())
+    posterior = BACKENDS[backend]().fit(longest, torch.tensor([0.5, 6.0]))  # inside in one of 57 draws of the prior
+    assert bool((posterior.draws["end"] > 6.0).all())
 
 
 # ------------------------------------------------------------------------------------------------- structure of programs

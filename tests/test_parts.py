@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[Tensor, ...], bool]] = {  # prog
     "GMM": (lambda: GMM(2), (X,), True),
     "GMM with a gap": (lambda: GMM(2), (GAPPY,), True),
     "branching": (lambda: branching, (GAPPY,), False),
-    "bounded": (lambda: bounded, (X / 10.0,), False),
+    "bounded": (lambda: bounded, (X,), True),
     "fixed": (lambda: fixed, (X,), False),
     "looked up": (lambda: looked_up, (X, torch.arange(ROWS - 50, ROWS)), False),
     "states": (lambda: states, (X,), False),
