@@ -6,7 +6,7 @@ Pyro program.
 Start reading at ``inference.contract``.
 """
 
-from inference import calibration, markov, relabel, sampling
+from inference import calibration, markov, relabel, sampling, score_matching
 from inference.adversarial import Adversarial
 from inference.blocks import (
     AdaptiveWalk,
@@ -78,4 +78,5 @@ __all__ = [
     "markov",
     "relabel",
     "sampling",
+    "score_matching",
 ]

@@ -16,7 +16,7 @@ import abc
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared",
-    "Programmed", "Started", "Stepped", "Tempered", "Unsupported",
+    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Incomplete", "Independent", "Linked", "Movable",
+    "Prepared", "Programmed", "Scored", "Started", "Stepped", "Tempered", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -191,6 +191,34 @@ class Linked(Protocol):
 
 
 @runtime_checkable
+class Scored(Protocol):
+    """A distribution that knows its score ∇ log p(x), whether or not it knows log p."""
+
+    def score(self, value: Tensor) -> Tensor:
+        """∇ log p, of the shape of ``value``, with gradients to ``value`` and to the weights."""
+
+
+@runtime_checkable
+class Incomplete(Protocol):
+    """A distribution whose ``log_prob`` is less than a log-density, and which says how much of it means something.
+
+    "differences": log p(x) + c, where nobody knows c, which may change with the parameters. Enough for the moves of MCMC as
+    long as the parameters stay, not for a bound or an evidence, nor for the likelihood of parameters.
+
+    "gradient": a surrogate. Only its gradient in x is that of log p; its values mean nothing, and no kernel that accepts or
+    weighs may look at them.
+
+    ``Backend.asks`` says how much a back-end needs; ``fit`` refuses what gives less. Draws of it may be approximate, so that
+    nothing that relies on exact draws of a prior takes it.
+    """
+
+    @property
+    def log_prob_gives(self) -> Literal["differences", "gradient"]: ...
+
+    def log_prob(self, value: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
 class Fitted(Protocol):
     """What a model needs of a Posterior: its draws, site to (chain, draw, *site), as they are and with labels matched."""
 
@@ -245,6 +273,11 @@ class Backend(abc.ABC, Generic[S, I]):
     def changing(self) -> Backend[Any, Any] | None:
         """Who runs in this one's place a program whose sites, shapes or supports change from run to run; None refuses it."""
         return None
+
+    @property
+    def asks(self) -> Literal["density", "differences", "gradient"]:
+        """How much of a log-density it needs of every site; see ``Incomplete``."""
+        return "density"
 
     @property
     def view(self) -> dict[str, Any]:
