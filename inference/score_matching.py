@@ -159,16 +159,16 @@ def score(module: Callable[[Any], Any], x: Tensor, context: Any = None) -> Tenso
     log_prob = getattr(distribution, "log_prob", None)
     if log_prob is None:
         raise TypeError(
-            "Score matching takes a module whose module(context) is a distribution, with a score or a log_prob, but this one "
-            f"gave a {type(distribution).__name__}."
+            "Score matching takes a module whose module(context) is a distribution, with a score or a log_prob, but this "
+            f"one gave a {type(distribution).__name__}."
         )
     with torch.enable_grad():
         point = x if x.requires_grad else x.detach().requires_grad_()
         values = log_prob(point)
         if values.shape != x.shape[:1]:
             raise ValueError(
-                f"log_prob gives one number a row, ({len(x)},), but gave the shape {tuple(values.shape)}. A distribution over "
-                "single numbers becomes one over rows by .to_event."
+                f"log_prob gives one number a row, ({len(x)},), but gave the shape {tuple(values.shape)}. A distribution "
+                "over single numbers becomes one over rows by .to_event."
             )
         return _derivative(values.sum(), point)
 

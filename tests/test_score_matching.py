@@ -62,7 +62,7 @@ class Mixture(nn.Module):
 
 
 class Field(nn.Module):
-    """A score that is the gradient of nothing, x ↦ A x, as a network may be; of the law that it says, it knows no density."""
+    """A score that is the gradient of nothing, x ↦ A x, as a network's may be, and that knows no density."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
