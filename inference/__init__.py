@@ -28,7 +28,7 @@ from inference.games import Hinge, LeastSquares, Minimax, NonSaturating, Wassers
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
 from inference.log import JSONLines
-from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
+from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk, Unadjusted
 from inference.nuts import NUTS
 from inference.posterior import Posterior
 from inference.svi import SVI
@@ -70,6 +70,7 @@ __all__ = [
     "RandomWalk",
     "Renyi",
     "Slice",
+    "Unadjusted",
     "Unsupported",
     "Until",
     "Warmup",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Incomplete", "Independent", "Linked", "Movable",
-    "Prepared", "Programmed", "Scored", "Started", "Stepped", "Tempered", "Unsupported",
+    "Persistent", "Prepared", "Programmed", "Scored", "Started", "Stepped", "Tempered", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -216,6 +216,22 @@ class Incomplete(Protocol):
     def log_prob_gives(self) -> Literal["differences", "gradient"]: ...
 
     def log_prob(self, value: Tensor) -> Tensor: ...
+
+    def rough_draw(self) -> Tensor:
+        """One value, (*batch, *event), anywhere near where the mass is, at little cost: where a chain may start."""
+
+
+@runtime_checkable
+class Persistent(Protocol):
+    """A module that keeps draws of itself, for a chain that goes on from one step of training to the next.
+
+    Attributes:
+        particles: (chain, …), a buffer: where the chains are.
+        log_step: (), a buffer: log of the size ε of their moves, in their own standard deviations.
+    """
+
+    particles: Tensor
+    log_step: Tensor
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,6 +188,10 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
     def restored(self, saved: GibbsState, program: Program) -> GibbsState:
         asked = {(names,) if isinstance(names, str) else tuple(names): block for names, block in (self.blocks or {}).items()}
         return saved._replace(blocks=tuple(block.restored(asked.get(block.sites, block)) for block in saved.blocks))
+
+    @property
+    def asks(self) -> Literal["density", "differences", "gradient"]:
+        return "differences"
 
     def init(self, program: Program) -> GibbsState:
         blocks, notes = assign(program, self.blocks)

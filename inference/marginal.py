@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,9 +70,18 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         """What a plan prints."""
 
     @property
+    def note(self) -> str:
+        """What a plan says of how exact it is."""
+        return ""
+
+    @property
     @abc.abstractmethod
     def needs_gradient(self) -> bool:
         """Whether the kernel's density returns (gradient, value)."""
+
+    @property
+    def asks(self) -> Literal["density", "differences", "gradient"]:
+        return "differences"
 
     @property
     def climbs(self) -> bool:
@@ -152,7 +161,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
 
     def plan(self, state: MarginalState, program: Program) -> Plan:
         rate = float(state.acceptance / state.reads) if state.reads > 0 else float("nan")
-        updates = [Update(program.continuous, self.update, rate)]
+        updates = [Update(program.continuous, self.update, rate, note=self.note)]
         if program.finite:
             updates.append(
                 Update(

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Stepped, Unsupported
+from inference.contract import Augmented, Blocked, Guided, Incomplete, Linked, Prepared, Programmed, Stepped, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
@@ -70,6 +70,7 @@ class Site:
         is_flat: Whether its prior is improper.
         is_linked: Whether it is a sequence of states, each of which depends on the one before: its elements are those of a
             batch, but not independent.
+        gives: How much of its log-density its distribution knows; see ``inference.contract.Incomplete``.
     """
 
     name: str
@@ -82,6 +83,12 @@ class Site:
     choices: Tensor | None
     is_flat: bool
     is_linked: bool = False
+    gives: Literal["density", "differences", "gradient"] = "density"
+
+    @property
+    def flaw(self) -> str:
+        """Why no exact draws of its prior can be had, to follow "a prior that is"; empty if they can."""
+        return "improper" if self.is_flat else "" if self.gives == "density" else "known without its constant"
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -138,6 +145,7 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         except NotImplementedError:
             choices = None
     plates = [Plate(frame.name, frame.dim, frame.size) for frame in node["cond_indep_stack"] if frame.vectorized]
+    inner = base(distribution)
     if not node["is_observed"] and isinstance(base(distribution), Linked):
         if not isinstance(distribution, Linked) or node["fn"].batch_shape:
             raise Unsupported(
@@ -148,14 +156,15 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         return Site(name, family, node["fn"].support, _shape(node), 0, (), value.dtype, states, False, True)
     return Site(
         name=name,
-        family=type(base(distribution)).__name__,
+        family=type(inner).__name__,
         support=distribution.support,
         shape=_shape(node),
         event_dim=distribution.event_dim,
         plates=tuple(sorted(plates, key=lambda plate: plate.dim)),
         dtype=value.dtype,
         choices=choices,
-        is_flat=isinstance(base(distribution), ImproperUniform),
+        is_flat=isinstance(inner, ImproperUniform),
+        gives=inner.log_prob_gives if isinstance(inner, Incomplete) else "density",
     )
 
 
@@ -739,6 +748,47 @@ class Program:
                         f"Plate '{name}' takes {kept} of {size} rows at random. Write the program for all rows; "
                         "SVI(batch_size=...) sub-samples it."
                     )
+
+    def check_asked(self, asks: Literal["density", "differences", "gradient"], who: str) -> None:
+        """Whether every site knows as much of its log-density as is asked for.
+
+        Raises:
+            Unsupported: If one does not, or if its parameters depend on what is hidden, so that its constant does.
+        """
+        known = ("gradient", "differences", "density")
+        if self.is_simulated:  # draws alone are looked at
+            return
+        for name, site in (self.latents | self.observed_sites).items():
+            if site.gives == "density":
+                continue
+            if site.gives == "gradient" and (asks != "gradient" or self.finite):
+                why = "sums finite sites out by them" if asks == "gradient" else "needs values"
+                raise Unsupported(
+                    f"Site '{name}' is {site.family}, a surrogate: the gradient of its log_prob means something, its values "
+                    f"do not, and {who} {why}. MetropolisHastings(proposal=Unadjusted(step)) follows gradients alone."
+                )
+            if known.index(site.gives) < known.index(asks):
+                raise Unsupported(
+                    f"Site '{name}' is {site.family}, whose log_prob lacks a constant that nobody knows, but {who} needs a "
+                    "density that integrates to 1. Sample from it by HMC() or MetropolisHastings(), and train its weights "
+                    "by Denoising(loss=...)."
+                )
+            hidden = self._parameters_follow(name)
+            if hidden:
+                raise Unsupported(
+                    f"Site '{name}' is {site.family}, whose log_prob lacks a constant that changes with its parameters, and "
+                    f"they depend on '{min(hidden)}', which is hidden. Give that a fixed value, or '{name}' a density."
+                )
+
+    def _parameters_follow(self, name: str) -> frozenset[str]:
+        """The latent sites that the parameters of a site's distribution depend on."""
+        with isolated(0, self.device), reproducible(self.dtype, self.device):
+            nodes = self.trace({}, evaluated=False).nodes
+            apart = nodes[name]["value"].detach().clone()
+            values = {latent: nodes[latent]["value"].clone() for latent in self.latents}
+            with Followed(values) as followed:
+                fn = self.trace(values, evaluated=False).nodes[name]["fn"]
+                return followed.of(fn.log_prob(apart))
 
     def _refuse(self, sentence: str) -> None:
         """Refuses a program whose structure changes, or notes that it does."""

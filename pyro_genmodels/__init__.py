@@ -15,7 +15,7 @@ from pyro_genmodels.classical import (
     NaiveBayes,
     SoftmaxRegression,
 )
-from pyro_genmodels.diffusion import tweedie
+from pyro_genmodels.diffusion import EnergyModel, tweedie
 from pyro_genmodels.implicit import GAN, InfoGAN
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "PPCA",
     "VAE",
     "Autoencoder",
+    "EnergyModel",
     "FactorAnalysis",
     "GenerativeModel",
     "InfoGAN",
