@@ -1,9 +1,9 @@
 """Score matching: losses that fit ∇ log p to data, and so need no normaliser.
 
-    Explicit    ½ ‖s(x) − ∇ log p(x)‖²             where the score of the data is known
-    Implicit    tr ∇s(x) + ½ ‖s(x)‖²               the same in expectation, but for ½ E‖∇ log p‖², without knowing it
-    Sliced      vᵀ ∇s(x) v + ½ ‖s(x)‖²             the same again in expectation over v, in one derivative
-    Noised      ½ ‖σ s(x + σε) + ε‖²               lowest at the score of the data with noise added
+    ExplicitLoss    ½ ‖s(x) − ∇ log p(x)‖²             where the score of the data is known
+    ImplicitLoss    tr ∇s(x) + ½ ‖s(x)‖²               the same in expectation, but for ½ E‖∇ log p‖², without knowing it
+    SlicedLoss      vᵀ ∇s(x) v + ½ ‖s(x)‖²             the same again in expectation over v, in one derivative
+    NoisedLoss      ½ ‖σ s(x + σε) + ε‖²               lowest at the score of the data with noise added
 
 A loss is a frozen dataclass with a method ``rows(module, x, context)``. ``module(context)`` is a distribution, as of a
 stochastic module; its score is what it says it is (``inference.contract.Scored``), else the gradient of its ``log_prob``,
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from inference.contract import Scored
 
-__all__ = ["Explicit", "Implicit", "Noised", "Sliced", "score"]
+__all__ = ["ExplicitLoss", "ImplicitLoss", "NoisedLoss", "SlicedLoss", "score"]
 
 DIRECTIONS = ("rademacher", "normal")
 
 
 @dataclass(frozen=True)
-class Explicit:
+class ExplicitLoss:
     """½ ‖s(x) − ∇ log p(x)‖², where the score of the data is known: to learn one module from another.
 
     Args:
@@ -54,22 +54,22 @@ class Explicit:
 
 
 @dataclass(frozen=True)
-class Implicit:
+class ImplicitLoss:
     """tr ∇s(x) + ½ ‖s(x)‖², with the exact trace: as many derivatives of the score as a row has numbers.
 
-    Its expectation is that of ``Explicit`` less ½ E‖∇ log p‖², for a score that is smooth and data that fade out.
+    Its expectation is that of ``ExplicitLoss`` less ½ E‖∇ log p‖², for a score that is smooth and data that fade out.
 
     References:
         A. Hyvärinen, Estimation of Non-Normalized Statistical Models by Score Matching (2005).
 
     Example:
         >>> import torch, pyro.distributions as dist
-        >>> Implicit().rows(lambda context: dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.ones(3, 2)).detach()
+        >>> ImplicitLoss().rows(lambda context: dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.ones(3, 2)).detach()
         tensor([-1., -1., -1.])
     """
 
     def rows(self, module: Callable[[Any], Any], x: Tensor, context: Any = None) -> Tensor:
-        """As ``Explicit.rows``."""
+        """As ``ExplicitLoss.rows``."""
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             slope = score(module, point, context)
@@ -79,8 +79,8 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class Sliced:
-    """vᵀ ∇s(x) v + ½ ‖s(x)‖² for random v with E v vᵀ = I: ``Implicit`` in expectation, whatever the size of a row.
+class SlicedLoss:
+    """vᵀ ∇s(x) v + ½ ‖s(x)‖² for random v with E v vᵀ = I: ``ImplicitLoss`` in expectation, whatever the size of a row.
 
     Args:
         projections: Draws of v for each row, at least 1.
@@ -102,7 +102,7 @@ class Sliced:
             raise ValueError(f"directions is {self.directions!r}, but must be one of {', '.join(map(repr, DIRECTIONS))}.")
 
     def rows(self, module: Callable[[Any], Any], x: Tensor, context: Any = None) -> Tensor:
-        """As ``Explicit.rows``."""
+        """As ``ExplicitLoss.rows``."""
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             slope = score(module, point, context)
@@ -118,11 +118,11 @@ class Sliced:
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisedLoss:
     """½ ‖σ s(x + σε) + ε‖², ε ~ N(0, I): denoising score matching at one level of noise.
 
     It is lowest where s is the score of the *noised* density, p * N(0, σ²); what Tweedie's formula takes. In expectation it
-    is σ² times ``Explicit`` at that density, but for a constant.
+    is σ² times ``ExplicitLoss`` at that density, but for a constant.
 
     Args:
         noise: σ, positive.
@@ -135,10 +135,10 @@ class Noised:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.noise < float("inf"):
-            raise ValueError(f"noise is {self.noise!r}, but must be positive and finite. Without noise, use Sliced().")
+            raise ValueError(f"noise is {self.noise!r}, but must be positive and finite. Without noise, use SlicedLoss().")
 
     def rows(self, module: Callable[[Any], Any], x: Tensor, context: Any = None) -> Tensor:
-        """As ``Explicit.rows``."""
+        """As ``ExplicitLoss.rows``."""
         noise = torch.randn_like(x)
         return 0.5 * _squares(self.noise * score(module, x + self.noise * noise, context) + noise)
 

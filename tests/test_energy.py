@@ -37,7 +37,7 @@ from inference.contrastive import ContrastiveDivergence
 from inference.evidence import log_evidence
 from inference.handlers import isolated
 from inference.sampling import ancestral
-from inference.score_matching import Implicit, Noised, Sliced
+from inference.score_matching import ImplicitLoss, NoisedLoss, SlicedLoss
 from pyro_genmodels import EnergyModel
 from pyro_genmodels.diffusion import EnergyDistribution
 
@@ -102,7 +102,7 @@ def test_a_quadratic_energy_learns_mean_and_covariance() -> None:
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = Implicit().rows(model, x).mean()
+        loss = ImplicitLoss().rows(model, x).mean()
         loss.backward()
         return loss
 
@@ -164,7 +164,9 @@ def test_chains_that_begin_at_the_data_do_not_see_far_wells() -> None:
     assert not torch.equal(kept, model.particles)
 
 
-@pytest.mark.parametrize("loss", [Sliced(), Noised(0.2), ContrastiveDivergence(5)], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    "loss", [SlicedLoss(), NoisedLoss(0.2), ContrastiveDivergence(5)], ids=lambda loss: type(loss).__name__
+)
 def test_the_energy_is_low_on_data(loss: Any) -> None:
     """The sign: of nearly all rows below that of points around them, after a short training on a ring."""
     angle = torch.rand(1000) * 2 * math.pi

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inference.contract import Scored
 from inference.handlers import isolated
-from inference.score_matching import Explicit, Implicit, Noised, Sliced, score
+from inference.score_matching import ExplicitLoss, ImplicitLoss, NoisedLoss, SlicedLoss, score
 
 MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 FACTOR = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [-0.3, 0.4, 0.5]], dtype=torch.float64)
@@ -83,11 +83,11 @@ def exact(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 LOSSES: dict[str, Callable[[nn.Module], Any]] = {
-    "explicit": lambda module: Explicit(exact(MODULES[type(module).__name__.replace("Mix", "mix")]())),
-    "implicit": lambda module: Implicit(),
-    "sliced": lambda module: Sliced(),
-    "sliced, normal, two": lambda module: Sliced(2, "normal"),
-    "sliced, as published first": lambda module: Sliced(is_reduced=False),
+    "explicit": lambda module: ExplicitLoss(exact(MODULES[type(module).__name__.replace("Mix", "mix")]())),
+    "implicit": lambda module: ImplicitLoss(),
+    "sliced": lambda module: SlicedLoss(),
+    "sliced, normal, two": lambda module: SlicedLoss(2, "normal"),
+    "sliced, as published first": lambda module: SlicedLoss(is_reduced=False),
 }
 
 
@@ -136,7 +136,7 @@ def test_noised_is_lowest_at_the_score_of_the_noised_density() -> None:
     sigma, clean = 0.7, Gaussian()
     x = clean().sample((250 * BATCHES,))
     noised = Gaussian(factor=torch.linalg.cholesky(FACTOR @ FACTOR.T + sigma**2 * torch.eye(3)))
-    loss = Noised(sigma)
+    loss = NoisedLoss(sigma)
     assert_zero_mean(gradients(loss, noised, x))
     with pytest.raises(AssertionError):
         assert_zero_mean(gradients(loss, clean, x))
@@ -150,7 +150,7 @@ def sigma_points(mean: Tensor, factor: Tensor) -> Tensor:
 
 
 def closed_form(module: Gaussian) -> tuple[float, float]:
-    """E Implicit and E ½‖∇ log p‖² under N(MEAN, FACTOR FACTORᵀ), of a normal model."""
+    """E ImplicitLoss and E ½‖∇ log p‖² under N(MEAN, FACTOR FACTORᵀ), of a normal model."""
     truth = FACTOR @ FACTOR.T
     distribution: Any = module()
     precision, apart = distribution.precision_matrix, MEAN - distribution.loc
@@ -167,8 +167,8 @@ def test_implicit_and_explicit_have_their_closed_forms_on_gaussians(is_off: bool
             module.log_scale.add_(0.2)
             module.shear.add_(0.4)
     implicit, constant = closed_form(module)
-    assert Implicit().rows(module, x).mean().item() == pytest.approx(implicit, rel=1e-12)
-    assert Explicit(exact(Gaussian())).rows(module, x).mean().item() == pytest.approx(implicit + constant, abs=1e-12)
+    assert ImplicitLoss().rows(module, x).mean().item() == pytest.approx(implicit, rel=1e-12)
+    assert ExplicitLoss(exact(Gaussian())).rows(module, x).mean().item() == pytest.approx(implicit + constant, abs=1e-12)
     if not is_off:  # where the score is known, the value is that of the constant
         assert implicit == pytest.approx(-constant, rel=1e-12)
 
@@ -183,8 +183,8 @@ def test_implicit_is_explicit_but_for_a_constant_on_a_mixture() -> None:
     x = torch.cartesian_prod(axis, axis)
     weights = truth().log_prob(x).exp().detach() * 0.1**2
     constant = 0.5 * (weights * exact(truth)(x).square().sum(1)).sum()
-    implicit = (weights * Implicit().rows(module, x)).sum()
-    explicit = (weights * Explicit(exact(truth)).rows(module, x)).sum()
+    implicit = (weights * ImplicitLoss().rows(module, x)).sum()
+    explicit = (weights * ExplicitLoss(exact(truth)).rows(module, x)).sum()
     assert weights.sum().item() == pytest.approx(1.0, abs=1e-9)
     assert explicit.item() == pytest.approx((implicit + constant).item(), abs=1e-9)
     assert explicit > 0.01
@@ -196,9 +196,9 @@ def test_sliced_is_implicit_in_expectation(directions: str, is_reduced: bool) ->
     """At three rows, over 4,000 directions each; 1e-6 false alarms (normal approximation)."""
     module, x = Mixture(), torch.tensor([[-0.8, 0.4], [0.1, 0.2], [1.5, -0.6]])
     many = x.repeat_interleave(4000, 0)
-    sliced = Sliced(1, directions, is_reduced).rows(module, many).detach().reshape(3, -1)
+    sliced = SlicedLoss(1, directions, is_reduced).rows(module, many).detach().reshape(3, -1)
     spread = sliced.std(1) / sliced.shape[1] ** 0.5
-    assert ((sliced.mean(1) - Implicit().rows(module, x)).abs() < scipy.stats.norm.isf(RATE / 6) * spread + 1e-12).all()
+    assert ((sliced.mean(1) - ImplicitLoss().rows(module, x)).abs() < scipy.stats.norm.isf(RATE / 6) * spread + 1e-12).all()
 
 
 def test_variance_reduction_reduces_variance() -> None:
@@ -206,20 +206,20 @@ def test_variance_reduction_reduces_variance() -> None:
     module, x = Gaussian(), (MEAN + torch.tensor([1.0, -0.5, 2.0])).expand(20000, 3)
     precision = torch.cholesky_inverse(FACTOR)
     expected = 2.0 * (precision - precision.diagonal().diag()).square().sum().item()
-    reduced, plain = (Sliced(is_reduced=is_reduced).rows(module, x).var().item() for is_reduced in (True, False))
+    reduced, plain = (SlicedLoss(is_reduced=is_reduced).rows(module, x).var().item() for is_reduced in (True, False))
     assert reduced == pytest.approx(expected, rel=0.1)  # 7 standard errors of a variance of three equal terms
     assert plain > 2.0 * reduced
     independent = Gaussian(factor=torch.eye(3))
-    assert torch.allclose(Sliced().rows(independent, x[:5]), Implicit().rows(independent, x[:5]), rtol=1e-12)
+    assert torch.allclose(SlicedLoss().rows(independent, x[:5]), ImplicitLoss().rows(independent, x[:5]), rtol=1e-12)
 
 
 def test_noised_has_its_closed_form_on_gaussians() -> None:
-    """½ (σ² tr(P (S + σ²) P) − 2 σ² tr P + D); 1e-6 false alarms. It is σ² Explicit there, and a constant."""
+    """½ (σ² tr(P (S + σ²) P) − 2 σ² tr P + D); 1e-6 false alarms. It is σ² ExplicitLoss there, and a constant."""
     sigma, module, truth = 0.5, Gaussian(), FACTOR @ FACTOR.T
     precision = torch.cholesky_inverse(FACTOR)
     noised = truth + sigma**2 * torch.eye(3)
     expected = 0.5 * (sigma**2 * (precision @ noised @ precision - 2.0 * precision).trace() + 3.0)
-    rows = Noised(sigma).rows(module, module().sample((100000,))).detach()
+    rows = NoisedLoss(sigma).rows(module, module().sample((100000,))).detach()
     assert abs(rows.mean() - expected) < scipy.stats.norm.isf(RATE / 2) * rows.std() / len(rows) ** 0.5
     gap = noised.inverse() - precision
     explicit = 0.5 * (gap @ noised @ gap).trace()
@@ -234,11 +234,11 @@ def test_a_field_without_a_density_is_fitted_through_its_score() -> None:
     x = sigma_points(torch.zeros(2), torch.linalg.cholesky(covariance))
     module = Field(-covariance.inverse())
     assert isinstance(module(), Scored)
-    for loss in (Implicit(), Explicit(lambda y: -y @ covariance.inverse())):
+    for loss in (ImplicitLoss(), ExplicitLoss(lambda y: -y @ covariance.inverse())):
         (slope,) = torch.autograd.grad(loss.rows(module, x).mean(), module.matrix)
         assert slope.abs().max() < 1e-12
     wrong = Field(torch.tensor([[-1.0, 0.5], [-0.5, -1.0]]))
-    assert Implicit().rows(wrong, x).mean() > Implicit().rows(module, x).mean()
+    assert ImplicitLoss().rows(wrong, x).mean() > ImplicitLoss().rows(module, x).mean()
 
 
 def test_contexts_reach_the_module() -> None:
@@ -249,21 +249,21 @@ def test_contexts_reach_the_module() -> None:
 
 def test_pictures_are_rows() -> None:
     module = lambda context: dist.Normal(torch.zeros(4, 4), 1.0).to_event(2)  # noqa: E731
-    for loss in (Implicit(), Sliced(), Noised(0.1)):
+    for loss in (ImplicitLoss(), SlicedLoss(), NoisedLoss(0.1)):
         assert loss.rows(module, torch.randn(3, 4, 4)).shape == (3,)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: Noised(0.0), ValueError, "noise is 0.0, but must be positive"),
-        (lambda: Noised(math.nan), ValueError, "positive and finite"),
-        (lambda: Sliced(0), ValueError, "projections is 0"),
-        (lambda: Sliced(directions="uniform"), ValueError, "'rademacher', 'normal'"),
-        (lambda: Implicit().rows(lambda c: None, torch.ones(3, 2)), TypeError, "gave a NoneType"),
-        (lambda: Implicit().rows(lambda c: dist.Normal(0.0, 1.0), torch.ones(3, 2)), ValueError, r"\.to_event"),
-        (lambda: Explicit(lambda x: x.sum(1)).rows(Gaussian(), torch.ones(2, 3)), ValueError, "target gives a gradient"),
-        (lambda: Implicit().rows(Field(torch.ones(1, 2)), torch.ones(3, 2)), ValueError, "A score has the shape of x"),
+        (lambda: NoisedLoss(0.0), ValueError, "noise is 0.0, but must be positive"),
+        (lambda: NoisedLoss(math.nan), ValueError, "positive and finite"),
+        (lambda: SlicedLoss(0), ValueError, "projections is 0"),
+        (lambda: SlicedLoss(directions="uniform"), ValueError, "'rademacher', 'normal'"),
+        (lambda: ImplicitLoss().rows(lambda c: None, torch.ones(3, 2)), TypeError, "gave a NoneType"),
+        (lambda: ImplicitLoss().rows(lambda c: dist.Normal(0.0, 1.0), torch.ones(3, 2)), ValueError, r"\.to_event"),
+        (lambda: ExplicitLoss(lambda x: x.sum(1)).rows(Gaussian(), torch.ones(2, 3)), ValueError, "target gives a gradient"),
+        (lambda: ImplicitLoss().rows(Field(torch.ones(1, 2)), torch.ones(3, 2)), ValueError, "A score has the shape of x"),
     ],
 )
 def test_what_is_wrong_is_said(call: Callable[[], object], error: type[Exception], message: str) -> None:
