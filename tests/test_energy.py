@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pyro
@@ -21,6 +22,8 @@ from inference import (
     HMC,
     NUTS,
     SVI,
+    ContrastiveDivergence,
+    Denoising,
     Gibbs,
     Langevin,
     MetropolisHastings,
@@ -33,7 +36,6 @@ from inference import (
 from inference.annealing import annealed_evidence
 from inference.calibration import sbc
 from inference.contract import Incomplete, Persistent, Scored, Unsupported
-from inference.contrastive import ContrastiveDivergence
 from inference.evidence import log_evidence
 from inference.handlers import isolated
 from inference.sampling import ancestral
@@ -164,23 +166,52 @@ def test_chains_that_begin_at_the_data_do_not_see_far_wells() -> None:
     assert not torch.equal(kept, model.particles)
 
 
-@pytest.mark.parametrize(
-    "loss", [SlicedLoss(), NoisedLoss(0.2), ContrastiveDivergence(5)], ids=lambda loss: type(loss).__name__
-)
+LOSSES = [SlicedLoss(), NoisedLoss(0.2), ContrastiveDivergence(5)]
+
+
+def ring(rows: int = 1000) -> Tensor:
+    angle = torch.rand(rows) * 2 * math.pi
+    return torch.stack([angle.cos(), angle.sin()], -1) + 0.1 * torch.randn(rows, 2)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_the_energy_is_low_on_data(loss: Any) -> None:
     """The sign: of nearly all rows below that of points around them, after a short training on a ring."""
-    angle = torch.rand(1000) * 2 * math.pi
-    x = torch.stack([angle.cos(), angle.sin()], -1) + 0.1 * torch.randn(1000, 2)
-    model = EnergyModel((2,), hidden=(32, 32))
-    model.prepare(x)
-    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(150):
-        optimiser.zero_grad()
-        loss.rows(model, x[torch.randperm(1000)[:256]], None).mean().backward()
-        optimiser.step()
+    x, model = ring(), EnergyModel((2,), hidden=(32, 32))
+    Denoising(loss=loss, steps=150, learning_rate=5e-3, batch_size=256, **QUIET).fit(model, x)
     with torch.no_grad():
         on, inside, outside = model.energy(x), model.energy(0.2 * x), model.energy(2.0 * x)
     assert (on < inside).double().mean() > 0.9 and (on < outside).double().mean() > 0.9
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_chains(tmp_path: Path) -> None:
+    """Bit for bit: the chains and the size of their moves are in the checkpoint."""
+
+    def stop(step: int, info: Any) -> None:
+        if step == 25:
+            raise ZeroDivisionError
+
+    x, models = ring(100), [EnergyModel((2,), hidden=(8,), chains=20) for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    fit = Denoising(loss=ContrastiveDivergence(2), steps=40, batch_size=20, **QUIET)
+    fit.fit(models[0], x)
+    stopped = dataclasses.replace(fit, checkpoint=tmp_path, checkpoint_every=10, callbacks=(stop,))
+    with pytest.raises(ZeroDivisionError):
+        stopped.fit(models[1], x)
+    fit.resume(tmp_path, models[2], x)
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[2].state_dict()[name]), name
+    assert not torch.equal(models[0].particles, models[1].particles)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_numbers_that_are_none_stop_the_training(loss: Any) -> None:
+    model = EnergyModel((2,), hidden=(8,))
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=r"not finite at the start; the first layer that gives NaN .*layers\.0"):
+        Denoising(loss=loss, steps=5, **QUIET).fit(model, ring(50))
 
 
 # --------------------------------------------------------------------------------------------------- draws
