@@ -140,6 +140,7 @@ class EnergyModel(StochasticModule):
         network: From (batch, *shape), and (batch, context) if there is one, to (batch, 1) or (batch,); None: an ``MLP``.
         hidden: Widths of the hidden layers of the ``MLP``.
         spread: w, positive; None leaves the normal out, and the network is all of the energy.
+        noise: Standard deviation of noise that comes on top of the data, as by ``NoisedLoss``: s is then that of both.
         chains: Draws that it keeps of itself, at least 1, for contrastive divergence to go on from.
         moves: Langevin moves of each draw of ``sample``.
 
@@ -162,6 +163,7 @@ class EnergyModel(StochasticModule):
         network: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
         spread: float | None = 2.0,
+        noise: float = 0.0,
         chains: int = 256,
         moves: int = 200,
     ) -> None:
@@ -170,7 +172,9 @@ class EnergyModel(StochasticModule):
             raise ValueError(f"context is at least 0 and chains at least 1, but they are {context} and {chains}.")
         if spread is not None and not 0.0 < spread < math.inf:
             raise ValueError(f"spread is {spread!r}, but must be positive and finite, or None for no normal at all.")
-        self.shape, self.context, self.spread, self.moves = tuple(shape), context, spread, moves
+        if not 0.0 <= noise < math.inf:
+            raise ValueError(f"noise is {noise!r}, but must be a standard deviation, at least 0 and finite.")
+        self.shape, self.context, self.spread, self.noise, self.moves = tuple(shape), context, spread, noise, moves
         size = math.prod(self.shape)
         self.network = MLP(size + context, 1, hidden, nn.SiLU) if network is None else network
         self.mean: Tensor
@@ -198,7 +202,7 @@ class EnergyModel(StochasticModule):
                 "x has numbers that are NaN or infinite, of which an energy says nothing. Leave those rows out."
             )
         with torch.no_grad():
-            deviation = x.std(0, correction=0)
+            deviation = (x.var(0, correction=0) + self.noise**2).sqrt()
             least = 0.1 * deviation.square().mean().sqrt()
             self.mean.copy_(x.mean(0))
             self.deviation.copy_(torch.where(deviation > least, deviation, least if least > 0 else 1.0))
