@@ -19,6 +19,7 @@ from inference import EM
 from inference.handlers import isolated, quiet, reproducible
 from pyro_genmodels import (
     CVAE,
+    DDPM,
     GAN,
     GMM,
     HMM,
@@ -39,6 +40,8 @@ from pyro_genmodels import (
     SoftmaxRegression,
     VaDE,
 )
+from pyro_genmodels.diffusion import Betas, Network
+from pyro_genmodels.nets import PointNetwork
 
 ROWS = 12
 
@@ -92,6 +95,11 @@ MODELS = {
     "CVAE": Instance(lambda: CVAE((2, 3), 3, 2, hidden=(4,)), (PIXELS, LABELS), None),
     "CVAE, conditional prior": Instance(
         lambda: CVAE((2, 3), 3, 2, hidden=(4,), conditional_prior=True), (PIXELS, TABLE), None
+    ),
+    "DDPM": Instance(
+        lambda: DDPM(Network(PointNetwork(3, 2, 8), Betas.cosine(4), learns_variance=True), (3,), 4, "optimal"),
+        (TABLE,),
+        row=(3,),
     ),
     "VaDE": Instance(lambda: VaDE((2, 3), 3, 2, hidden=(4,)), (PIXELS,), row=(2, 3)),
     "IWAE": Instance(lambda: IWAE((2, 3), 1, (2,), hidden=4), (PIXELS,), row=(2, 3)),
