@@ -19,10 +19,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from inference import EM, Denoising
+from inference import EM, Denoising, SimpleLoss
+from inference.noising import EDMError, LogNormal
 from inference.score_matching import NoisedLoss, SlicedLoss
-from pyro_genmodels import GMM, EnergyModel, tweedie
-from pyro_genmodels.diffusion import score_of
+from pyro_genmodels import GMM, EnergyModel, ScoreModel, tweedie
+from pyro_genmodels.diffusion import EDM, Network, score_of
+from pyro_genmodels.nets import PointNetwork
 
 NOISE = 25.0 / 255.0
 # the cosine transform less its constant: an orthonormal basis of patches of mean zero, (64, 63), in which noise stays white
@@ -37,7 +39,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     """Fits, prints a table and saves ``patches.png`` in a folder."""
     with np.load(Path(os.environ.get("PYRO_GENMODELS_DATA", "")) / "bsds300_patches.npz") as file:
         train, test = (torch.from_numpy(file[part].reshape(-1, 64) / 255.0) for part in ("train", "test"))
-    count, steps = (500, 20) if smoke else (10000, 2500)
+    count, steps = (500, 20) if smoke else (60000, 1600)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:count]
     x, clean = train[order] @ BASIS, test[:: 200 if smoke else 8]
     y, seen = noisy(clean, 1), noisy(x, 2)  # to be cleaned; all that empirical Bayes sees
@@ -47,18 +49,24 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
         torch.manual_seed(0)
         normal = dist.MultivariateNormal(data.mean(0), data.T.cov() + ridge)  # of noisy patches, as all that follows
         means["normal: Wiener's filter", kind] = tweedie(rows, score_of(normal.log_prob), NOISE)
-        model = GMM(2 if smoke else 12)
-        backend = EM(steps=12, start=model.start(data), tolerance=1e-3, standard_errors=False, seed=0, progress=False)
-        at = {site: value[0, 0] for site, value in backend.fit(model, data).draws.items()}
+        model, few = GMM(2 if smoke else 10), data[:15000]
+        backend = EM(steps=10, start=model.start(few), tolerance=1e-3, standard_errors=False, seed=0, progress=False)
+        at = {site: value[0, 0] for site, value in backend.fit(model, few).draws.items()}
         parts = dist.MultivariateNormal(at["means"], at["covariances"] + ridge)
         density = dist.MixtureSameFamily(dist.Categorical(at["weights"]), parts)
         means["mixture", kind] = tweedie(rows, score_of(density.log_prob), NOISE)
         if data is x:  # the same thing, without a score
             means["mixture, posterior mean", kind] = model.denoise(rows, NOISE, at)
         loss, extra = (NoisedLoss(NOISE), NOISE) if data is x else (SlicedLoss(), 0.0)
-        energy = EnergyModel((63,), hidden=(256, 256), noise=extra)
+        energy = EnergyModel((63,), hidden=(128, 128), noise=extra)
         Denoising(loss=loss, steps=steps, batch_size=256, average=0.999, seed=0, progress=False).fit(energy, data.float())
         means["energy network", kind] = tweedie(rows, score_of(energy().log_prob), NOISE).double()
+    scale, denoiser = x.std(), Network(PointNetwork(63, width=128, blocks=2), EDM(), "preconditioned")
+    level = NOISE / scale
+    loss = SimpleLoss(weighting=EDMError(), times=LogNormal(float(level.log()), 0.1))
+    backend = Denoising(loss=loss, steps=steps, batch_size=256, average=0.999, seed=0, progress=False)
+    backend.fit(ScoreModel(denoiser, (63,), is_scaled=False), (x / scale).float())
+    means["score network", "clean"] = scale * tweedie(rows / scale, lambda z: denoiser.score(z, level).detach(), level)
     found |= {f"{name:26}{kind}": y.mean(1, keepdim=True) + mean @ BASIS.mT for (name, kind), mean in means.items()}
     print(f"{'':26}{'learnt from':14}PSNR in dB, {len(clean)} patches")
     for name, one in found.items():
@@ -69,7 +77,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     for axis, (name, one) in zip(figure.subplots(len(found) + 1, 1), [("clean", clean), *found.items()]):
         row = np.pad(one[shown].numpy().reshape(-1, 8, 8), ((0, 0), (0, 0), (1, 1)), constant_values=1.0)
         axis.imshow(np.concatenate(list(row), 1), cmap="gray", vmin=0.0, vmax=1.0)
-        axis.set_ylabel(" ".join(name.split()), rotation=0, ha="right", va="center")
+        axis.set_ylabel(" from ".join(name.rsplit(maxsplit=1)).replace("  ", ""), rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[], frame_on=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "patches.png", dpi=150)
