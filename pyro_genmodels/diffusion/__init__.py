@@ -1,6 +1,6 @@
 """Diffusion: schedules, denoisers, an oracle that is exact, samplers and likelihoods that are held to it."""
 
-from pyro_genmodels.diffusion import langevin, likelihood, samplers
+from pyro_genmodels.diffusion import guidance, langevin, likelihood, posterior, samplers
 from pyro_genmodels.diffusion.ddpm import DDPM
 from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser, Network
 from pyro_genmodels.diffusion.oracle import Oracle
@@ -10,5 +10,6 @@ from pyro_genmodels.diffusion.scores import score_of, tweedie, tweedie_covarianc
 __all__ = [
     "DDPM", "EDM", "VE", "VP", "Betas", "Cosine", "Denoised", "Denoiser", "Learned", "Network", "Oracle", "Schedule",
     "Sigmoid",
-    "Straight", "SubVP", "langevin", "likelihood", "samplers", "score_of", "tweedie", "tweedie_covariance",
+    "Straight", "SubVP", "guidance", "langevin", "likelihood", "posterior", "samplers", "score_of", "tweedie",
+    "tweedie_covariance",
 ]  # fmt: skip

@@ -219,7 +219,7 @@ def variational_bound(
         noisy = step.alpha * x + step.sigma * draw
         if step.is_last:
             known = step_posterior(denoiser, noisy, step, "upper" if variance == "lower" else variance)
-            decoder = _log_normal(x, known) if levels is None else _log_mass(x, known, levels)
+            decoder = known.log_prob(x) if levels is None else _log_mass(x, known, levels)
         else:
             truth = bridge(step, x, noisy)
             terms.append(_divergence(*truth, step_posterior(denoiser, noisy, step, variance)))
@@ -253,15 +253,15 @@ def path_bound(
     noisy = steps[0].alpha * x + steps[0].sigma * start
     base = terminal(denoiser, grid, x).log_prob if prior is None else None
     value = base(noisy).flatten(1).double().sum(1) if base is not None else prior(noisy).double()  # type: ignore[misc]
-    value = value - _log_normal(noisy, StepPosterior(steps[0].alpha * x, steps[0].sigma, False))
+    value = value - StepPosterior(steps[0].alpha * x, steps[0].sigma, False).log_prob(noisy)
     for step in steps:
         if step.is_last:
             known = step_posterior(denoiser, noisy, step, "upper" if variance == "lower" else variance)
-            return value + _log_normal(x, known)
+            return value + known.log_prob(x)
         known = step_posterior(denoiser, noisy, step, variance)
         mean, scale = bridge(step, x, noisy)
         noisy = mean + scale * next(draws)
-        value = value + _log_normal(noisy, known) - _log_normal(noisy, StepPosterior(mean, scale, False))
+        value = value + known.log_prob(noisy) - StepPosterior(mean, scale, False).log_prob(noisy)
     return value
 
 
@@ -288,18 +288,6 @@ def _divergence(mean: Tensor, scale: Tensor, known: StepPosterior) -> Tensor:
     )
     log_det = 2.0 * root.diagonal(dim1=1, dim2=2).log().sum(1) - 2.0 * size * scale.log()
     return 0.5 * (whitened.square().sum((1, 2)) - size + log_det + apart)
-
-
-def _log_normal(x: Tensor, known: StepPosterior) -> Tensor:
-    """Log-density of rows, (rows,)."""
-    gap = (x - known.mean).flatten(1).double()
-    constant = 0.5 * gap.shape[1] * math.log(2.0 * math.pi)
-    if not known.is_full:
-        root = torch.as_tensor(known.root).double().expand(x.shape).flatten(1)
-        return -0.5 * (gap / root).square().sum(1) - root.log().sum(1) - constant
-    root = torch.linalg.cholesky((known.root @ known.root.mT).double())
-    apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
-    return -0.5 * apart - root.diagonal(dim1=1, dim2=2).log().sum(1) - constant
 
 
 def _log_mass(x: Tensor, known: StepPosterior, levels: int) -> Tensor:

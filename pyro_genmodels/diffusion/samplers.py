@@ -37,7 +37,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_genmodels.diffusion.denoiser import Denoiser
+from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
 from pyro_genmodels.diffusion.scores import jacobian
 
 __all__ = [
@@ -69,6 +69,11 @@ class Step(NamedTuple):
         """h = log s_t − log s_s."""
         before, after = self.scaled
         return before.log() - after.log()
+
+    @property
+    def between(self) -> Tensor:
+        """σ_{t|s}² = σ_t² − α_t²/α_s² σ_s², the variance of x_t given x_s."""
+        return self.sigma.square() * -torch.expm1(-2.0 * self.width)
 
     @property
     def is_last(self) -> bool:
@@ -184,7 +189,7 @@ def ddim(denoiser: Denoiser, x: Tensor, grid: Tensor, eta: float = 0.0, noise: T
     for step in steps:
         mean = denoiser(x, step.t).mean
         eps = (x - step.alpha * mean) / step.sigma
-        fresh = eta * step.next_sigma / step.sigma * _step_variance(step).sqrt()
+        fresh = eta * step.next_sigma / step.sigma * step.between.sqrt()
         x = step.next_alpha * mean + (step.next_sigma.square() - fresh.square()).clamp(min=0.0).sqrt() * eps
         if draws is not None:
             x = x + fresh * next(draws)
@@ -392,11 +397,6 @@ def _polynomial(step: Step, x: Tensor, known: list[tuple[Tensor, Tensor]]) -> Te
     return step.next_sigma / step.sigma * x + step.next_alpha * blended
 
 
-def _step_variance(step: Step) -> Tensor:
-    """σ_{t|s}² = σ_t² − α_t²/α_s² σ_s², the variance of x_t given x_s."""
-    return step.sigma.square() * -torch.expm1(-2.0 * step.width)
-
-
 class StepPosterior(NamedTuple):
     """The law of x_s given x_t that a sampler takes: Gaussian.
 
@@ -410,12 +410,31 @@ class StepPosterior(NamedTuple):
     root: Tensor
     is_full: bool
 
+    def at(self, draw: Tensor) -> Tensor:
+        """Where a standard normal ``draw`` leads, of its shape."""
+        if not self.is_full:
+            return self.mean + self.root * draw
+        return self.mean + (self.root @ draw.flatten(1)[..., None]).reshape(draw.shape)
 
-def step_posterior(denoiser: Denoiser, x: Tensor, step: Step, variance: Variance) -> StepPosterior:
-    """N(mean, variance) of x_s given x_t, as ``ancestral`` takes it."""
-    known = denoiser(x, step.t)
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of rows, (rows,), in float64."""
+        gap = (x - self.mean).flatten(1).double()
+        constant = 0.5 * gap.shape[1] * math.log(2.0 * math.pi)
+        if not self.is_full:
+            root = torch.as_tensor(self.root).double().expand(x.shape).flatten(1)
+            return -0.5 * (gap / root).square().sum(1) - root.log().sum(1) - constant
+        root = torch.linalg.cholesky((self.root @ self.root.mT).double())
+        apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
+        return -0.5 * apart - root.diagonal(dim1=1, dim2=2).log().sum(1) - constant
+
+
+def step_posterior(
+    denoiser: Denoiser, x: Tensor, step: Step, variance: Variance, known: Denoised | None = None
+) -> StepPosterior:
+    """N(mean, variance) of x_s given x_t, as ``ancestral`` takes it; ``known`` is what the denoiser says, None asks it."""
+    known = denoiser(x, step.t) if known is None else known
     ratio = step.alpha / step.next_alpha
-    between = _step_variance(step)
+    between = step.between
     keep, gain = ratio * (step.next_sigma / step.sigma).square(), step.next_alpha * between / step.sigma.square()
     mean = keep * x + gain * known.mean
     lower = between * (step.next_sigma / step.sigma).square()
@@ -469,13 +488,8 @@ def ancestral(
     """
     steps = path(denoiser, x, grid)
     for step, draw in zip(steps, noises(noise, x, len(steps))):
-        mean, root, is_full = step_posterior(denoiser, x, step, variance)
-        if is_full:
-            x = mean + (root @ draw.flatten(1)[..., None]).reshape(x.shape)
-        elif step.is_last and variance in ("upper", "lower"):
-            x = mean
-        else:
-            x = mean + root * draw
+        known = step_posterior(denoiser, x, step, variance)
+        x = known.mean if step.is_last and variance in ("upper", "lower") else known.at(draw)
     return x
 
 
