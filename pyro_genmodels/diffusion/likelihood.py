@@ -17,6 +17,7 @@ from pyro_genmodels.diffusion.samplers import (
     Step,
     StepPosterior,
     Variance,
+    both_ways,
     flow_slope,
     noises,
     path,
@@ -72,19 +73,11 @@ def probability_flow(denoiser: Denoiser, x: Tensor, grid: Tensor, probes: Tensor
         Y. Song, J. Sohl-Dickstein, D. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based Generative Modeling through
         Stochastic Differential Equations (2021).
     """
-    is_rising = grid.ndim == 1 and len(grid) > 1 and bool(grid[-1] > grid[0])
-    steps = path(denoiser, x, grid.flip(0) if is_rising else grid)
-    if steps[-1].is_last:
-        raise ValueError(
-            f"The flow has no density without noise, but at t = {steps[-1].earlier:g} there is none. Let the grid end "
-            "earlier, as by Schedule.grid(steps, start=...): the density is that of x at its end."
-        )
+    steps = both_ways(denoiser, x, grid)
     if probes is not None and (probes.ndim != x.ndim + 1 or torch.broadcast_shapes(probes.shape[1:], x.shape) != x.shape):
         raise ValueError(
             f"probes are (M, {', '.join(map(str, x.shape))}) or (M, 1, …), but have the shape {tuple(probes.shape)}."
         )
-    if is_rising:
-        steps = [Step(s.earlier, s.t, s.next_alpha, s.next_sigma, s.alpha, s.sigma) for s in reversed(steps)]
     log_det = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for step in steps:
         before, after = step.scaled

@@ -31,7 +31,7 @@ Orders of the flow are those of the end points of paths, weak ones those of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -122,6 +122,20 @@ def path(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
     if not x.is_floating_point():
         raise ValueError(f"x is a state of noise and data, floating-point numbers, but is {x.dtype}.")
     return [Step(*args) for args in zip(times[:-1], times[1:], alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:])]
+
+
+def both_ways(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
+    """The steps of a grid that falls, from noise to data, or rises, from data to noise, with noise at all of its times."""
+    is_rising = grid.ndim == 1 and len(grid) > 1 and bool(grid[-1] > grid[0])
+    steps = path(denoiser, x, grid.flip(0) if is_rising else grid)
+    if steps[-1].is_last:
+        raise ValueError(
+            f"The flow has no density without noise, but at t = {steps[-1].earlier:g} there is none. Let the grid end "
+            "earlier, as by Schedule.grid(steps, start=...): the density is that of x at its end."
+        )
+    if not is_rising:
+        return steps
+    return [Step(s.earlier, s.t, s.next_alpha, s.next_sigma, s.alpha, s.sigma) for s in reversed(steps)]
 
 
 def terminal(denoiser: Denoiser, grid: Tensor, like: Tensor) -> torch.distributions.Normal:
@@ -229,10 +243,16 @@ def heun(denoiser: Denoiser, x: Tensor, grid: Tensor) -> Tensor:
 
 def rk4(denoiser: Denoiser, x: Tensor, grid: Tensor) -> Tensor:
     """The classical Runge-Kutta method on dz/ds = (z − x̂_0)/s; a last step to no noise is Euler's."""
-    for step in path(denoiser, x, grid):
-        if step.is_last:
-            x = _blend(step, x, denoiser(x, step.t).mean)
-            continue
+    steps = path(denoiser, x, grid)
+    if not steps[-1].is_last:
+        return runge_kutta(denoiser, x, steps)
+    x = runge_kutta(denoiser, x, steps[:-1])
+    return _blend(steps[-1], x, denoiser(x, steps[-1].t).mean)
+
+
+def runge_kutta(denoiser: Denoiser, x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Steps of ``rk4``, noise at the ends of all of them, in either direction; nothing is decided by values of tensors."""
+    for step in steps:
         before, after = step.scaled
         width, middle = after - before, 0.5 * (before + after)
         z = x / step.alpha
