@@ -664,9 +664,9 @@ class Program:
             self.surrogates = tuple(name for name in sites if isinstance(base(nodes[name]["fn"]), Surrogate))
             if self.surrogates and not self._takes_surrogates:
                 raise Unsupported(
-                    f"Site '{self.surrogates[0]}' of {self.name} has a score, ∇ log p, but no log-density, as is needed "
-                    "here. Take SVI() with a guide whose draws have gradients, such as AutoNormal, or another prior: that by a "
-                    "flow has a density, and under TransformReparam suits HMC."
+                    f"Site '{self.surrogates[0]}' of {self.name} has a score, ∇ log p, but no log-density, as needed "
+                    "here. Take SVI() with a guide whose draws have gradients, such as AutoNormal, or another prior: by "
+                    "a flow has a density, and under TransformReparam suits HMC."
                 )
             self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
             self.deterministic = {

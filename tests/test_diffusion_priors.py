@@ -55,17 +55,17 @@ def test_draws_of_the_flow_are_those_of_the_data() -> None:
 
 
 def test_the_flow_is_a_bijection_with_its_jacobian() -> None:
-    """Inverse to 1e-5; log-determinant against that of autograd's Jacobian; the same steps as the sampler's."""
+    """Inverse to 1e-4 at 32 steps; log-determinant against that of autograd's Jacobian; the same steps as the sampler's."""
     oracle = modes()
-    flow = ProbabilityFlow(oracle, SCHEDULE.grid(64, "karras"), (2,))
+    flow = ProbabilityFlow(oracle, SCHEDULE.grid(32, "karras"), (2,))
     torch.manual_seed(2)
-    noise = 20.0 * torch.randn(6, 2, dtype=torch.float64)
+    noise = 20.0 * torch.randn(4, 2, dtype=torch.float64)
     x = flow(noise)
     assert torch.equal(x, samplers.rk4(oracle, noise, flow.grid))
-    assert (flow(flow.inv(x)) - x).abs().max() < 1e-5
+    assert (flow(flow.inv(x)) - x).abs().max() < 1e-4
     jacobian = torch.stack([torch.autograd.functional.jacobian(flow, row) for row in noise])
     assert torch.allclose(flow.log_abs_det_jacobian(noise, x), jacobian.det().abs().log(), atol=1e-3)
-    assert flow(noise.reshape(2, 3, 2)).shape == (2, 3, 2)
+    assert flow(noise.reshape(2, 2, 2)).shape == (2, 2, 2)
     frozen = ProbabilityFlow(oracle, flow.grid, (2,), likelihood.rademacher(1, torch.zeros(1, 2, dtype=torch.float64)))
     assert torch.equal(frozen.log_abs_det_jacobian(noise, x), frozen.log_abs_det_jacobian(noise, x))
 
@@ -92,7 +92,8 @@ def agrees(draws: Tensor, posterior: Oracle) -> None:
 def test_hmc_in_the_space_of_noise_agrees_with_the_exact_posterior() -> None:
     prior = FlowPrior(modes(), SCHEDULE.grid(5, "karras"), (2,))
     program = poutine.reparam(seen, config={"x": TransformReparam()})
-    found = HMC(chains=128, warmup=12, draws=3, **SHORT).fit(program, f64(0.0)[0], prior)
+    start = {"x_base": torch.randn(128, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    found = HMC(chains=128, warmup=20, draws=4, start=start, **SHORT).fit(program, f64(0.0)[0], prior)
     assert set(found.draws) == {"x", "x_base"}
     agrees(found.draws["x"], exact())
 
