@@ -307,6 +307,8 @@ class Program:
         is_simulated: Whether it is known through draws of its observed sites alone: no density is looked at, and its weights
             are those that the draws depend on.
         takes_surrogates: Whether gradients of the density are enough; see ``inference.contract.Surrogate``.
+        is_run: Whether it is run at all. One that is not has no sites; its weights are all of its module's, its rows those
+            of its first tensor: for losses of the module itself, where a draw or a density would be dear.
 
     Attributes:
         latents: Name to site, in the order of the program.
@@ -345,6 +347,7 @@ class Program:
         transform: Callable[[Tensor], Tensor] | None = None,
         is_simulated: bool = False,
         takes_surrogates: bool = False,
+        is_run: bool = True,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
@@ -373,7 +376,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._is_fixed, self.is_changing = is_fixed, False
-        self.is_simulated, self._takes_surrogates = is_simulated, takes_surrogates
+        self.is_simulated, self.is_run, self._takes_surrogates = is_simulated, is_run, takes_surrogates
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
@@ -645,10 +648,11 @@ class Program:
     def _look(self) -> None:
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
-            traces = [self.trace({}, evaluated=False)]
-            looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
-            traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
-            self._check_structure(traces)
+            traces = [self.trace({}, evaluated=False)] if self.is_run else []
+            if traces:
+                looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
+                traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
+                self._check_structure(traces)
             nodes = _largest(traces)
             kinds = {name: kind_of(node) for name, node in nodes.items()}
             sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
@@ -951,8 +955,8 @@ class Program:
         named: dict[str, Tensor] = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
         named = {name: weight for name, weight in named.items() if weight.requires_grad}
         with isolated(0), reproducible(self.dtype):
-            if not named and not self._table:
-                return {}
+            if not self.is_run or (not named and not self._table):
+                return named
             trace = self.trace({}, evaluated=not self.is_simulated)
             named |= self._table
             statements = {name: node for name, node in trace.nodes.items() if is_statement(node)}
@@ -978,7 +982,7 @@ class Program:
 
         All tensors of that many rows grow, or else only the first: square data may come with one number for each column.
         """
-        if self.rows is None:
+        if self.rows is None or not self.is_run:
             return None
         index = torch.arange(self.rows + 1, device=self.device) % self.rows
         for data in (self.minibatch(index), [self.data[0][index], *self.data[1:]]):
@@ -1094,6 +1098,12 @@ class Program:
         """See ``inference.predictive.posterior_predictive``."""
         from inference.predictive import posterior_predictive
 
+        if not self.is_run:
+            if not isinstance(self.owner, Programmed):
+                raise Unsupported(f"{self.name} has no method model, a program that draws: there is nothing to predict.")
+            own, named = self.arguments(self.data)
+            seen = Program(self.owner, own, named, dtype=self.dtype, device=self.device, batch_size=1, is_simulated=True)
+            return seen.predict(draws, args, kwargs, seed=seed)
         return posterior_predictive(self, draws, args, kwargs, seed)
 
     def prior(self, draws: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_genmodels.diffusion.denoiser import Denoiser
+from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
 from pyro_genmodels.diffusion.samplers import (
     Step,
     StepPosterior,
@@ -26,8 +26,8 @@ from pyro_genmodels.diffusion.samplers import (
 )
 
 __all__ = [
-    "Bound", "Flow", "bits_per_dimension", "flow_log_prob", "immse_log_prob", "path_bound", "probability_flow",
-    "rademacher", "variational_bound",
+    "Bound", "Flow", "bits_per_dimension", "flow_log_prob", "immse_log_prob", "link_cost", "path_bound", "prior_cost",
+    "probability_flow", "rademacher", "variational_bound",
 ]  # fmt: skip
 
 _LEAST_MASS = 1e-12  # of a bin of discrete data: what float32 makes of the difference of two nearby cdfs may be 0 or less
@@ -202,10 +202,8 @@ def variational_bound(
         A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models (2021).
     """
     steps = _to_data(denoiser, x, grid)
-    first = steps[0]
-    base = terminal(denoiser, grid, x)
-    ratio = (first.sigma / base.scale).square()
-    prior = 0.5 * ((first.alpha * x / base.scale).square() + ratio - 1.0 - ratio.log()).flatten(1).double().sum(1)
+    terminal(denoiser, grid, x)
+    prior = prior_cost(x, steps[0].alpha, steps[0].sigma)
     terms = []
     decoder = prior
     for step, draw in zip(steps, noises(noise, x, len(steps))):
@@ -264,6 +262,35 @@ def bridge(step: Step, x: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
     kept = step.alpha / step.next_alpha
     fresh = -torch.expm1(-2.0 * step.width)  # σ_{t|s}² / σ_t²
     return kept * share * noisy + step.next_alpha * fresh * x, step.next_sigma * fresh.sqrt()
+
+
+def prior_cost(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """L_T = KL(N(α x, σ²) ‖ N(0, α² + σ²)) in nats, (rows,), at the levels of the first time."""
+    scale = (alpha.square() + sigma.square()).sqrt()
+    ratio = (sigma / scale).square()
+    return 0.5 * ((alpha * x / scale).square() + ratio - 1.0 - ratio.log()).flatten(1).double().sum(1)
+
+
+def link_cost(known: Denoised, x: Tensor, noisy: Tensor, step: Step, variance: Variance) -> Tensor:
+    """L_{t−1}, or L_0 where no noise is left after the step, in nats, (rows,); the links may differ from row to row.
+
+    Args:
+        known: What a denoiser says of ``noisy``.
+        x: Data x_0, (rows, …).
+        noisy: x_t.
+        step: Times and levels of each row, in shapes that multiply ``x``.
+        variance: Of the reverse steps, "upper", "lower" or "optimal".
+    """
+    is_last = ~(step.next_sigma > 0)
+    link = step_posterior(None, noisy, step, variance, known)
+    if variance == "lower":  # the last link has the upper one
+        upper = step_posterior(None, noisy, step, "upper", known)
+        link = link._replace(root=torch.where(is_last, upper.root, link.root))
+    mean, scale = bridge(step, x, noisy)
+    apart = _divergence(mean, torch.where(is_last, 1.0, scale), link)
+    root = torch.as_tensor(link.root).expand(x.shape).flatten(1).double()
+    decoder = torch.distributions.Normal(link.mean.flatten(1).double(), root).log_prob(x.flatten(1).double()).sum(1)
+    return torch.where(is_last.expand(x.shape).flatten(1)[:, 0], -decoder, apart)
 
 
 def _divergence(mean: Tensor, scale: Tensor, known: StepPosterior) -> Tensor:

@@ -449,10 +449,20 @@ class StepPosterior(NamedTuple):
 
 
 def step_posterior(
-    denoiser: Denoiser, x: Tensor, step: Step, variance: Variance, known: Denoised | None = None
+    denoiser: Denoiser | None, x: Tensor, step: Step, variance: Variance, known: Denoised | None = None
 ) -> StepPosterior:
-    """N(mean, variance) of x_s given x_t, as ``ancestral`` takes it; ``known`` is what the denoiser says, None asks it."""
-    known = denoiser(x, step.t) if known is None else known
+    """N(mean, variance) of x_s given x_t, as ``ancestral`` takes it.
+
+    Args:
+        denoiser: None will do where ``known`` is given, but for variance "full", which takes its derivatives.
+        x: x_t, (rows, …).
+        step: From t to s.
+        variance: As in ``ancestral``.
+        known: What the denoiser says of ``x``; None asks it.
+    """
+    if known is None:
+        assert denoiser is not None
+        known = denoiser(x, step.t)
     ratio = step.alpha / step.next_alpha
     between = step.between
     keep, gain = ratio * (step.next_sigma / step.sigma).square(), step.next_alpha * between / step.sigma.square()
@@ -471,6 +481,7 @@ def step_posterior(
                 )
             return StepPosterior(mean, (lower + gain.square() * known.variance).sqrt(), False)
         case "full":
+            assert denoiser is not None
             covariance = gain.square() * _covariance(denoiser, x, step)
             size = covariance.shape[-1]
             covariance = covariance + lower * torch.eye(size, dtype=x.dtype, device=x.device)
