@@ -213,7 +213,7 @@ def variational_bound(
             decoder = known.log_prob(x) if levels is None else _log_mass(x, known, levels)
         else:
             truth = bridge(step, x, noisy)
-            terms.append(_divergence(*truth, step_posterior(denoiser, noisy, step, variance)))
+            terms.append(step_posterior(denoiser, noisy, step, variance).divergence(*truth))
     return Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(x)), decoder)
 
 
@@ -287,27 +287,10 @@ def link_cost(known: Denoised, x: Tensor, noisy: Tensor, step: Step, variance: V
         upper = step_posterior(None, noisy, step, "upper", known)
         link = link._replace(root=torch.where(is_last, upper.root, link.root))
     mean, scale = bridge(step, x, noisy)
-    apart = _divergence(mean, torch.where(is_last, 1.0, scale), link)
+    apart = link.divergence(mean, torch.where(is_last, 1.0, scale))
     root = torch.as_tensor(link.root).expand(x.shape).flatten(1).double()
     decoder = torch.distributions.Normal(link.mean.flatten(1).double(), root).log_prob(x.flatten(1).double()).sum(1)
     return torch.where(is_last.expand(x.shape).flatten(1)[:, 0], -decoder, apart)
-
-
-def _divergence(mean: Tensor, scale: Tensor, known: StepPosterior) -> Tensor:
-    """KL(N(mean, scale²) ‖ known), (rows,)."""
-    gap = (mean - known.mean).flatten(1).double()
-    if not known.is_full:
-        ratio = (scale / known.root).square().double().expand(mean.shape).flatten(1)
-        apart = (gap / torch.as_tensor(known.root).double().expand(mean.shape).flatten(1)).square()
-        return 0.5 * (ratio - 1.0 - ratio.log() + apart).sum(1)
-    size = gap.shape[1]
-    root = torch.linalg.cholesky((known.root @ known.root.mT).double())
-    apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
-    whitened = scale * torch.linalg.solve_triangular(
-        root, torch.eye(size, dtype=root.dtype, device=root.device), upper=False
-    )
-    log_det = 2.0 * root.diagonal(dim1=1, dim2=2).log().sum(1) - 2.0 * size * scale.log()
-    return 0.5 * (whitened.square().sum((1, 2)) - size + log_det + apart)
 
 
 def _log_mass(x: Tensor, known: StepPosterior, levels: int) -> Tensor:

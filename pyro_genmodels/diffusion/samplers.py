@@ -447,6 +447,21 @@ class StepPosterior(NamedTuple):
         apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
         return -0.5 * apart - root.diagonal(dim1=1, dim2=2).log().sum(1) - constant
 
+    def divergence(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """KL(N(mean, scale²) ‖ this law), (rows,), in float64."""
+        gap = (mean - self.mean).flatten(1).double()
+        if not self.is_full:
+            ratio = (scale / self.root).square().double().expand(mean.shape).flatten(1)
+            apart = (gap / torch.as_tensor(self.root).double().expand(mean.shape).flatten(1)).square()
+            return 0.5 * (ratio - 1.0 - ratio.log() + apart).sum(1)
+        size = gap.shape[1]
+        root = torch.linalg.cholesky((self.root @ self.root.mT).double())
+        apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
+        unit = torch.eye(size, dtype=root.dtype, device=root.device)
+        whitened = scale * torch.linalg.solve_triangular(root, unit, upper=False)
+        log_det = 2.0 * root.diagonal(dim1=1, dim2=2).log().sum(1) - 2.0 * size * scale.log()
+        return 0.5 * (whitened.square().sum((1, 2)) - size + log_det + apart)
+
 
 def step_posterior(
     denoiser: Denoiser | None, x: Tensor, step: Step, variance: Variance, known: Denoised | None = None
