@@ -16,7 +16,7 @@ import abc
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Incomplete", "Independent", "Linked", "Movable",
-    "Persistent", "Prepared", "Programmed", "Scored", "Started", "Stepped", "Tempered", "Unsupported",
+    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Persistent",
+    "Prepared", "Programmed", "Scored", "Started", "Stepped", "Surrogate", "Tempered", "Unnormalised", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -199,21 +199,14 @@ class Scored(Protocol):
 
 
 @runtime_checkable
-class Incomplete(Protocol):
-    """A distribution whose ``log_prob`` is less than a log-density, and which says how much of it means something.
+class Unnormalised(Protocol):
+    """A distribution whose ``log_prob`` is log p(x) + c, where nobody knows c, which may change with the parameters.
 
-    "differences": log p(x) + c, where nobody knows c, which may change with the parameters. Enough for the moves of MCMC as
-    long as the parameters stay, not for a bound or an evidence, nor for the likelihood of parameters.
-
-    "gradient": a surrogate. Only its gradient in x is that of log p; its values mean nothing, and no kernel that accepts or
-    weighs may look at them.
-
-    ``Backend.asks`` says how much a back-end needs; ``fit`` refuses what gives less. Draws of it may be approximate, so that
-    nothing that relies on exact draws of a prior takes it.
+    It is enough for the moves of MCMC as long as the parameters stay, and not for a bound or an evidence, nor for the
+    likelihood of parameters: those back-ends refuse it that do not say ``takes_unnormalised``, and all of them where its
+    parameters depend on what is hidden. Its draws may be approximate, so that nothing that relies on exact draws of a prior
+    takes it.
     """
-
-    @property
-    def log_prob_gives(self) -> Literal["differences", "gradient"]: ...
 
     def log_prob(self, value: Tensor) -> Tensor: ...
 
@@ -232,6 +225,18 @@ class Persistent(Protocol):
 
     particles: Tensor
     log_step: Tensor
+
+
+@runtime_checkable
+class Surrogate(Protocol):
+    """A distribution of which ∇ log p is known and log p is not, such as one by a score network: it refuses ``log_prob``.
+
+    A back-end that needs gradients alone asks for ``gradients``, and reports no value that comes of it; any other is refused
+    before its first step.
+    """
+
+    def gradients(self) -> Any:
+        """The same distribution with a ``log_prob`` whose gradient in x is ∇ log p, and whose value means nothing."""
 
 
 @runtime_checkable
@@ -291,9 +296,9 @@ class Backend(abc.ABC, Generic[S, I]):
         return None
 
     @property
-    def asks(self) -> Literal["density", "differences", "gradient"]:
-        """How much of a log-density it needs of every site; see ``Incomplete``."""
-        return "density"
+    def takes_unnormalised(self) -> bool:
+        """Whether it can do without the constant of a log-density; see ``Unnormalised``."""
+        return False
 
     @property
     def view(self) -> dict[str, Any]:

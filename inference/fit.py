@@ -168,7 +168,7 @@ def run(
                 is_fixed=backend.changing is None,
                 **backend.view,
             )
-            program.check_asked(backend.asks, type(backend).__name__)
+            program.check_constants(type(backend).__name__, backend.takes_unnormalised)
             sites = (*program.latents, *program.deterministic)
             unknown = [name for name in backend.keep or () if name not in sites]
             if unknown and not program.is_changing:  # whose sites are known when it has run

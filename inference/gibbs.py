@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,8 +190,8 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         return saved._replace(blocks=tuple(block.restored(asked.get(block.sites, block)) for block in saved.blocks))
 
     @property
-    def asks(self) -> Literal["density", "differences", "gradient"]:
-        return "differences"
+    def takes_unnormalised(self) -> bool:
+        return True
 
     def init(self, program: Program) -> GibbsState:
         blocks, notes = assign(program, self.blocks)

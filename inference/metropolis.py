@@ -14,7 +14,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +42,9 @@ class Proposal(abc.ABC):
         return type(self).__name__
 
     @property
-    def asks(self) -> Literal["differences", "gradient"]:
-        """How much of a log-density it needs; see ``inference.contract.Incomplete``."""
-        return "differences"
+    def takes_surrogates(self) -> bool:
+        """Whether it looks at gradients alone; see ``inference.contract.Surrogate``."""
+        return False
 
     @property
     def note(self) -> str:
@@ -128,7 +128,7 @@ class Langevin(Proposal):
 class Unadjusted(Proposal):
     """Langevin moves that are all taken, q ← q + δ/2 ∇log π(q) + √δ ξ (ULA): for a gradient without a density.
 
-    It follows gradients alone, and so takes a surrogate (``inference.contract.Incomplete``). What it settles at is not π: a
+    It follows gradients alone, and so takes a surrogate (``inference.contract.Surrogate``). What it settles at is not π: a
     normal of variance v, in the unconstrained coordinates, becomes one of v / (1 − δ/(4v)), and for δ ≥ 4v it settles
     nowhere. Nothing is learnt in warm-up, since nothing says how large a step is right. With a density, use ``Langevin()``.
 
@@ -147,8 +147,8 @@ class Unadjusted(Proposal):
             raise ValueError(f"Unadjusted(step={self.step!r}): must be positive and finite.")
 
     @property
-    def asks(self) -> Literal["differences", "gradient"]:
-        return "gradient"
+    def takes_surrogates(self) -> bool:
+        return True
 
     @property
     def needs_gradient(self) -> bool:
@@ -315,8 +315,8 @@ class MetropolisHastings(MarginalSampler):
         return self.proposal.update
 
     @property
-    def asks(self) -> Literal["density", "differences", "gradient"]:
-        return self.proposal.asks
+    def view(self) -> dict[str, Any]:
+        return {"takes_surrogates": self.proposal.takes_surrogates}
 
     @property
     def note(self) -> str:

@@ -110,7 +110,7 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
         Unsupported: If the observations share finite sites in a way that leaves them no terms of their own.
     """
     for name, site in program.observed_sites.items():
-        if site.gives != "density":
+        if site.is_unnormalised:
             raise Unsupported(f"'{name}' is {site.family}, whose log_prob lacks its constant: it has no log-likelihood.")
     if program.is_changing:
         return traces.log_likelihood(program, draws)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,21 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Blocked, Guided, Incomplete, Linked, Prepared, Programmed, Stepped, Unsupported
+from inference.contract import (
+    Augmented,
+    Blocked,
+    Guided,
+    Linked,
+    Prepared,
+    Programmed,
+    Stepped,
+    Surrogate,
+    Unnormalised,
+    Unsupported,
+)
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
-from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.handlers import Arithmetic, Gradients, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.rows import Known
 from inference.stacking import Stack, log_probs
 from inference.transforms import bijection
@@ -70,7 +81,7 @@ class Site:
         is_flat: Whether its prior is improper.
         is_linked: Whether it is a sequence of states, each of which depends on the one before: its elements are those of a
             batch, but not independent.
-        gives: How much of its log-density its distribution knows; see ``inference.contract.Incomplete``.
+        is_unnormalised: Whether nobody knows the constant of its log-density; see ``inference.contract.Unnormalised``.
     """
 
     name: str
@@ -83,12 +94,12 @@ class Site:
     choices: Tensor | None
     is_flat: bool
     is_linked: bool = False
-    gives: Literal["density", "differences", "gradient"] = "density"
+    is_unnormalised: bool = False
 
     @property
     def flaw(self) -> str:
         """Why no exact draws of its prior can be had, to follow "a prior that is"; empty if they can."""
-        return "improper" if self.is_flat else "" if self.gives == "density" else "known without its constant"
+        return "improper" if self.is_flat else "known without its constant" if self.is_unnormalised else ""
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -164,7 +175,7 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         dtype=value.dtype,
         choices=choices,
         is_flat=isinstance(inner, ImproperUniform),
-        gives=inner.log_prob_gives if isinstance(inner, Incomplete) else "density",
+        is_unnormalised=isinstance(inner, Unnormalised),
     )
 
 
@@ -315,6 +326,7 @@ class Program:
         transform: Applied to the first tensor of every batch, such as ``torch.bernoulli``; may draw.
         is_simulated: Whether it is known through draws of its observed sites alone: no density is looked at, and its weights
             are those that the draws depend on.
+        takes_surrogates: Whether gradients of the density are enough; see ``inference.contract.Surrogate``.
         is_run: Whether it is run at all. One that is not has no sites; its weights are all of its module's, its rows those
             of its first tensor: for losses of the module itself, where a draw or a density would be dear.
 
@@ -322,6 +334,7 @@ class Program:
         latents: Name to site, in the order of the program.
         observed: Name to value of the sites that are data.
         factors: Names of ``pyro.factor`` statements.
+        surrogates: Names of sites of which only the gradient is known; where there are any, so it is of the density.
         deterministic: Names of ``pyro.deterministic`` statements.
         weights: Trainable leaves that the density depends on.
         nesting: Batch dimensions that plates or batch shapes take up.
@@ -353,6 +366,7 @@ class Program:
         batch_size: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         is_simulated: bool = False,
+        takes_surrogates: bool = False,
         is_run: bool = True,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
@@ -382,7 +396,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._is_fixed, self.is_changing = is_fixed, False
-        self.is_simulated, self.is_run = is_simulated, is_run
+        self.is_simulated, self.is_run, self._takes_surrogates = is_simulated, is_run, takes_surrogates
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
@@ -491,7 +505,8 @@ class Program:
 
     def handled(self, values: Mapping[str, Tensor], resampled: Collection[str] = ()) -> Callable[..., Any]:
         """The program at given values, its weights kept out of Pyro's store; see ``trace``."""
-        return Weights(self._table)(Substitute(values, resampled)(self.call))
+        handled = Substitute(values, resampled)(self.call)
+        return Weights(self._table)(Gradients()(handled) if self._takes_surrogates else handled)
 
     def trace(
         self,
@@ -670,6 +685,14 @@ class Program:
             self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
             self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
             self.augmented = tuple(name for name in self.observed_sites if isinstance(nodes[name]["fn"], Augmented))
+            self.surrogates = tuple(name for name in sites if isinstance(base(nodes[name]["fn"]), Surrogate))
+            if self.surrogates and not self._takes_surrogates:
+                raise Unsupported(
+                    f"Site '{self.surrogates[0]}' of {self.name} has a score, ∇ log p, but no log-density, as needed "
+                    "here. Take SVI() with a guide whose draws have gradients, such as AutoNormal, or "
+                    "MetropolisHastings(proposal=Unadjusted(step)), which follow gradients alone; or another prior: that of "
+                    "a flow has a density, and under TransformReparam suits HMC."
+                )
             self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
             self.deterministic = {
                 name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"
@@ -753,31 +776,22 @@ class Program:
                         "SVI(batch_size=...) sub-samples it."
                     )
 
-    def check_asked(self, asks: Literal["density", "differences", "gradient"], who: str) -> None:
-        """Whether every site knows as much of its log-density as is asked for.
+    def check_constants(self, who: str, takes_unnormalised: bool = False) -> None:
+        """Whether no constant is missed that a log-density lacks.
 
         Raises:
-            Unsupported: If one does not, or if its parameters depend on what is hidden, so that its constant does.
+            Unsupported: If one is needed, or if it changes, as it does with parameters that depend on what is hidden.
         """
-        known = ("gradient", "differences", "density")
         if self.is_simulated:  # draws alone are looked at
             return
         for name, site in (self.latents | self.observed_sites).items():
-            if site.gives == "density":
-                continue
-            if site.gives == "gradient" and (asks != "gradient" or self.finite):
-                why = "sums finite sites out by them" if asks == "gradient" else "needs values"
-                raise Unsupported(
-                    f"Site '{name}' is {site.family}, a surrogate: the gradient of its log_prob means something, its values "
-                    f"do not, and {who} {why}. MetropolisHastings(proposal=Unadjusted(step)) follows gradients alone."
-                )
-            if known.index(site.gives) < known.index(asks):
+            if site.is_unnormalised and not takes_unnormalised:
                 raise Unsupported(
                     f"Site '{name}' is {site.family}, whose log_prob lacks a constant that nobody knows, but {who} needs a "
                     "density that integrates to 1. Sample from it by HMC() or MetropolisHastings(), and train its weights "
                     "by Denoising(loss=...)."
                 )
-            hidden = self._parameters_follow(name)
+            hidden = self._parameters_follow(name) if site.is_unnormalised or name in self.surrogates else ()
             if hidden:
                 raise Unsupported(
                     f"Site '{name}' is {site.family}, whose log_prob lacks a constant that changes with its parameters, and "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -28,7 +28,7 @@ _TARGET = 0.574  # of MALA in high dimension (Roberts and Rosenthal, 1998)
 class EnergyDistribution(TorchDistribution):
     """p(x) = exp(−E(x)) / Z, where nobody knows Z.
 
-    ``log_prob`` is −E(x): it tells differences, and no more (``inference.contract.Incomplete``). That is enough for MCMC:
+    ``log_prob`` is −E(x): it tells differences, and no more (``inference.contract.Unnormalised``). That is enough for MCMC:
     HMC, NUTS, Metropolis-Hastings and Gibbs take it as a prior whose parameters are fixed. It is no density, so that
     ``SVI``, ``EM`` and every evidence refuse it, and so does any sampler where the energy depends on other hidden sites.
 
@@ -74,10 +74,6 @@ class EnergyDistribution(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
-
-    @property
-    def log_prob_gives(self) -> Literal["differences"]:
-        return "differences"
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> EnergyDistribution:
         make = partial(EnergyDistribution, self.energy, self.start, self.event_shape, batch_shape)
