@@ -49,7 +49,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
         mixture = dist.MixtureSameFamily(dist.Categorical(at["weights"]), parts)
         found[f"mixture, {kind}"] = tweedie(rows, score_of(mixture.log_prob), NOISE)
         if added:  # the same thing, without a score
-            found["mixture, posterior mean, clean"] = model.denoise(rows, NOISE, at)
+            found["mixture, exact, clean"] = model.denoise(rows, NOISE, at)
         energy, loss = EnergyModel((63,), hidden=(128, 128), noise=added), NoisedLoss(NOISE) if added else SlicedLoss()
         Denoising(loss=loss, **how).fit(energy, data.float())
         found[f"energy network, {kind}"] = tweedie(rows, score_of(energy().log_prob), NOISE)

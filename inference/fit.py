@@ -175,8 +175,8 @@ def run(
                 raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
             if not program.latents and not program.is_changing and isinstance(backend.schedule, Sample):
                 raise Unsupported(
-                    f"{program.name} hides nothing that {type(backend).__name__} could draw. Use SVI() or EM(), which train "
-                    "its weights."
+                    f"{program.name} hides nothing that {type(backend).__name__} could draw. Use SVI(), EM() or, "
+                    "for a module without a density, Denoising(), which train its weights."
                 )
         if group.size > 1:
             group.check_equal(_given(backend, program, [*args, *kwargs.values()]))

@@ -150,7 +150,10 @@ def score(module: Callable[[Any], Any], x: Tensor, context: Any = None) -> Tenso
         TypeError: If ``module(context)`` is no distribution over rows.
         ValueError: If it gives another shape.
     """
-    distribution = module(context)
+    try:
+        distribution = module(context)
+    except NotImplementedError:  # what torch says of a module without forward
+        distribution = None
     if isinstance(distribution, Scored):
         slope = distribution.score(x)
         if slope.shape != x.shape:
@@ -159,8 +162,8 @@ def score(module: Callable[[Any], Any], x: Tensor, context: Any = None) -> Tenso
     log_prob = getattr(distribution, "log_prob", None)
     if log_prob is None:
         raise TypeError(
-            "Score matching takes a module whose module(context) is a distribution, with a score or a log_prob, but this "
-            f"one gave a {type(distribution).__name__}."
+            "Score matching takes a module whose module(context) is a distribution, such as an EnergyModel, but "
+            + (f"{type(module).__name__} makes none." if distribution is None else f"got a {type(distribution).__name__}.")
         )
     with torch.enable_grad():
         point = x if x.requires_grad else x.detach().requires_grad_()

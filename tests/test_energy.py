@@ -41,7 +41,7 @@ from inference.handlers import isolated
 from inference.sampling import ancestral
 from inference.score_matching import ImplicitLoss, NoisedLoss, SlicedLoss
 from pyro_genmodels import EnergyModel
-from pyro_genmodels.diffusion import EnergyDistribution
+from pyro_genmodels.diffusion import EnergyDistribution, score_of
 
 RATE = 1e-6  # of false alarms, in each statistical test
 QUIET: dict[str, Any] = {"seed": 0, "progress": False}
@@ -431,6 +431,9 @@ def test_unadjusted_moves_settle_at_their_closed_form(share: float) -> None:
         (lambda: EnergyModel((2,), context=2)(), ValueError, "Give context="),
         (lambda: EnergyModel((2,), context=2)(torch.ones(3)), ValueError, r"\(batch, 2\)"),
         (lambda: EnergyModel((2,), context=2)(torch.ones(3, 2).long()), ValueError, "one_hot"),
+        (lambda: EnergyModel((2,))().log_prob(torch.ones(3, 4)), ValueError, r"ends in the shape of a row, \(2,\)"),
+        (lambda: score_of(EnergyModel((2,))()), TypeError, "the distribution itself"),
+        (lambda: EnergyModel((2,), noise=-1.0), ValueError, "noise is -1.0"),
         (lambda: EnergyModel((2,)).model(), ValueError, "number of rows to draw"),
         (lambda: EnergyDistribution(lambda x: x, lambda n: torch.zeros(n), (), moves=0), ValueError, "moves is 0"),
         (lambda: EnergyDistribution(lambda x: x, lambda n: torch.zeros(n), (), step=-1.0), ValueError, "step is -1.0"),

@@ -23,7 +23,7 @@ ROWS = {
     "mnist_vae": ("bound", "log p(x)", "active units"),
     "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
     "score_langevin": ("data", "exact score, ladder", "score network, one level", "energy, Langevin", "energy, HMC"),
-    "tweedie_denoising": ("noisy", "mixture, posterior mean, clean", "energy network, noisy", "score network, clean"),
+    "tweedie_denoising": ("noisy", "mixture, exact, clean", "energy network, noisy", "score network, clean"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

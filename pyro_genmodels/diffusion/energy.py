@@ -213,6 +213,8 @@ class EnergyModel(StochasticModule):
             context: (batch, context), where (…) ends with the batch; None if there is none.
         """
         lead = x.shape[: x.dim() - len(self.shape)]
+        if x.shape[len(lead) :] != torch.Size(self.shape):
+            raise ValueError(f"x ends in the shape of a row, {self.shape}, but has the shape {tuple(x.shape)}.")
         z = (x - self.mean) / self.deviation
         weight = next(self.network.parameters(), z)
         parts = [z.reshape(-1, *self.shape).to(weight.dtype)]
