@@ -68,7 +68,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=1.0).permute(0, 2, 1, 3)
     figure = Figure(figsize=(10.0, 5.6), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(tiles.reshape(10 * len(pictures), -1), cmap="gray", vmin=0.0, vmax=1.0)
+    axis.imshow(tiles.reshape(10 * len(pictures), -1).numpy(), cmap="gray", vmin=0.0, vmax=1.0)
     axis.set(xticks=[], yticks=[10 * i + 4.5 for i in range(len(pictures))], yticklabels=["clean", *found], frame_on=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "patches.png", dpi=150)
