@@ -193,6 +193,8 @@ class EnergyModel(StochasticModule):
         if x is None:
             return
         check_shape(x, self.shape, "EnergyModel")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating, but is {str(x.dtype).removeprefix('torch.')}. Pass x.float().")
         if not bool(x.isfinite().all()):
             raise ValueError(
                 "x has numbers that are NaN or infinite, of which an energy says nothing. Leave those rows out."
@@ -269,3 +271,8 @@ class EnergyModel(StochasticModule):
         with pyro.plate("rows", rows_of(x, rows, self.shape, "EnergyModel")):
             drawn: Tensor = pyro.sample("x", self(context), obs=x)
         return drawn
+
+    @torch.no_grad()
+    def sample(self, size: int | None = None, context: Tensor | None = None) -> Tensor:
+        """New rows, (size, *shape), approximate; with a context (size, …), one for each of its rows."""
+        return self.model(None, context, size=size)
