@@ -6,7 +6,7 @@ Pyro program.
 Start reading at ``inference.contract``.
 """
 
-from inference import calibration, markov, relabel, sampling
+from inference import calibration, markov, noising, relabel, sampling, score_matching
 from inference.adversarial import Adversarial
 from inference.blocks import (
     AdaptiveWalk,
@@ -23,15 +23,19 @@ from inference.blocks import (
 )
 from inference.bounds import ELBO, IWELBO, Cyclical, MultiplyIWELBO, Renyi, Warmup
 from inference.contract import Backend, Draw, Unsupported
+from inference.contrastive import ContrastiveDivergence
+from inference.denoising import Denoising
 from inference.em import EM
 from inference.games import Hinge, LeastSquares, Minimax, NonSaturating, Wasserstein
 from inference.gibbs import Gibbs
 from inference.hamiltonian import HMC
 from inference.log import JSONLines
-from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk
+from inference.metropolis import Independence, Langevin, MetropolisHastings, Prior, RandomWalk, Unadjusted
+from inference.noising import BoundLoss, HybridLoss, MinSNR, SimpleLoss
 from inference.nuts import NUTS
 from inference.posterior import Posterior
 from inference.svi import SVI
+from inference.training import PowerAverage
 from inference.until import Until
 
 __all__ = [
@@ -44,8 +48,11 @@ __all__ = [
     "AdaptiveWalk",
     "Adversarial",
     "Backend",
+    "BoundLoss",
     "Conjugate",
+    "ContrastiveDivergence",
     "Cyclical",
+    "Denoising",
     "Draw",
     "EllipticalSlice",
     "Enumerate",
@@ -55,27 +62,34 @@ __all__ = [
     "GuideDraw",
     "Hamiltonian",
     "Hinge",
+    "HybridLoss",
     "Independence",
     "JSONLines",
     "Langevin",
     "LeastSquares",
     "MetropolisHastings",
+    "MinSNR",
     "Minimax",
     "MultiplyIWELBO",
     "NonSaturating",
     "PolyaGamma",
     "Posterior",
+    "PowerAverage",
     "Prior",
     "PriorDraw",
     "RandomWalk",
     "Renyi",
+    "SimpleLoss",
     "Slice",
+    "Unadjusted",
     "Unsupported",
     "Until",
     "Warmup",
     "Wasserstein",
     "calibration",
     "markov",
+    "noising",
     "relabel",
     "sampling",
+    "score_matching",
 ]

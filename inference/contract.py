@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared",
-    "Programmed", "Started", "Stepped", "Tempered", "Unsupported",
+    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Persistent",
+    "Prepared", "Programmed", "Scored", "Started", "Stepped", "Surrogate", "Tempered", "Unnormalised", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -191,6 +191,55 @@ class Linked(Protocol):
 
 
 @runtime_checkable
+class Scored(Protocol):
+    """A distribution that knows its score ∇ log p(x), whether or not it knows log p."""
+
+    def score(self, value: Tensor) -> Tensor:
+        """∇ log p, of the shape of ``value``, with gradients to ``value`` and to the weights."""
+
+
+@runtime_checkable
+class Unnormalised(Protocol):
+    """A distribution whose ``log_prob`` is log p(x) + c, where nobody knows c, which may change with the parameters.
+
+    It is enough for the moves of MCMC as long as the parameters stay, and not for a bound or an evidence, nor for the
+    likelihood of parameters: those back-ends refuse it that do not say ``takes_unnormalised``, and all of them where its
+    parameters depend on what is hidden. Its draws may be approximate, so that nothing that relies on exact draws of a prior
+    takes it.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor: ...
+
+    def rough_draw(self) -> Tensor:
+        """One value, (*batch, *event), anywhere near where the mass is, at little cost: where a chain may start."""
+
+
+@runtime_checkable
+class Persistent(Protocol):
+    """A module that keeps draws of itself, for a chain that goes on from one step of training to the next.
+
+    Attributes:
+        particles: (chain, …), a buffer: where the chains are.
+        log_step: (), a buffer: log of the size ε of their moves, in their own standard deviations.
+    """
+
+    particles: Tensor
+    log_step: Tensor
+
+
+@runtime_checkable
+class Surrogate(Protocol):
+    """A distribution of which ∇ log p is known and log p is not, such as one by a score network: it refuses ``log_prob``.
+
+    A back-end that needs gradients alone asks for ``gradients``, and reports no value that comes of it; any other is refused
+    before its first step.
+    """
+
+    def gradients(self) -> Any:
+        """The same distribution with a ``log_prob`` whose gradient in x is ∇ log p, and whose value means nothing."""
+
+
+@runtime_checkable
 class Fitted(Protocol):
     """What a model needs of a Posterior: its draws, site to (chain, draw, *site), as they are and with labels matched."""
 
@@ -245,6 +294,11 @@ class Backend(abc.ABC, Generic[S, I]):
     def changing(self) -> Backend[Any, Any] | None:
         """Who runs in this one's place a program whose sites, shapes or supports change from run to run; None refuses it."""
         return None
+
+    @property
+    def takes_unnormalised(self) -> bool:
+        """Whether it can do without the constant of a log-density; see ``Unnormalised``."""
+        return False
 
     @property
     def view(self) -> dict[str, Any]:

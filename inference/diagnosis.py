@@ -110,6 +110,11 @@ def _acceptance(posterior: Posterior) -> list[str]:
     # A random walk that is hardly ever refused hardly moves; an independence proposal is then simply good.
     proposal = str(posterior.info.get("config", {}).get("proposal", ""))
     is_walk = "Independence" not in proposal and "Prior" not in proposal
+    if "Unadjusted" in proposal:
+        return [
+            "Every move was taken, so that the draws are off by the size of the step. Halve it and compare; where there is "
+            "a density, use Langevin()."
+        ]
     high = (rate > 0.99).nonzero().flatten().tolist()
     if posterior.info.get("backend") == "MetropolisHastings" and is_walk and high:
         findings.append(

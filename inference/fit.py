@@ -168,14 +168,15 @@ def run(
                 is_fixed=backend.changing is None,
                 **backend.view,
             )
+            program.check_constants(type(backend).__name__, backend.takes_unnormalised)
             sites = (*program.latents, *program.deterministic)
             unknown = [name for name in backend.keep or () if name not in sites]
             if unknown and not program.is_changing:  # whose sites are known when it has run
                 raise ValueError(f"keep= names '{unknown[0]}', but the sites are {', '.join(sites)}.")
             if not program.latents and not program.is_changing and isinstance(backend.schedule, Sample):
                 raise Unsupported(
-                    f"{program.name} hides nothing that {type(backend).__name__} could draw. Use SVI() or EM(), which train "
-                    "its weights."
+                    f"{program.name} hides nothing that {type(backend).__name__} could draw. Use SVI(), EM() or, "
+                    "for a module without a density, Denoising(), which train its weights."
                 )
         if group.size > 1:
             group.check_equal(_given(backend, program, [*args, *kwargs.values()]))

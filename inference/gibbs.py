@@ -189,6 +189,10 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         asked = {(names,) if isinstance(names, str) else tuple(names): block for names, block in (self.blocks or {}).items()}
         return saved._replace(blocks=tuple(block.restored(asked.get(block.sites, block)) for block in saved.blocks))
 
+    @property
+    def takes_unnormalised(self) -> bool:
+        return True
+
     def init(self, program: Program) -> GibbsState:
         blocks, notes = assign(program, self.blocks)
         density = program.density

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
 from torch.overrides import TorchFunctionMode
 
-from inference.contract import Unsupported
+from inference.contract import Surrogate, Unnormalised, Unsupported
 
 __all__ = [
     "Arithmetic",
     "Drawing",
+    "Gradients",
     "Rescale",
     "Substitute",
     "Weights",
@@ -57,7 +58,8 @@ def start_flat(distribution: Any) -> Tensor:
 
 
 class Substitute(Messenger):
-    """Gives sites their values and starts flat priors. A program's own marks for enumeration are overruled.
+    """Gives sites their values, and starts priors that cannot be drawn from. A program's own marks for enumeration are
+    overruled.
 
     Args:
         values: Site to value; a latent site that is not named is sampled, an observed one keeps its data.
@@ -97,6 +99,16 @@ class Substitute(Messenger):
             msg["value"], msg["done"] = self.values[name], True
         elif isinstance(base(msg["fn"]), ImproperUniform):
             msg["value"], msg["done"] = start_flat(msg["fn"]), True
+        elif isinstance(base(msg["fn"]), Unnormalised):
+            msg["value"], msg["done"] = base(msg["fn"]).rough_draw(), True
+
+
+class Gradients(Messenger):
+    """Lets distributions of which only the gradient is known stand for themselves, by a surrogate."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], Surrogate):
+            msg["fn"] = msg["fn"].gradients()
 
 
 class Table(dict[str, Tensor]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -70,9 +71,18 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         """What a plan prints."""
 
     @property
+    def note(self) -> str:
+        """What a plan says of how exact it is."""
+        return ""
+
+    @property
     @abc.abstractmethod
     def needs_gradient(self) -> bool:
         """Whether the kernel's density returns (gradient, value)."""
+
+    @property
+    def takes_unnormalised(self) -> bool:
+        return True
 
     @property
     def climbs(self) -> bool:
@@ -99,6 +109,11 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
                 f"{type(self).__name__} sums discrete sites out, but '{stuck[0]}' ({program.latents[stuck[0]].family}) has "
                 "infinitely many values. Use Gibbs()."
             )
+        if program.surrogates and program.finite:
+            raise Unsupported(
+                f"Site '{program.surrogates[0]}' of {program.name} has a gradient, but no log-density, by which "
+                f"'{program.finite[0]}' would have to be summed out. Give that a fixed value, or the other a density."
+            )
         if not program.continuous:
             raise Unsupported(f"{type(self).__name__} needs a continuous site, but all are finite. Use Gibbs().")
         coordinates, density = self._parts(program)
@@ -121,7 +136,8 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         _, density = self._parts(program)
         kernel, adaptation, info = self.move(state.kernel, state.adaptation, density, self.warmup)
         state = state._replace(kernel=kernel, adaptation=adaptation)
-        return state, MarginalInfo(kernel.log_density, info.acceptance_rate)
+        lp = kernel.log_density * math.nan if program.surrogates else kernel.log_density  # its values would mean nothing
+        return state, MarginalInfo(lp, info.acceptance_rate)
 
     def sample(self, state: MarginalState, program: Program) -> tuple[MarginalState, Draw]:
         _, density = self._parts(program)
@@ -133,7 +149,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
         rate = torch.stack(rates).mean(0)
         state = state._replace(acceptance=state.acceptance + rate.mean(), reads=state.reads + 1)
         stats = {name: value for name, value in info._asdict().items() if value.shape == rate.shape}
-        stats |= {"lp": kernel.log_density, "acceptance_rate": rate}
+        stats |= {"acceptance_rate": rate} if program.surrogates else {"lp": kernel.log_density, "acceptance_rate": rate}
         return state, Draw(self.values(state, program), stats)
 
     def values(self, state: MarginalState, program: Program) -> dict[str, Tensor]:
@@ -152,7 +168,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
 
     def plan(self, state: MarginalState, program: Program) -> Plan:
         rate = float(state.acceptance / state.reads) if state.reads > 0 else float("nan")
-        updates = [Update(program.continuous, self.update, rate)]
+        updates = [Update(program.continuous, self.update, rate, note=self.note)]
         if program.finite:
             updates.append(
                 Update(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import abc
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inference.adaptation import StepAdaptation
@@ -28,7 +30,7 @@ from inference.program import Program
 from inference.proposals import IndependenceKernel, LangevinKernel, PriorReference, Reference, StudentReference
 from inference.traces import TraceSampler
 
-__all__ = ["Independence", "Langevin", "MetropolisHastings", "Prior", "Proposal", "RandomWalk"]
+__all__ = ["Independence", "Langevin", "MetropolisHastings", "Prior", "Proposal", "RandomWalk", "Unadjusted"]
 
 
 class Proposal(abc.ABC):
@@ -38,6 +40,16 @@ class Proposal(abc.ABC):
     def update(self) -> str:
         """What a plan prints."""
         return type(self).__name__
+
+    @property
+    def takes_surrogates(self) -> bool:
+        """Whether it looks at gradients alone; see ``inference.contract.Surrogate``."""
+        return False
+
+    @property
+    def note(self) -> str:
+        """What a plan says of how exact it is."""
+        return ""
 
     @property
     def needs_gradient(self) -> bool:
@@ -110,6 +122,66 @@ class Langevin(Proposal):
         if warmup:
             adaptation = adaptation.update(state.position, info.acceptance_rate, warmup, self.target)
         return state, adaptation, info
+
+
+@dataclass(frozen=True)
+class Unadjusted(Proposal):
+    """Langevin moves that are all taken, q ← q + δ/2 ∇log π(q) + √δ ξ (ULA): for a gradient without a density.
+
+    It follows gradients alone, and so takes a surrogate (``inference.contract.Surrogate``). What it settles at is not π: a
+    normal of variance v, in the unconstrained coordinates, becomes one of v / (1 − δ/(4v)), and for δ ≥ 4v it settles
+    nowhere. Nothing is learnt in warm-up, since nothing says how large a step is right. With a density, use ``Langevin()``.
+
+    Args:
+        step: δ, positive, in the units of the squared unconstrained coordinates.
+
+    References:
+        G. Roberts and R. Tweedie, Exponential convergence of Langevin distributions and their discrete approximations
+            (1996).
+    """
+
+    step: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.step < math.inf:
+            raise ValueError(f"Unadjusted(step={self.step!r}): must be positive and finite.")
+
+    @property
+    def takes_surrogates(self) -> bool:
+        return True
+
+    @property
+    def needs_gradient(self) -> bool:
+        return True
+
+    @property
+    def climbs(self) -> bool:
+        return False
+
+    @property
+    def note(self) -> str:
+        return "every move is taken: biased by the size of its step"
+
+    def _kernel(self, position: Tensor) -> LangevinKernel:
+        ones = torch.ones_like(position[0])
+        return LangevinKernel(ones.new_tensor(self.step**0.5), ones, is_adjusted=False)
+
+    def begin(self, position: Tensor, density: Callable[[Tensor], Any], program: Program, is_given: bool) -> tuple[Any, Any]:
+        state = self._kernel(position).init(position, density)
+        self._check(state.gradient.isfinite().all(-1))
+        return state, ()
+
+    def move(self, kernel: Any, adaptation: Any, density: Callable[[Tensor], Any], warmup: int) -> tuple[Any, Any, Any]:
+        state, info = self._kernel(kernel.position).step(kernel, density)
+        self._check(info.accepted)
+        return state, adaptation, info
+
+    def _check(self, is_finite: Tensor) -> None:
+        if not bool(is_finite.all()):
+            raise ValueError(
+                f"The gradient of the log-density is NaN or infinite where {int((~is_finite).sum())} of {len(is_finite)} "
+                f"chains came to. Take a step below {self.step:g}, if they ran away, or look at the weights of the score."
+            )
 
 
 class _Independent(Proposal):
@@ -227,7 +299,8 @@ class MetropolisHastings(MarginalSampler):
     With ``Prior()`` it also runs programs whose structure changes: see ``inference.traces``.
 
     Args:
-        proposal: How to propose: ``RandomWalk()``, ``Langevin()``, ``Independence(...)`` or ``Prior()``.
+        proposal: How to propose: ``RandomWalk()``, ``Langevin()``, ``Independence(...)`` or ``Prior()``; or
+            ``Unadjusted(step)``, which accepts all.
         chains: Number of chains, all advanced at once.
         draws: Draws kept of each chain.
         warmup: Adaptive steps before the first draw.
@@ -240,6 +313,14 @@ class MetropolisHastings(MarginalSampler):
     @property
     def update(self) -> str:
         return self.proposal.update
+
+    @property
+    def view(self) -> dict[str, Any]:
+        return {"takes_surrogates": self.proposal.takes_surrogates}
+
+    @property
+    def note(self) -> str:
+        return self.proposal.note
 
     @property
     def changing(self) -> TraceSampler | None:

@@ -109,6 +109,9 @@ def log_likelihood(program: Program, draws: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         Unsupported: If the observations share finite sites in a way that leaves them no terms of their own.
     """
+    for name, site in program.observed_sites.items():
+        if site.is_unnormalised:
+            raise Unsupported(f"'{name}' is {site.family}, whose log_prob lacks its constant: it has no log-likelihood.")
     if program.is_changing:
         return traces.log_likelihood(program, draws)
     local = _local(program)
@@ -256,11 +259,11 @@ def prior_predictive(program: Program, draws: int, seed: int = 0) -> tuple[dict[
     """Draws of the latent and of the observed sites before any data, each (1, draw, *site).
 
     Raises:
-        Unsupported: If a prior is improper.
+        Unsupported: If a prior is improper, or known without its constant.
     """
-    flat = [name for name, site in program.latents.items() if site.is_flat]
-    if flat:
-        raise Unsupported(f"'{flat[0]}' has an improper prior, from which nothing can be drawn.")
+    for name, site in program.latents.items():
+        if site.flaw:
+            raise Unsupported(f"'{name}' has a prior that is {site.flaw}, from which nothing can be drawn.")
     rows = []
     with isolated(seed, program.device), reproducible(program.dtype, program.device):
         for _ in range(draws):

@@ -21,10 +21,21 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Stepped, Unsupported
+from inference.contract import (
+    Augmented,
+    Blocked,
+    Guided,
+    Linked,
+    Prepared,
+    Programmed,
+    Stepped,
+    Surrogate,
+    Unnormalised,
+    Unsupported,
+)
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
-from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.handlers import Arithmetic, Gradients, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.rows import Known
 from inference.stacking import Stack, log_probs
 from inference.transforms import bijection
@@ -71,6 +82,7 @@ class Site:
         is_flat: Whether its prior is improper.
         is_linked: Whether it is a sequence of states, each of which depends on the one before: its elements are those of a
             batch, but not independent.
+        is_unnormalised: Whether nobody knows the constant of its log-density; see ``inference.contract.Unnormalised``.
     """
 
     name: str
@@ -83,6 +95,12 @@ class Site:
     choices: Tensor | None
     is_flat: bool
     is_linked: bool = False
+    is_unnormalised: bool = False
+
+    @property
+    def flaw(self) -> str:
+        """Why no exact draws of its prior can be had, to follow "a prior that is"; empty if they can."""
+        return "improper" if self.is_flat else "known without its constant" if self.is_unnormalised else ""
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -139,6 +157,7 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         except NotImplementedError:
             choices = None
     plates = [Plate(frame.name, frame.dim, frame.size) for frame in node["cond_indep_stack"] if frame.vectorized]
+    inner = base(distribution)
     if not node["is_observed"] and isinstance(base(distribution), Linked):
         if not isinstance(distribution, Linked) or node["fn"].batch_shape:
             raise Unsupported(
@@ -149,14 +168,15 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         return Site(name, family, node["fn"].support, _shape(node), 0, (), value.dtype, states, False, True)
     return Site(
         name=name,
-        family=type(base(distribution)).__name__,
+        family=type(inner).__name__,
         support=distribution.support,
         shape=_shape(node),
         event_dim=distribution.event_dim,
         plates=tuple(sorted(plates, key=lambda plate: plate.dim)),
         dtype=value.dtype,
         choices=choices,
-        is_flat=isinstance(base(distribution), ImproperUniform),
+        is_flat=isinstance(inner, ImproperUniform),
+        is_unnormalised=isinstance(inner, Unnormalised),
     )
 
 
@@ -307,11 +327,15 @@ class Program:
         transform: Applied to the first tensor of every batch, such as ``torch.bernoulli``; may draw.
         is_simulated: Whether it is known through draws of its observed sites alone: no density is looked at, and its weights
             are those that the draws depend on.
+        takes_surrogates: Whether gradients of the density are enough; see ``inference.contract.Surrogate``.
+        is_run: Whether it is run at all. One that is not has no sites; its weights are all of its module's, its rows those
+            of its first tensor: for losses of the module itself, where a draw or a density would be dear.
 
     Attributes:
         latents: Name to site, in the order of the program.
         observed: Name to value of the sites that are data.
         factors: Names of ``pyro.factor`` statements.
+        surrogates: Names of sites of which only the gradient is known; where there are any, so it is of the density.
         deterministic: Names of ``pyro.deterministic`` statements.
         weights: Trainable leaves that the density depends on.
         nesting: Batch dimensions that plates or batch shapes take up.
@@ -344,6 +368,8 @@ class Program:
         batch_size: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         is_simulated: bool = False,
+        takes_surrogates: bool = False,
+        is_run: bool = True,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
             raise TypeError(f"A program is a function, or an object with a method model, but this is {model!r}.")
@@ -372,7 +398,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._is_fixed, self.is_changing = is_fixed, False
-        self.is_simulated = is_simulated
+        self.is_simulated, self.is_run, self._takes_surrogates = is_simulated, is_run, takes_surrogates
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
@@ -384,7 +410,8 @@ class Program:
         self._bind(model, owner)
         self.nesting, self.data = 0, [tensor.detach() for tensor in tensors]
         is_batched = self.rows is not None and batch_size is not None and batch_size < self.rows
-        is_large = self.rows is not None and self.rows >= _MANY_ROWS and is_fixed and not is_simulated and not transform
+        is_plain = is_fixed and is_run and not is_simulated and transform is None
+        is_large = self.rows is not None and self.rows >= _MANY_ROWS and is_plain
         self.part: int | None = batch_size if is_batched else _CHUNK if is_large and batch_size is None else None
         used = self._seen(is_batched, lambda: self._used_weights(owner))
         if used and dtype is None:
@@ -505,7 +532,8 @@ class Program:
 
     def handled(self, values: Mapping[str, Tensor], resampled: Collection[str] = ()) -> Callable[..., Any]:
         """The program at given values, its weights kept out of Pyro's store; see ``trace``."""
-        return Weights(self._table)(Substitute(values, resampled)(self.call))
+        handled = Substitute(values, resampled)(self.call)
+        return Weights(self._table)(Gradients()(handled) if self._takes_surrogates else handled)
 
     def trace(
         self,
@@ -659,10 +687,11 @@ class Program:
                 self.__dict__.pop(name, None)
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             self.nesting = 0
-            traces = [self.trace({}, evaluated=False)]
-            looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
-            traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
-            self._check_structure(traces)
+            traces = [self.trace({}, evaluated=False)] if self.is_run else []
+            if traces:
+                looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
+                traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
+                self._check_structure(traces)
             nodes = _largest(traces)
             self._take_down(nodes, traces)
             self._check_supports(traces)
@@ -692,6 +721,14 @@ class Program:
         self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
         self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
         self.augmented = tuple(name for name in self.observed_sites if isinstance(nodes[name]["fn"], Augmented))
+        self.surrogates = tuple(name for name in sites if isinstance(base(nodes[name]["fn"]), Surrogate))
+        if self.surrogates and not self._takes_surrogates:
+            raise Unsupported(
+                f"Site '{self.surrogates[0]}' of {self.name} has a score, ∇ log p, but no log-density, as needed "
+                "here. Take SVI() with a guide whose draws have gradients, such as AutoNormal, or "
+                "MetropolisHastings(proposal=Unadjusted(step)), which follow gradients alone; or another prior: that of "
+                "a flow has a density, and under TransformReparam suits HMC."
+            )
         self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
         self.deterministic = {name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"}
         self.batch_shapes = {name: _batch_shape(node) for name, node in nodes.items()}
@@ -787,6 +824,38 @@ class Program:
                         f"Plate '{name}' takes {kept} of {size} rows at random. Write the program for all rows; "
                         "SVI(batch_size=...) sub-samples it."
                     )
+
+    def check_constants(self, who: str, takes_unnormalised: bool = False) -> None:
+        """Whether no constant is missed that a log-density lacks.
+
+        Raises:
+            Unsupported: If one is needed, or if it changes, as it does with parameters that depend on what is hidden.
+        """
+        if self.is_simulated:  # draws alone are looked at
+            return
+        for name, site in (self.latents | self.observed_sites).items():
+            if site.is_unnormalised and not takes_unnormalised:
+                raise Unsupported(
+                    f"Site '{name}' is {site.family}, whose log_prob lacks a constant that nobody knows, but {who} needs a "
+                    "density that integrates to 1. Sample from it by HMC() or MetropolisHastings(), and train its weights "
+                    "by Denoising(loss=...)."
+                )
+            hidden = self._parameters_follow(name) if site.is_unnormalised or name in self.surrogates else ()
+            if hidden:
+                raise Unsupported(
+                    f"Site '{name}' is {site.family}, whose log_prob lacks a constant that changes with its parameters, and "
+                    f"they depend on '{min(hidden)}', which is hidden. Give that a fixed value, or '{name}' a density."
+                )
+
+    def _parameters_follow(self, name: str) -> frozenset[str]:
+        """The latent sites that the parameters of a site's distribution depend on."""
+        with isolated(0, self.device), reproducible(self.dtype, self.device):
+            nodes = self.trace({}, evaluated=False).nodes
+            apart = nodes[name]["value"].detach().clone()
+            values = {latent: nodes[latent]["value"].clone() for latent in self.latents}
+            with Followed(values) as followed:
+                fn = self.trace(values, evaluated=False).nodes[name]["fn"]
+                return followed.of(fn.log_prob(apart))
 
     def _refuse(self, sentence: str) -> None:
         """Refuses a program whose structure changes, or notes that it does."""
@@ -992,8 +1061,8 @@ class Program:
         named: dict[str, Tensor] = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
         named = {name: weight for name, weight in named.items() if weight.requires_grad}
         with isolated(0), reproducible(self.dtype):
-            if not named and not self._table:
-                return {}
+            if not self.is_run or (not named and not self._table):
+                return named
             trace = self.trace({}, evaluated=not self.is_simulated)
             named |= self._table
             statements = {name: node for name, node in trace.nodes.items() if is_statement(node)}
@@ -1019,7 +1088,7 @@ class Program:
 
         All tensors of that many rows grow, or else only the first: square data may come with one number for each column.
         """
-        if self.rows is None:
+        if self.rows is None or not self.is_run:
             return None
         index = torch.arange(self.rows + 1, device=self.device) % self.rows
         for data in (self.minibatch(index), [self.data[0][index], *self.data[1:]]):
@@ -1138,6 +1207,12 @@ class Program:
         """See ``inference.predictive.posterior_predictive``."""
         from inference.predictive import posterior_predictive
 
+        if not self.is_run:
+            if not isinstance(self.owner, Programmed):
+                raise Unsupported(f"{self.name} has no method model, a program that draws: there is nothing to predict.")
+            own, named = self.arguments(self.data)
+            seen = Program(self.owner, own, named, dtype=self.dtype, device=self.device, batch_size=1, is_simulated=True)
+            return seen.predict(draws, args, kwargs, seed=seed)
         return posterior_predictive(self, draws, args, kwargs, seed)
 
     def prior(self, draws: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -68,10 +68,13 @@ class LangevinKernel:
     Args:
         step_size: ε, a scalar, or (group,).
         factor: L (D, D), or its diagonal (D,), of groups as ``pushed`` takes them.
+        is_adjusted: Whether moves are accepted by π; else all are taken that come to a finite gradient, and what the chain
+            settles at is not π.
     """
 
     step_size: Tensor
     factor: Tensor
+    is_adjusted: bool = True
 
     def init(self, position: Tensor, density: Gradient) -> LangevinState:
         gradient, log_density = density(position)
@@ -87,6 +90,8 @@ class LangevinKernel:
         back = -noise - drift - 0.5 * step_size * pulled(gradient, self.factor)
         log_forward, log_backward = -0.5 * noise.square().sum(-1), -0.5 * back.square().sum(-1)
         log_ratio = (log_density - state.log_density + log_backward - log_forward).nan_to_num(nan=-math.inf)
+        if not self.is_adjusted:
+            log_ratio = torch.where(gradient.isfinite().all(-1), 0.0, -math.inf).to(log_ratio)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
         chosen = accepted.unsqueeze(-1)
         moved = LangevinState(
@@ -225,8 +230,8 @@ class PriorReference:
         self.coordinates = Unconstrained(program, program.continuous)
         trace = program.trace({}, evaluated=False)
         for name, site in program.latents.items():
-            if site.is_flat:
-                raise Unsupported(f"Prior() draws from the prior, but that of '{name}' is improper. Use RandomWalk().")
+            if site.flaw:
+                raise Unsupported(f"Prior() draws from the prior, but that of '{name}' is {site.flaw}. Use RandomWalk().")
             if not is_plain(trace.nodes[name]):
                 raise Unsupported(
                     f"Prior() draws from the prior, but '{name}' is scaled or masked, which changes its density and not its "

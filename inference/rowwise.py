@@ -141,6 +141,7 @@ class Rowwise:
         with evaluating(self._own, owner(self._call)):
             self.program = self._looked_at([arg[:few] if row else arg for arg, row in zip(given, is_row)])
         self.program.check_rows(purpose)
+        self.program.check_constants(purpose)
         self._plates = frozenset(self.program.row_plates)
         pairs = [(arg, row) for arg, row in zip(given, is_row) if isinstance(arg, Tensor)]
         self._data = [self.program._cast(arg) for arg, _ in pairs]

@@ -205,7 +205,7 @@ def starting_values(
     given = given_values(program, start, chains)
     if len(given) == len(program.latents):
         return given
-    share = min(max(_LEAST, _CANDIDATES // chains), most)
+    share = 1 if program.surrogates else min(max(_LEAST, _CANDIDATES // chains), most)  # of which none is the best
     data = program.chain_data(chains * share)
     if data:
         rows = torch.arange(chains * share, device=program.device) % _POOL

@@ -40,7 +40,18 @@ from inference.objective import Objective
 from inference.particles import Weigher
 from inference.program import Program
 from inference.start import ascended, starting_values
-from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_step
+from inference.training import (
+    NOT_FINITE,
+    PowerAverage,
+    adam,
+    check_average,
+    descend,
+    falling,
+    follow,
+    in_networks,
+    put,
+    rows_of_step,
+)
 
 __all__ = ["SVI", "SVIInfo", "SVIState"]
 
@@ -153,8 +164,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         scheduler: Makes a schedule of the optimiser, one of ``torch.optim.lr_scheduler``, stepped after every step; None
             keeps the rate for the first half of the steps, then lets it fall along a cosine to a hundredth.
         clip_norm: Largest norm of the gradient, which is scaled down to it; None leaves it.
-        average: Decay of an exponential moving average of the weights, such as 0.999, which then takes their place; None
-            keeps the last ones.
+        average: Decay of an exponential moving average of the weights, such as 0.999, or a ``PowerAverage``; it then takes
+            their place. None keeps the last ones.
         validation: A tensor or tuple of arguments, rows that are not trained on; their bound a row is in
             ``history["validation"]``.
         validate_every: Steps from one look at them to the next; None looks once a pass.
@@ -185,7 +196,7 @@ class SVI(Backend[SVIState, SVIInfo]):
     optimiser: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
     scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
     clip_norm: float | None = None
-    average: float | None = None
+    average: float | PowerAverage | None = None
     validation: Any = None
     validate_every: int | None = None
     patience: int | None = None
@@ -198,7 +209,7 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     @property
     def view(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "transform": self.transform}
+        return {"batch_size": self.batch_size, "transform": self.transform, "takes_surrogates": True}
 
     def _has_waited(self, info: SVIInfo) -> bool:
         assert self.patience is not None
@@ -211,8 +222,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value!r}, but must be positive.")
-        if self.average is not None and not 0.0 < self.average < 1.0:
-            raise ValueError(f"average is {self.average!r}, but a decay lies between 0 and 1, such as 0.999.")
+        check_average(self.average)
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast is {self.autocast!r}, but must be torch.bfloat16 or torch.float16.")
         if self.validation is None and (self.patience is not None or self.validate_every is not None):
@@ -242,8 +252,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         if not trained:
             raise Unsupported(f"Neither the guide nor {program.name} has weights to train.")
         leaves = list(trained.values())
-        optimiser = _adam(leaves, self.learning_rate) if self.optimiser is None else self.optimiser(leaves)
-        scheduler = (self.scheduler or partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=self._rate))(optimiser)
+        optimiser = adam(leaves, self.learning_rate) if self.optimiser is None else self.optimiser(leaves)
+        scheduler = (self.scheduler or partial(falling, steps=self.steps))(optimiser)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise Unsupported("ReduceLROnPlateau waits for a number, but a scheduler is stepped without. Use patience=.")
         zero = torch.zeros((), dtype=program.dtype, device=program.device)
@@ -251,6 +261,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         beta = self._beta(program, zero)
         coupled = weigher.couples() if self.bound.order != 1.0 or weigher.has_scores else None
         self._check_bound(program, weigher, beta, coupled)
+        self._check_surrogates(program, guide, weigher)
         _ = self.bound.draws == 1 or weigher.is_wide  # found out now, and not while a graph is recorded
         is_whole = self._is_plain(beta) and (coupled is not None or not (program.weights and weigher.has_rows))
         path = self.bound.path and guide.has_path(trace, program) and (self.bound.order == 1.0 or not weigher.has_scores)
@@ -311,6 +322,23 @@ class SVI(Backend[SVIState, SVIInfo]):
         if coupled is not None and not self._is_plain(beta):
             raise Unsupported(f"{name} weighs the draws of every element by themselves, but {coupled}. Use ELBO().")
 
+    def _check_surrogates(self, program: Program, guide: Guide, weigher: Weigher) -> None:
+        if not program.surrogates:
+            return
+        reasons = {
+            "of another bound than ELBO() weighs particles by its value": self.bound.order != 1.0 or bool(self.bound.floor),
+            "of draws without a path (no rsample) is weighed by its value": weigher.has_scores,
+            "sums finite sites out by its value": bool(weigher.enumerated),
+            "of AutoLaplaceApproximation needs its curvature": isinstance(guide.call, AutoLaplaceApproximation),
+            "is not what validation= can compare": self.validation is not None,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise Unsupported(
+                    f"Site '{program.surrogates[0]}' of {program.name} has a gradient, but no log-density, and the gradient "
+                    f"{reason}. Use SVI(bound=ELBO()) with a guide whose draws have gradients, such as AutoNormal."
+                )
+
     def _networks(self, program: Program, guide: Guide) -> list[nn.Module]:
         owners = [program.owner, None if guide.owner is None else guide.owner.module]
         return [network for owner in owners if isinstance(owner, nn.Module) for network in owner.children()]
@@ -334,10 +362,6 @@ class SVI(Backend[SVIState, SVIInfo]):
                     "(inference.distributed.alone)."
                 )
         return True
-
-    def _rate(self, step: int) -> float:
-        progress = max(0.0, 2.0 * step / self.steps - 1.0)
-        return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
     def _guide(self, program: Program) -> Guide:
         chosen = self.guide if self.guide is not None else program.guide
@@ -396,6 +420,8 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _best_start(self, program: Program) -> dict[str, Tensor]:
         """The given start, or the best of a few."""
+        if program.surrogates:  # which is best cannot be told
+            return {name: value[0] for name, value in starting_values(program, 1, self.start, most=1).items()}
         values = starting_values(program, _STARTS, self.start, is_split=True)
         if self.start is None:
             values = ascended(program, values, is_split=True)
@@ -411,17 +437,9 @@ class SVI(Backend[SVIState, SVIInfo]):
         objective = state.objective
         found = program.processes.average(objective(data), objective.weights, objective.buffers)
         loss, rate, distortion = found.unbind() if found.dim() else (found, None, None)
-        is_finite = loss.isfinite()
-        if not int(state.step) and not is_finite:
+        if not int(state.step) and not loss.isfinite():
             raise ValueError(f"The bound of {program.name} is {-float(loss)} at the start. Give start=, or check the data.")
-        if self.clip_norm is not None:
-            is_finite = is_finite & nn.utils.clip_grad_norm_(objective.weights, self.clip_norm).isfinite()
-        is_skipped = (~is_finite).to(loss.dtype)
-        if state.optimiser.defaults.get("fused") and loss.device.type != "cpu":
-            state.optimiser.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
-            state.optimiser.step()
-        elif is_finite:
-            state.optimiser.step()
+        is_skipped = (~descend(state.optimiser, objective.weights, loss, self.clip_norm)).to(loss.dtype)
         state.scheduler.step()
         state = state._replace(
             step=state.step + 1,
@@ -434,6 +452,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             follow(state.averaged, state.objective.weights, self.average, int(state.step))
         if int(state.step) % NOT_FINITE == 0 and state.streak >= NOT_FINITE:
             self._give_up(state, program, data)
+        if program.surrogates:  # a loss that would mean nothing
+            loss = loss * math.nan
         rows = None if program.rows is None else min(self.batch_size or program.rows, program.rows)
         if self.validation is None:
             return state, SVIInfo(loss, rate, distortion, rows=rows)
@@ -611,6 +631,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             lp = log_normalizer(program, {}, ()).expand(count)
             return state, Draw({}, {"lp": lp[None], "log_q": log_q[None]})
         is_amortised = bool(program.weights) and state.weigher.has_rows and self.batch_size is not None
+        if program.surrogates:
+            return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})
         if is_amortised and not enumerated:  # a pass of the decoder over all rows for every draw would tell little
             return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})
         if program.weights:
@@ -706,14 +728,6 @@ def _rate_and_distortion(particles: Particles) -> tuple[Tensor, Tensor]:
     rate = rate + particles.shared_log_q - particles.shared_prior
     distortion = distortion + particles.shared_prior - particles.shared_joint
     return rate.detach(), distortion.detach()
-
-
-def _adam(weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
-    """Adam as one operation for all weights; weights that it does not take, such as complex ones, are done in turn."""
-    try:
-        return torch.optim.Adam(weights, lr=learning_rate, fused=True)
-    except RuntimeError:
-        return torch.optim.Adam(weights, lr=learning_rate, fused=False)
 
 
 def _keep_own_weights(module: nn.Module) -> None:

@@ -39,7 +39,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.arrays import corner, ragged
-from inference.contract import Backend, Draw, Unsupported
+from inference.contract import Backend, Draw, Unnormalised, Unsupported
 from inference.fit import Sample
 from inference.handlers import base, isolated, quiet, reproducible
 from inference.plan import Plan, Update
@@ -171,8 +171,9 @@ def _read(trace: poutine.Trace) -> Trace:
 
 
 def _check(name: str, node: Mapping[str, Any]) -> None:
-    if isinstance(base(node["fn"]), ImproperUniform):
-        raise Unsupported(f"Prior() draws from the prior, but that of '{name}' is improper. Give it a proper one.")
+    if isinstance(base(node["fn"]), (ImproperUniform, Unnormalised)):
+        flaw = "improper" if isinstance(base(node["fn"]), ImproperUniform) else "known without its constant"
+        raise Unsupported(f"Prior() draws from the prior, but that of '{name}' is {flaw}. Give it another one.")
     fn, is_masked = node["fn"], node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
     while hasattr(fn, "base_dist") and fn is not base(fn):
         is_masked = is_masked or type(fn).__name__ == "MaskedDistribution"

@@ -1,10 +1,13 @@
-"""What back-ends that train weights in place share: passes over rows, averages of weights, and when to give up."""
+"""What back-ends that train weights in place share: passes over rows, steps, averages of weights, and when to give up."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
     from inference.objective import Loss
     from inference.program import Program
 
-__all__ = ["NOT_FINITE", "follow", "in_networks", "put", "rows_of_step"]
+__all__ = [
+    "NOT_FINITE", "PowerAverage", "adam", "check_average", "descend", "falling", "follow", "in_networks", "put",
+    "rows_of_step",
+]  # fmt: skip
 
 NOT_FINITE = 25  # steps in a row of numbers that are not finite after which training is given up
 
@@ -36,10 +42,96 @@ def rows_of_step(program: Program, order: Tensor, taken: int, size: int) -> tupl
     return order, order[first : first + size]
 
 
+def adam(weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam as one operation for all weights; weights that it does not take, such as complex ones, are done in turn."""
+    try:
+        return torch.optim.Adam(weights, lr=learning_rate, fused=True)
+    except RuntimeError:
+        return torch.optim.Adam(weights, lr=learning_rate, fused=False)
+
+
+def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Keeps the learning rate for the first half of the steps, then lets it fall along a cosine to a hundredth."""
+
+    def rate(step: int) -> float:
+        progress = max(0.0, 2.0 * step / steps - 1.0)
+        return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+
+
+def descend(optimiser: torch.optim.Optimizer, weights: Sequence[Tensor], loss: Tensor, clip_norm: float | None) -> Tensor:
+    """One step of an optimiser, none where the loss, or with ``clip_norm`` a gradient, is not finite.
+
+    Returns:
+        Whether it was taken, ().
+    """
+    is_finite = loss.isfinite()
+    if clip_norm is not None:
+        is_finite = is_finite & nn.utils.clip_grad_norm_(weights, clip_norm).isfinite()
+    if optimiser.defaults.get("fused") and loss.device.type != "cpu":
+        optimiser.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
+        optimiser.step()
+    elif is_finite:
+        optimiser.step()
+    return is_finite
+
+
+@dataclass(frozen=True)
+class PowerAverage:
+    """A moving average of weights whose width grows with the run: the weights of step t count as t^γ.
+
+        θ̄_t = β_t θ̄_{t−1} + (1 − β_t) θ_t,  β_t = (1 − 1/t)^(γ + 1)
+
+    Args:
+        deviation: Standard deviation of the steps that it averages over, as a share of the run: above 0 and below 0.288,
+            where all count alike. It decides γ.
+
+    References:
+        T. Karras et al., Analyzing and improving the training dynamics of diffusion models (2024), section 3.1.
+
+    Example:
+        >>> round(PowerAverage(0.1).exponent, 2)
+        6.94
+    """
+
+    deviation: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.deviation < 12.0**-0.5:
+            raise ValueError(
+                f"PowerAverage(deviation={self.deviation!r}): a share of the run above 0 and below 0.288, such as 0.1."
+            )
+
+    @property
+    def exponent(self) -> float:
+        """γ, of which (γ + 1) / ((γ + 2)² (γ + 3)) = deviation²."""
+        inverse = self.deviation**-2
+        return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
+
+    def decay(self, count: int) -> float:
+        """β at step ``count``, from 1."""
+        return (1.0 - 1.0 / count) ** (self.exponent + 1.0)
+
+
+def check_average(average: float | PowerAverage | None) -> None:
+    """Refuses what is no way to average.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(average, PowerAverage) or average is None:
+        return
+    if not isinstance(average, (int, float)) or not 0.0 < average < 1.0:
+        raise ValueError(
+            f"average is {average!r}, but a decay lies between 0 and 1, such as 0.999; or take PowerAverage(0.1)."
+        )
+
+
 @torch.no_grad()
-def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float, count: int) -> None:
-    """Moves exponential moving averages, in place; at first they are means of all ``count`` that there were."""
-    now = min(decay, (count - 1) / count)
+def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], average: float | PowerAverage, count: int) -> None:
+    """Moves moving averages, in place; with a decay, at first they are means of all ``count`` that there were."""
+    now = average.decay(count) if isinstance(average, PowerAverage) else min(average, (count - 1) / count)
     get_ema_multi_avg_fn(now)([*averages], [weight.detach() for weight in weights], count)
 
 

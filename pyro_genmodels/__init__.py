@@ -15,11 +15,12 @@ from pyro_genmodels.classical import (
     NaiveBayes,
     SoftmaxRegression,
 )
-from pyro_genmodels.diffusion import tweedie
+from pyro_genmodels.diffusion import DDPM, EnergyModel, ScoreModel, tweedie
 from pyro_genmodels.implicit import GAN, InfoGAN
 
 __all__ = [
     "CVAE",
+    "DDPM",
     "GAN",
     "GMM",
     "HMM",
@@ -28,6 +29,7 @@ __all__ = [
     "PPCA",
     "VAE",
     "Autoencoder",
+    "EnergyModel",
     "FactorAnalysis",
     "GenerativeModel",
     "InfoGAN",
@@ -36,6 +38,7 @@ __all__ = [
     "MarginClassifier",
     "Mixture",
     "NaiveBayes",
+    "ScoreModel",
     "SemiSupervisedVAE",
     "SoftmaxRegression",
     "StochasticModule",

@@ -986,7 +986,7 @@ REFUSALS: list[tuple[Any, Block, str]] = [
     ("flat", EllipticalSlice(), r"needs a Gaussian prior, but that of 'flat' is ImproperUniform"),
     ("z", Slice(), r"Slice\(\) needs sites that are continuous or counts, but 'z' is Bernoulli. Use Enumerate"),
     ("parts", Slice(), r"but 'parts' is DirichletMultinomial. Use PriorDraw"),
-    ("flat", PriorDraw(), r"PriorDraw\(\) cannot draw 'flat' from its prior, which is flat and improper"),
+    ("flat", PriorDraw(), r"PriorDraw\(\) cannot draw 'flat' from its prior, which is improper"),
     (("m", "flat"), PriorDraw(), r"PriorDraw\(\) updates one site"),
     ("parts", Enumerate(), r"Enumerate\(\) needs sites with finitely many values, but 'parts' is not one"),
     ("m", Enumerate(by_element=True), r"needs sites with finitely many values, but 'm' is not one"),

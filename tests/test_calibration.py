@@ -493,7 +493,7 @@ def refused(sentence: str) -> Callable[[Callable[[Tensor], Any]], Any]:
     return add
 
 
-@refused("'mean' has an improper prior, from which nothing can be drawn")
+@refused("'mean' has a law that is improper, from which nothing can be drawn")
 def flat(y: Tensor) -> None:
     mean = pyro.sample("mean", dist.ImproperUniform(constraints.real, (), ()))
     with pyro.plate("rows", len(y)):

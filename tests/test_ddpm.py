@@ -85,7 +85,7 @@ def test_a_program_says_what_is_wrong() -> None:
     oracle = Oracle.ring(5, Betas.cosine(6))
     with pytest.raises(ValueError, match="variance is 'upper'"):
         DDPM(oracle, (2,), 6, "full")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="say how many"):
+    with pytest.raises(ValueError, match="or the number of rows to draw"):
         DDPM(oracle, (2,), 6).model()
     with pytest.raises(ValueError, match="built for"):
         DDPM(oracle, (2,), 6).model(torch.zeros(4, 3))

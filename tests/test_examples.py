@@ -22,6 +22,8 @@ ROWS = {
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
     "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
+    "score_langevin": ("data", "exact score, ladder", "score network, one level", "energy, Langevin", "energy, HMC"),
+    "tweedie_denoising": ("noisy", "mixture, exact, clean", "energy network, noisy", "score network, clean"),
     "vade_clusters": ("k-means on pixels", "GMM on codes", "VaDE", "VaDE from random weights"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
@@ -44,6 +46,7 @@ ON_DATA = {
     "patch_denoising": "bsds300_patches.npz",
     "semi_supervised_text": "bow_20news_full.npz",
     "topics": "bow_ap.npz",
+    "tweedie_denoising": "bsds300_patches.npz",
 }  # example to what it reads
 
 

@@ -15,10 +15,11 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 import pyro_genmodels
-from inference import EM
+from inference import EM, Denoising, HybridLoss
 from inference.handlers import isolated, quiet, reproducible
 from pyro_genmodels import (
     CVAE,
+    DDPM,
     GAN,
     GMM,
     HMM,
@@ -39,6 +40,8 @@ from pyro_genmodels import (
     SoftmaxRegression,
     VaDE,
 )
+from pyro_genmodels.diffusion import Betas, Network
+from pyro_genmodels.nets import PointNetwork
 
 ROWS = 12
 
@@ -63,6 +66,7 @@ class Instance:
         drawn: Its arguments where it draws ``size`` rows; None if it draws none.
         row: Shape of a row that is drawn.
         is_hiding: Whether anything is hidden.
+        backend: What it is fitted by.
     """
 
     build: Callable[[], Any]
@@ -70,6 +74,7 @@ class Instance:
     drawn: tuple[Any, ...] | None = (None,)
     row: tuple[int, ...] = field(default=())
     is_hiding: bool = True
+    backend: Any = EM(steps=2, seed=0, progress=False)
 
 
 MODELS = {
@@ -80,7 +85,9 @@ MODELS = {
     "HMM, symbols": Instance(lambda: HMM(2, "categorical"), (LABELS,)),
     "PPCA": Instance(lambda: PPCA(1), (TABLE,), row=(3,)),
     "FactorAnalysis": Instance(lambda: FactorAnalysis(1), (TABLE,), row=(3,)),
-    "LDA": Instance(lambda: LDA(2, 3), (BAGS,), None),
+    "LDA": Instance(
+        lambda: LDA(2, 3), (BAGS,), None, backend=EM(steps=2, seed=0, progress=False, maximise=("shares", "topics"))
+    ),
     "NaiveBayes": Instance(lambda: NaiveBayes(3, ["gaussian", "gaussian", "poisson"]), (COUNTS, LABELS), None),
     "LinearRegression": Instance(LinearRegression, (TABLE, numbers(ROWS, seed=1)), None),
     "LogisticRegression": Instance(LogisticRegression, (TABLE, LABELS % 2), None),
@@ -92,6 +99,12 @@ MODELS = {
     "CVAE": Instance(lambda: CVAE((2, 3), 3, 2, hidden=(4,)), (PIXELS, LABELS), None),
     "CVAE, conditional prior": Instance(
         lambda: CVAE((2, 3), 3, 2, hidden=(4,), conditional_prior=True), (PIXELS, TABLE), None
+    ),
+    "DDPM": Instance(
+        lambda: DDPM(Network(PointNetwork(3, 2, 4, 1), Betas.cosine(2), learns_variance=True), (3,), 2, "optimal"),
+        (TABLE,),
+        row=(3,),
+        backend=Denoising(loss=HybridLoss(), steps=2, seed=0, progress=False),
     ),
     "VaDE": Instance(lambda: VaDE((2, 3), 3, 2, hidden=(4,)), (PIXELS,), row=(2, 3)),
     "IWAE": Instance(lambda: IWAE((2, 3), 1, (2,), hidden=4), (PIXELS,), row=(2, 3)),
@@ -210,8 +223,7 @@ def test_two_instances_share_nothing_and_a_copy_is_whole(instance: Instance) -> 
 @every_model
 def test_a_fit_leaves_the_data_and_the_store_of_pyro_alone(instance: Instance) -> None:
     before = [tensor.clone() for tensor in instance.data]
-    maximise = {"maximise": ("shares", "topics")} if "LDA" in type(instance.build()).__name__ else {}
-    EM(steps=2, seed=0, progress=False, **maximise).fit(instance.build(), *instance.data)
+    instance.backend.fit(instance.build(), *instance.data)
     for was, now in zip(before, instance.data, strict=True):
         torch.testing.assert_close(now, was, rtol=0.0, atol=0.0, equal_nan=True)
     assert not pyro.get_param_store().keys()

@@ -165,7 +165,7 @@ def test_ancestral_sampling_refuses_an_improper_prior() -> None:
     def program() -> None:
         pyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
 
-    with pytest.raises(Unsupported, match="improper prior"):
+    with pytest.raises(Unsupported, match="a prior that is improper"):
         sampling.ancestral(program, 3)
 
 

@@ -59,8 +59,8 @@ class PriorDraw(Block):
         if len(sites) != 1:
             raise Unsupported(f"PriorDraw() updates one site, but was given {', '.join(sites)}.")
         site, program = density.program.latents[sites[0]], density.program
-        if site.is_flat:
-            raise Unsupported(f"PriorDraw() cannot draw '{site.name}' from its prior, which is flat and improper.")
+        if site.flaw:
+            raise Unsupported(f"PriorDraw() cannot draw '{site.name}' from its prior, which is {site.flaw}.")
         node = program.trace({name: value[0] for name, value in trials.values.items()}, evaluated=False).nodes[site.name]
         if _is_masked(node["fn"]):
             raise Unsupported(f"PriorDraw() cannot draw '{site.name}' from its prior, which is masked.")

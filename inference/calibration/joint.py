@@ -145,11 +145,12 @@ def _check_generative(program: Program) -> None:
     """Raises unless the program's density is that of what it draws."""
     if not program.observed_sites:
         raise Unsupported(f"{program.name} has no observed site: there are no data to draw anew.")
-    flat = [name for name, site in program.latents.items() if site.is_flat]
-    if flat:
-        raise Unsupported(
-            f"'{flat[0]}' has an improper prior, from which nothing can be drawn. Calibrate with a proper one in its place."
-        )
+    for name, site in (program.latents | program.observed_sites).items():
+        if site.flaw:
+            raise Unsupported(
+                f"'{name}' has a law that is {site.flaw}, from which nothing can be drawn. Calibrate with a proper one in "
+                "its place."
+            )
     if program.factors:
         raise Unsupported(
             f"{program.name} has pyro.factor('{program.factors[0]}'), which changes its density, but not what it "

@@ -10,10 +10,11 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
+from pyro_genmodels.autoencoders.ends import check_shape, rows_of
 from pyro_genmodels.base import GenerativeModel
-from pyro_genmodels.diffusion.denoiser import Denoiser
-from pyro_genmodels.diffusion.likelihood import bridge
-from pyro_genmodels.diffusion.samplers import path, step_posterior, terminal
+from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser, per_row
+from pyro_genmodels.diffusion.likelihood import bridge, link_cost, prior_cost
+from pyro_genmodels.diffusion.samplers import Step, ancestral, path, step_posterior, terminal
 
 __all__ = ["DDPM"]
 
@@ -25,8 +26,15 @@ class DDPM(GenerativeModel):
 
     The guide runs the other way's bridges in the *same* order, x_T | x and then x_{t−1} | x_t, x, so that program and guide
     have the same dependencies and ``TraceMeanField_ELBO`` takes every divergence in closed form: its terms are those of
-    ``likelihood.variational_bound``. It has no weights. Each of the T links is a site and a call of the denoiser in turn:
-    fit for tens of steps, not thousands.
+    ``likelihood.variational_bound``. The guide has no weights.
+
+    ``inference.Denoising`` trains it by one link a row, so that T may be a thousand: by L_simple, by the bound, or by both,
+    where the bound trains a learned variance: ``Network(learns_variance=True)`` with "optimal". As a program, each of the
+    T links is a site and a call of the denoiser in turn: fit for tens of steps.
+
+    Data are to have about unit variance.
+
+    Sites: ``x_T``, …, ``x_1`` and ``x``, each (rows, *shape). Plate: ``rows``.
 
     Args:
         denoiser: Any whose schedule has no noise at time 0.
@@ -36,6 +44,15 @@ class DDPM(GenerativeModel):
 
     References:
         J. Ho, A. Jain, P. Abbeel, Denoising Diffusion Probabilistic Models (2020).
+        A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models (2021): learned variance.
+
+    Example:
+        >>> from pyro_genmodels.diffusion import Betas, Network
+        >>> from pyro_genmodels.nets import PointNetwork
+        >>> model = DDPM(Network(PointNetwork(2), Betas.linear(1000)), (2,), 1000)
+        >>> model.link_cost(model.denoiser(torch.ones(3, 2), torch.tensor(1000.0)), torch.ones(3, 2), torch.ones(3, 2),
+        ...                 torch.tensor([0, 0, 0])).shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -49,7 +66,17 @@ class DDPM(GenerativeModel):
         if variance not in ("upper", "lower", "optimal"):
             raise ValueError(f"variance is 'upper', 'lower' or 'optimal', not {variance!r}.")
         self.denoiser, self.shape, self.variance = denoiser, tuple(shape), variance
-        self.grid = denoiser.schedule.grid(steps, "time", start=0.0)
+        self.grid: Tensor
+        self.register_buffer("grid", denoiser.schedule.grid(steps, "time", start=0.0), persistent=False)
+
+    def prepare(self, x: Tensor | None = None, size: int | None = None) -> None:
+        """Looks at the data.
+
+        Raises:
+            ValueError: If they are of another shape.
+        """
+        if x is not None:
+            check_shape(x, self.shape, "DDPM")
 
     def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         rows, like = self._rows(x, size)
@@ -75,11 +102,33 @@ class DDPM(GenerativeModel):
                 mean, scale = bridge(step, x, noisy)
                 noisy = pyro.sample(f"x_{i}", dist.Normal(mean, scale.to(x)).to_event(len(self.shape)))
 
+    @torch.no_grad()
+    def sample(self, size: int) -> Tensor:
+        """New rows, (size, *shape), by ``samplers.ancestral``, whose last step adds no noise."""
+        _, like = self._rows(None, size)
+        start = terminal(self.denoiser, self.grid, like).scale * torch.randn(size, *self.shape).to(like)
+        return ancestral(self.denoiser, start, self.grid, self.variance)
+
+    def link_cost(self, known: Denoised, x: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
+        """L_{t−1}, or L_0 for the last link, in nats, (rows,).
+
+        Args:
+            known: What the denoiser says of ``noisy``.
+            x: Data x_0, (rows, *shape).
+            noisy: x_t, with t the time ``index`` of the grid.
+            index: Which link, from 0 at the noise, (rows,).
+        """
+        snrs = self.denoiser.schedule.log_snr(self.grid)
+        levels = [level[at] for level in self.denoiser.schedule.levels(snrs) for at in (index, index + 1)]
+        alpha, next_alpha, sigma, next_sigma = (per_row(level, x) for level in levels)
+        step = Step(self.grid[index], self.grid[index + 1], alpha, sigma, next_alpha, next_sigma)
+        return link_cost(known, x, noisy, step, self.variance)
+
+    def prior_cost(self, x: Tensor) -> Tensor:
+        """L_T in nats, (rows,)."""
+        alpha, sigma = self.denoiser.at(x, self.grid[0])
+        return prior_cost(x, alpha.to(x), sigma.to(x))
+
     def _rows(self, x: Tensor | None, size: int | None) -> tuple[int, Tensor]:
-        if x is None:
-            if size is None:
-                raise ValueError("Without data, DDPM draws rows: say how many, as in model(size=100).")
-            return size, next((p for p in self.parameters()), torch.zeros(())).new_zeros(())
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"Rows of x have the shape {tuple(x.shape[1:])}, but this DDPM was built for {self.shape}.")
-        return len(x), x
+        rows = rows_of(x, size, self.shape, "DDPM")
+        return rows, next(self.parameters(), torch.zeros((), device=self.grid.device)).new_zeros(()) if x is None else x

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pyro_genmodels.diffusion.schedule import Schedule
 
-__all__ = ["PREDICTIONS", "Denoised", "Denoiser", "Network", "Prediction", "data_from", "output_from"]
+__all__ = ["PREDICTIONS", "Denoised", "Denoiser", "Given", "Network", "Prediction", "data_from", "output_from"]
 
-Prediction = Literal["data", "noise", "velocity", "score"]
-PREDICTIONS: tuple[Prediction, ...] = ("data", "noise", "velocity", "score")
+Prediction = Literal["data", "noise", "velocity", "score", "flow"]
+PREDICTIONS: tuple[Prediction, ...] = ("data", "noise", "velocity", "score", "flow")
 
 
 class Denoised(NamedTuple):
@@ -87,7 +87,8 @@ def data_from(prediction: Prediction, output: Tensor, x: Tensor, alpha: Tensor, 
     """x̂_0 from what was predicted.
 
     Args:
-        prediction: "data" x_0, "noise" ε, "velocity" α ε − σ x_0, or "score" −ε / σ.
+        prediction: "data" x_0, "noise" ε, "velocity" α ε − σ x_0, "score" −ε / σ, or "flow" ε − x_0, the slope of straight
+            paths, whichever the schedule.
         output: The prediction, of the shape of ``x``.
         x: x_t, (rows, …).
         alpha: α_t, in a shape that multiplies ``x``; not 0 for "noise" and "score".
@@ -102,6 +103,8 @@ def data_from(prediction: Prediction, output: Tensor, x: Tensor, alpha: Tensor, 
             return (alpha * x - sigma * output) / (alpha.square() + sigma.square())
         case "score":
             return (x + sigma.square() * output) / alpha
+        case "flow":
+            return (x - sigma * output) / (alpha + sigma)
     raise ValueError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
 
 
@@ -117,6 +120,8 @@ def output_from(prediction: Prediction, data: Tensor, x: Tensor, alpha: Tensor, 
             return alpha * noise - sigma * data
         case "score":
             return -noise / sigma
+        case "flow":
+            return noise - data
     raise ValueError(f"prediction is one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
 
 
@@ -133,8 +138,9 @@ class Network(Denoiser):
 
     Args:
         network: Maps (rows, …) and (rows,) to the shape of the first, or with ``learns_variance`` to twice its dimension 1.
+            With a context it takes that as its third argument.
         schedule: α and σ.
-        prediction: "data", "noise", "velocity" or "score" of a plain network, or "preconditioned".
+        prediction: "data", "noise", "velocity", "score" or "flow" of a plain network, or "preconditioned".
         deviation: d, the standard deviation of the data, for "preconditioned".
         learns_variance: Whether the second half u of the output tells a variance: that of x_0 is
             d² s² / (d² + s²) / (1 + exp(−u)), between none and that of Gaussian data. At d = 1 and α² + σ² = 1 a
@@ -143,6 +149,7 @@ class Network(Denoiser):
     References:
         T. Karras, M. Aittala, T. Aila, S. Laine, Elucidating the Design Space of Diffusion-Based Generative Models (2022).
         T. Salimans, J. Ho, Progressive Distillation for Fast Sampling of Diffusion Models (2022): velocity.
+        Y. Lipman, R. Chen, H. Ben-Hamu, M. Nickel, M. Le, Flow Matching for Generative Modeling (2023): flow.
         A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models (2021): learned variance.
     """
 
@@ -162,11 +169,11 @@ class Network(Denoiser):
         self.network, self.prediction, self.deviation = network, prediction, deviation
         self.learns_variance = learns_variance
 
-    def forward(self, x: Tensor, t: Tensor) -> Denoised:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Denoised:
         alpha, sigma = self.at(x, t)
         spread = (self.deviation**2 + (sigma / alpha).square()).sqrt()
         is_plain = self.prediction in PREDICTIONS
-        output = self._output(x if is_plain else x / (alpha * spread), t)
+        output = self._output(x if is_plain else x / (alpha * spread), t, context)
         variance = None
         if self.learns_variance:
             output, logits = output.chunk(2, 1)
@@ -181,7 +188,26 @@ class Network(Denoiser):
             return Denoised(kept + self.deviation * sigma / (alpha * spread) * output, variance)
         return Denoised(data_from(self.prediction, output, x, alpha, sigma), variance)
 
-    def _output(self, x: Tensor, t: Tensor) -> Tensor:
+    def _output(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         weights = next(self.network.parameters(), x)
         levels = (0.25 * self.schedule.log_snr(t)).to(weights).expand(len(x))
-        return self.network(x.to(weights.dtype), levels).to(x.dtype)
+        beside = () if context is None else (context,)
+        return self.network(x.to(weights.dtype), levels, *beside).to(x.dtype)
+
+
+@final
+class Given(Denoiser):
+    """A conditional denoiser at a context, for whatever takes a denoiser.
+
+    Args:
+        denoiser: One that takes a context, such as a ``Network`` of a network that does.
+        context: One for each row that it will be given, (rows, …).
+    """
+
+    def __init__(self, denoiser: Denoiser, context: Tensor) -> None:
+        super().__init__(denoiser.schedule)
+        self.denoiser, self.context = denoiser, context
+
+    def forward(self, x: Tensor, t: Tensor) -> Denoised:
+        known: Denoised = self.denoiser(x, t, self.context)
+        return known

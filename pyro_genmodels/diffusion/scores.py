@@ -69,6 +69,9 @@ def tweedie_covariance(y: Tensor, score: Callable[[Tensor], Tensor], noise: Tens
 def score_of(log_density: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """∇ log p of a log-density of rows, (rows, …) to (rows,), such as ``distribution.log_prob``."""
 
+    if isinstance(log_density, torch.distributions.Distribution):
+        raise TypeError("score_of takes log p, such as distribution.log_prob, but was given the distribution itself.")
+
     def score(y: Tensor) -> Tensor:
         with torch.enable_grad():
             point = y if y.requires_grad else y.detach().requires_grad_()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "initialise"]
+__all__ = ["MLP", "initialise", "silent"]
 
 _RECTIFIERS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
 _LAST_GAIN = 0.1  # of the last layer: a fit starts where the network says little of its input
@@ -76,6 +76,14 @@ def initialise(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, activation: ty
     if isinstance(layer, nn.ConvTranspose2d):  # (in, out, *kernel); a stride spreads the kernel over as many outputs
         fan_in = weight.shape[0] * weight[0, 0].numel() // (layer.stride[0] * layer.stride[1])
     nn.init.normal_(weight, std=gain / max(fan_in, 1) ** 0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def silent(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """The layer, of which nothing comes at first: what it is added to begins as it was."""
+    nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
