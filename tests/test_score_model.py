@@ -96,7 +96,7 @@ def test_probes_that_are_kept_make_the_estimate_of_the_density_a_function_with_t
 
 def test_it_is_a_distribution_in_any_program() -> None:
     """Shapes under plates, gradients of draws, a copy; Pyro's Predictive and our HMC run on it."""
-    model = a_model(steps=2)
+    model = a_model(steps=1)
     assert isinstance(model, StochasticModule) and model().expand((3, 4)).sample((5,)).shape == (5, 3, 4, 2)
     drawn = model().rsample((3,))
     assert drawn.requires_grad and drawn.shape == (3, 2)
@@ -230,10 +230,10 @@ def test_an_oracle_of_one_class_given_its_label_is_that_class() -> None:
             return Denoised(torch.where(context[:, None] > 0, means[1], means[0]))
 
     denoiser = TwoClasses()
-    model, labels = ScoreModel(denoiser, (2,), is_scaled=False, steps=64), torch.tensor([0, 1, 1])
+    model, labels = ScoreModel(denoiser, (2,), is_scaled=False, steps=16), torch.tensor([0, 1, 1])
     x = torch.tensor([[-3.0, -2.5], [3.0, 3.5], [-3.0, -2.5]]).double()
     found = model(labels).log_prob(x)
     for row, label in enumerate(labels.tolist()):
-        alone = ScoreModel(denoiser.classes[label], (2,), is_scaled=False, steps=64)  # type: ignore[arg-type]
+        alone = ScoreModel(denoiser.classes[label], (2,), is_scaled=False, steps=16)  # type: ignore[arg-type]
         assert found[row].item() == pytest.approx(alone().log_prob(x[row : row + 1]).item(), abs=1e-9)
     assert model(labels).sample((4,)).shape == (4, 3, 2)
