@@ -32,6 +32,8 @@ from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_ste
 
 __all__ = ["Adversarial", "AdversarialInfo", "AdversarialState"]
 
+_RATE = 2e-4  # of DCGAN (Radford et al. 2016)
+
 
 class AdversarialState(NamedTuple):
     """The two players and their optimisers; torch trains all of them in place.
@@ -39,20 +41,20 @@ class AdversarialState(NamedTuple):
     Attributes:
         critic: The network that tells data from draws.
         guide: What recognises hidden sites in draws; None if nothing does.
-        optimisers: Of the program's weights, with those of the guide, and of the critic's.
+        optimisers: Of the critic's weights, then of the program's with those of the guide; the latter only if they learn.
         objectives: Their losses and gradients.
         wiring: Which of the program's tensors are data.
         step: Steps of the generator, ().
         batches: Batches taken, ().
         order: The rows in the order of this pass, (rows,); empty without batches.
         streak: Steps in a row whose numbers were not finite, ().
-        averaged: Moving averages of the program's weights; () without ``average``.
+        averaged: Moving averages of the program's weights, or of the critic's alone; () without ``average``.
     """
 
     critic: nn.Module
     guide: Guide | None
-    optimisers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
-    objectives: tuple[Objective, Objective]
+    optimisers: tuple[torch.optim.Optimizer, ...]
+    objectives: tuple[Objective, ...]
     wiring: Wiring
     step: Tensor
     batches: Tensor
@@ -67,13 +69,13 @@ class AdversarialInfo(NamedTuple):
     Attributes:
         value: What the critic raises, at its last step: an estimate of a divergence; see ``inference.games``.
         penalty: The penalties in its loss.
-        loss: What the generator lowers, without the information.
+        loss: What the generator lowers, without the information; None where it does not learn.
         information: E[log q(hidden | x) − log p(hidden)] a row of draws, at most their mutual information; or None.
     """
 
     value: Tensor
     penalty: Tensor
-    loss: Tensor
+    loss: Tensor | None = None
     information: Tensor | None = None
 
 
@@ -106,14 +108,15 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         objective: What for: ``NonSaturating()``, ``Minimax()``, ``Wasserstein()``, ``Hinge()``, ``LeastSquares()``.
         steps: Steps of the generator.
         critic_steps: Steps of the critic for each of them, at least 1. WGAN takes 5.
-        learning_rate: Of Adam for the program's weights.
-        critic_learning_rate: Of Adam for the critic's; None takes the same.
+        learning_rate: Of Adam for the program's weights; None leaves them as they are and trains the critic alone, which
+            with ``Minimax()`` learns log p(x) − log q(x) of data p and draws q. Sites without rsample will do then.
+        critic_learning_rate: Of Adam for the critic's; None takes the same, or 2e-4.
         betas: Of Adam, for both. Little momentum: the other player moves, too.
         batch_size: Rows per step, and as many draws; None takes all.
         zero_penalty: γ of R1, γ/2 E_data ‖∇D‖², added to the critic's loss; 0 leaves it out.
         information: Weight of the bound on the information; None is 1 where there is a guide for hidden sites, else 0.
-        average: Decay of an exponential moving average of the program's weights, such as 0.999, which takes their place at
-            the end; None keeps the last ones.
+        average: Decay of an exponential moving average, such as 0.999, of the program's weights, or of the critic's where
+            that is trained alone; it takes their place at the end. None keeps the last ones.
         autocast: Type of the arithmetic of networks, such as ``torch.bfloat16``.
         compile: Whether recorded steps are compiled by ``torch.compile``; pays on a GPU.
 
@@ -138,7 +141,7 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     objective: Game = field(default_factory=NonSaturating)
     steps: int = 2000
     critic_steps: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float | None = _RATE
     critic_learning_rate: float | None = None
     betas: tuple[float, float] = (0.5, 0.9)
     batch_size: int | None = None
@@ -191,15 +194,19 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
             raise Unsupported("Adversarial runs in one process (inference.distributed.alone).")
         if not program.observed_sites:
             raise Unsupported(f"{program.name} observes nothing that a critic could tell from its draws. Give it data.")
-        self._check_paths(program)
-        if not program.weights:
-            raise Unsupported(f"What {program.name} draws depends on no weights: there is nothing to train.")
+        if self._is_playing:
+            self._check_paths(program)
+        if self._is_playing and not program.weights:
+            raise Unsupported(
+                f"What {program.name} draws depends on no weights: there is nothing to train. learning_rate=None trains the "
+                "critic alone."
+            )
         self._check_data(program)
         wiring = self._wiring(program)
         critic = self.critic.to(program.device, program.dtype)
         guide = self._guide(program, wiring)
         self._check_critic(program, wiring)
-        trained = {id(w): w for w in program.weights.values() if w.requires_grad}
+        trained = {id(w): w for w in program.weights.values() if w.requires_grad and self._is_playing}
         if guide is not None:
             trained |= {id(w): w for w in guide.weights().values() if w.requires_grad}
         own: list[Tensor] = [weight for weight in critic.parameters() if weight.requires_grad]
@@ -211,8 +218,10 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
                 f"The critic's '{shared[0]}' is a weight of {program.name}, too: the two play against each other."
             )
         leaves = [*trained.values()]
-        rates = (self.learning_rate, self.critic_learning_rate or self.learning_rate)
-        optimisers = (self._adam(leaves, rates[0]), self._adam(own, rates[1]))
+        sides = [(own, self.critic_learning_rate or self.learning_rate or _RATE)]
+        if self.learning_rate is not None:
+            sides.append((leaves, self.learning_rate))
+        optimisers = tuple(torch.optim.Adam(side, lr=rate, betas=self.betas, fused=True) for side, rate in sides)
         owners = [program.owner, program.call, critic, None if guide is None else guide.call]
         is_watched = any(not getattr(callback, "is_passive", False) for callback in self.callbacks)
         make = partial(
@@ -227,16 +236,19 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         judging = partial(self._critic_loss, program, wiring)
         networks = [self.critic, *(program.owner.children() if isinstance(program.owner, nn.Module) else ())]
         cast = partial(in_networks, networks=networks, device=program.device, dtype=self.autocast)
-        objectives = (make(cast(generating)), make(cast(judging)))
+        objectives = tuple(make(cast(loss)) for loss, _ in zip((judging, generating), sides, strict=False))
         zero = torch.zeros((), dtype=torch.long)
-        averaged = tuple(weight.detach().clone() for weight in leaves) if self.average is not None else ()
+        followed = leaves if self._is_playing else own
+        averaged = tuple(weight.detach().clone() for weight in followed) if self.average is not None else ()
         streak = torch.zeros((), dtype=program.dtype, device=program.device)
         return AdversarialState(
             critic, guide, optimisers, objectives, wiring, zero, zero, torch.empty(0, dtype=torch.long), streak, averaged
         )
 
-    def _adam(self, weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(weights, lr=learning_rate, betas=self.betas, fused=True)
+    @property
+    def _is_playing(self) -> bool:
+        """Whether the program learns, too."""
+        return self.learning_rate is not None
 
     # ------------------------------------------------------------------------------------ what is refused before
     def _check_data(self, program: Program) -> None:
@@ -270,9 +282,14 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     def _guide(self, program: Program, wiring: Wiring) -> Guide | None:
         """What recognises hidden sites, if anything is to."""
         is_asked = self.information is not None and self.information > 0
-        if self.information == 0 or not program.latents or program.guide is None:
+        reasons = {
+            "does not learn": not self._is_playing,
+            "hides nothing": not program.latents,
+            "brings no guide that recognises what it hides": program.guide is None,
+        }
+        if self.information == 0 or program.guide is None or any(reasons.values()):
             if is_asked:
-                what = "hides nothing" if not program.latents else "brings no guide that recognises what it hides"
+                what = next(reason for reason, holds in reasons.items() if holds)
                 raise Unsupported(f"information= is {self.information}, but {program.name} {what}. Leave it out.")
             return None
         if wiring.sources[0] is None:
@@ -407,13 +424,15 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         is_finite = torch.ones((), dtype=torch.bool, device=program.device)
         for _ in range(self.critic_steps):
             state, data = self._batch(state, program)
-            found = state.objectives[1](data)
-            is_finite = is_finite & self._moved(state, 1, found)
+            found = state.objectives[0](data)
+            is_finite = is_finite & self._moved(state, 0, found)
             self._clip()
         value, penalty = found.unbind()
-        found = state.objectives[0](data)
-        is_finite = is_finite & self._moved(state, 0, found)
-        loss, information = found.unbind()
+        loss = information = None
+        if self._is_playing:
+            found = state.objectives[1](data)
+            is_finite = is_finite & self._moved(state, 1, found)
+            loss, information = found.unbind()
         streak = (state.streak + 1) * (~is_finite).to(state.streak.dtype)
         state = state._replace(step=state.step + 1, streak=streak)
         if state.averaged:
@@ -438,12 +457,8 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
                 weight.clamp_(-self.objective.clip, self.objective.clip)
 
     def _own(self, state: AdversarialState) -> list[Tensor]:
-        """The weights of program and guide."""
-        return state.objectives[0].weights[: len(state.objectives[0].weights) - self._critics]
-
-    @property
-    def _critics(self) -> int:
-        return sum(weight.requires_grad for weight in self.critic.parameters())
+        """The weights that are averaged: of program and guide, or of the critic alone."""
+        return [weight for group in state.optimisers[-1].param_groups for weight in group["params"]]
 
     def _give_up(self, state: AdversarialState, program: Program, data: list[Tensor] | None) -> NoReturn:
         """Raises: weights from which no step leads back."""
@@ -451,7 +466,7 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
             drawn = program.simulated(program.data if data is None else data)
             is_drawn_well = all(bool(drawn[name].isfinite().all()) for name in program.observed_sites)
         who = "The critic gives scores" if is_drawn_well else f"{program.name} draws values"
-        layer = first_not_finite(program, Guide(self.critic), lambda: state.objectives[1].loss(data, False))
+        layer = first_not_finite(program, Guide(self.critic), lambda: state.objectives[0].loss(data, False))
         where = "" if layer is None else f"; the first layer that does is {layer}"
         raise ValueError(
             f"{who} that have not been finite since step {int(state.step) - int(state.streak)}{where}. Take a smaller "
