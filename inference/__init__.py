@@ -8,6 +8,7 @@ Start reading at ``inference.contract``.
 
 from inference import calibration, markov, relabel, sampling
 from inference.adversarial import Adversarial
+from inference.adversarial_vi import AdversarialVI
 from inference.blocks import (
     AdaptiveWalk,
     Conjugate,
@@ -43,6 +44,7 @@ __all__ = [
     "SVI",
     "AdaptiveWalk",
     "Adversarial",
+    "AdversarialVI",
     "Backend",
     "Conjugate",
     "Cyclical",

@@ -40,14 +40,13 @@ from inference.objective import Objective
 from inference.particles import Weigher
 from inference.program import Program
 from inference.start import ascended, starting_values
-from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_step
+from inference.training import NOT_FINITE, at_once, follow, in_networks, put, rows_of_step
 
 __all__ = ["SVI", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
 _CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint
 _ROWS = 4096  # that a guide draws at a time, where it is trained on batches
-_LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
 
 
 class Beta(nn.Module):
@@ -593,9 +592,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         return state, Draw({n: v[:, 0] for n, v in draw.values.items()}, {n: v[:, 0] for n, v in draw.stats.items()})
 
     def most_readings(self, program: Program) -> int:
-        sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
-        choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
-        return max(1, _LARGEST_BLOCK // (1 + sum(sizes) * choices))
+        return at_once(program)
 
     @torch.no_grad()
     def readings(self, state: SVIState, program: Program, count: int) -> tuple[SVIState, Draw]:
