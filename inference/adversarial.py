@@ -274,9 +274,9 @@ class Adversarial(Duel[AdversarialInfo]):
         loss, information = (None, None) if moved is None else moved.unbind()
         return AdversarialInfo(value, penalty, loss, None if state.guide is None else information)
 
-    def _is_sound_without_critic(self, state: DuelState, program: Program, data: list[Tensor] | None) -> bool:
+    def _drawer(self, state: DuelState, program: Program, data: list[Tensor] | None) -> tuple[str, list[Tensor]]:
         drawn = program.simulated(program.data if data is None else data)
-        return all(bool(drawn[name].isfinite().all()) for name in program.observed_sites)
+        return program.name, [drawn[name] for name in program.observed_sites]
 
     @torch.no_grad()
     def sample(self, state: DuelState, program: Program) -> tuple[DuelState, Draw]:

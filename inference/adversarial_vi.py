@@ -108,7 +108,8 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
     (particles, size). Where each row has latent sites of its own it gets one position a row and particle, and then the
     program's tensors that have rows: ``Critic((size,), context=numbers in these)``.
 
-    ``posterior.stats`` has ``lp`` = log p(x, h), and ``log_q``, which is the critic's word for log q(h | x).
+    ``posterior.stats`` has ``lp`` = log p(x, h), and ``log_q``, which is the critic's word for log q(h | x). After
+    ``average`` its word is on the last guide and not on the averaged one: go on with the critic alone, ``learning_rate=None``.
 
     Args:
         critic: A module that gives one number a row, (rows,) or (rows, 1).
@@ -168,8 +169,8 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
             raise ValueError(f"particles is {self.particles!r}, but must be an integer of at least 1.")
         self._check_settings(program)
         guide = self._guide(program)
-        self.critic.to(program.device, program.dtype)
         contrast = self._contrast(program, guide)
+        self.critic.to(contrast.mean)
         count = self._particles(contrast)
         if count == 1 and not contrast.is_local:
             raise ValueError("particles is 1, but the critic needs several draws of what belongs to no row, such as 256.")
@@ -217,7 +218,7 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
             raise Unsupported(f"The critic compares the latent sites of a row, or of all rows together; {why}. Use SVI().")
         values = {name: trace.nodes[name]["value"][None] for name in sites}
         like, _ = _positions(program, values, bool(local))
-        return _Contrast(program, sites, bool(local), like).to(program.device, program.dtype)
+        return _Contrast(program, sites, bool(local), like)
 
     def _particles(self, contrast: _Contrast) -> int:
         return self.particles or (1 if contrast.is_local else _PARTICLES)
@@ -281,10 +282,9 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
         loss, divergence = (None, None) if moved is None else moved.unbind()
         return AdversarialVIInfo(value, penalty, loss, divergence)
 
-    def _is_sound_without_critic(self, state: DuelState, program: Program, data: list[Tensor] | None) -> bool:
+    def _drawer(self, state: DuelState, program: Program, data: list[Tensor] | None) -> tuple[str, list[Tensor]]:
         assert state.guide is not None
-        drawn = self._drawn(state.guide, program, data, 1)
-        return all(bool(value.isfinite().all()) for value in drawn.values())
+        return f"The guide of {program.name}", [*self._drawn(state.guide, program, data, 1).values()]
 
     def sample(self, state: DuelState, program: Program) -> tuple[DuelState, Draw]:
         state, draw = self.readings(state, program, 1)
@@ -315,10 +315,10 @@ def _positions(program: Program, values: Mapping[str, Tensor], is_local: bool) -
     Returns:
         (particle, size), or (particle · row, size) of sites that rows have; and (particle,).
     """
-    parts, total = [], torch.zeros((), dtype=program.dtype, device=program.device)
+    parts, jacobians = [], []
     for name, value in values.items():
         transform = program.latents[name].transform
         part, count = transform.inv(value), len(value)
         parts.append(part.reshape(count * value.shape[1] if is_local else count, -1))
-        total = total + transform.log_abs_det_jacobian(part, value).reshape(count, -1).sum(-1)
-    return torch.cat(parts, -1), total
+        jacobians.append(transform.log_abs_det_jacobian(part, value).reshape(count, -1).sum(-1))
+    return torch.cat(parts, -1), torch.stack(jacobians).sum(0)

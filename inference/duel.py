@@ -100,8 +100,8 @@ class Duel(Backend[DuelState, I]):
         """What a step has seen, from what the two losses report."""
 
     @abc.abstractmethod
-    def _is_sound_without_critic(self, state: DuelState, program: Program, data: list[Tensor] | None) -> bool:
-        """Whether all is finite that the critic is given."""
+    def _drawer(self, state: DuelState, program: Program, data: list[Tensor] | None) -> tuple[str, list[Tensor]]:
+        """Who draws what the critic is given, in words, and such draws."""
 
     @property
     def _is_playing(self) -> bool:
@@ -291,9 +291,11 @@ class Duel(Backend[DuelState, I]):
     def _give_up(self, state: DuelState, program: Program, data: list[Tensor] | None) -> NoReturn:
         """Raises: weights from which no step leads back."""
         with torch.no_grad():
-            is_drawn_well = self._is_sound_without_critic(state, program, data)
-        who = "The critic gives scores" if is_drawn_well else f"{program.name} draws values"
-        layer = first_not_finite(program, Guide(self.critic), lambda: state.objectives[0].loss(data, False))
+            drawer, drawn = self._drawer(state, program, data)
+        is_drawn_well = all(bool(part.isfinite().all()) for part in drawn)
+        who = "The critic gives scores" if is_drawn_well else f"{drawer} draws values"
+        owners = (program.owner, self.critic, None if state.guide is None else state.guide.call)
+        layer = first_not_finite(owners, lambda: state.objectives[0].loss(data, False))
         where = "" if layer is None else f"; the first layer that does is {layer}"
         raise ValueError(
             f"{who} that have not been finite since step {int(state.step) - int(state.streak)}{where}. Take a smaller "

@@ -441,7 +441,7 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _give_up(self, state: SVIState, program: Program, data: list[Tensor] | None) -> NoReturn:
         """Raises: weights from which no step leads back."""
-        layer = first_not_finite(program, state.guide, lambda: state.objective.loss(data, False))
+        layer = first_not_finite((program.owner, state.guide.call), lambda: state.objective.loss(data, False))
         raise ValueError(
             f"The bound of {program.name} has not been finite since step {int(state.step) - int(state.streak)}"
             f"{'' if layer is None else f'; the first layer that gives NaN or infinity is {layer}'}. Take a smaller "
