@@ -109,7 +109,7 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
     program's tensors that have rows: ``Critic((size,), context=numbers in these)``.
 
     ``posterior.stats`` has ``lp`` = log p(x, h), and ``log_q``, which is the critic's word for log q(h | x). After
-    ``average`` its word is on the last guide and not on the averaged one: go on with the critic alone, ``learning_rate=None``.
+    ``average`` its word is on the last guide, not on the averaged one: go on with the critic alone, ``learning_rate=None``.
 
     Args:
         critic: A module that gives one number a row, (rows,) or (rows, 1).
