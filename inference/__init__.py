@@ -8,6 +8,7 @@ Start reading at ``inference.contract``.
 
 from inference import calibration, markov, noising, relabel, sampling, score_matching
 from inference.adversarial import Adversarial
+from inference.adversarial_vi import AdversarialVI
 from inference.blocks import (
     AdaptiveWalk,
     Conjugate,
@@ -47,6 +48,7 @@ __all__ = [
     "SVI",
     "AdaptiveWalk",
     "Adversarial",
+    "AdversarialVI",
     "Backend",
     "BoundLoss",
     "Conjugate",

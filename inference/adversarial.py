@@ -6,59 +6,24 @@ which has no density: the critic is to it what a guide is to a program with hidd
 References:
     I. Goodfellow et al., Generative adversarial nets (2014).
     X. Chen et al., InfoGAN (2016): the bound on the information in codes.
-    M. Heusel et al., GANs trained by a two time-scale update rule (2017): a learning rate for each network.
-    Y. Yazıcı et al., The unusual effectiveness of averaging in GAN training (2019).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from inference.contract import Backend, Draw, Unsupported
+from inference.contract import Draw, Unsupported
+from inference.duel import Duel, DuelState
 from inference.fit import Optimise
-from inference.games import Game, NonSaturating, Wasserstein, gradient_penalty, zero_penalty
+from inference.games import Game, NonSaturating
 from inference.guides import Guide, is_drawn
-from inference.handlers import refill
-from inference.networks import first_not_finite
-from inference.objective import Objective
 from inference.program import Program
-from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_step
 
-__all__ = ["Adversarial", "AdversarialInfo", "AdversarialState"]
-
-
-class AdversarialState(NamedTuple):
-    """The two players and their optimisers; torch trains all of them in place.
-
-    Attributes:
-        critic: The network that tells data from draws.
-        guide: What recognises hidden sites in draws; None if nothing does.
-        optimisers: Of the program's weights, with those of the guide, and of the critic's.
-        objectives: Their losses and gradients.
-        wiring: Which of the program's tensors are data.
-        step: Steps of the generator, ().
-        batches: Batches taken, ().
-        order: The rows in the order of this pass, (rows,); empty without batches.
-        streak: Steps in a row whose numbers were not finite, ().
-        averaged: Moving averages of the program's weights; () without ``average``.
-    """
-
-    critic: nn.Module
-    guide: Guide | None
-    optimisers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
-    objectives: tuple[Objective, Objective]
-    wiring: Wiring
-    step: Tensor
-    batches: Tensor
-    order: Tensor
-    streak: Tensor
-    averaged: tuple[Tensor, ...]
+__all__ = ["Adversarial", "AdversarialInfo"]
 
 
 class AdversarialInfo(NamedTuple):
@@ -67,13 +32,13 @@ class AdversarialInfo(NamedTuple):
     Attributes:
         value: What the critic raises, at its last step: an estimate of a divergence; see ``inference.games``.
         penalty: The penalties in its loss.
-        loss: What the generator lowers, without the information.
+        loss: What the generator lowers, without the information; None where it does not learn.
         information: E[log q(hidden | x) − log p(hidden)] a row of draws, at most their mutual information; or None.
     """
 
     value: Tensor
     penalty: Tensor
-    loss: Tensor
+    loss: Tensor | None = None
     information: Tensor | None = None
 
 
@@ -90,7 +55,7 @@ class Wiring(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial(Backend[AdversarialState, AdversarialInfo]):
+class Adversarial(Duel[AdversarialInfo]):
     """Trains the weights of a program against a critic. Both networks are trained in place.
 
     Each step takes ``critic_steps`` batches for the critic and then one step of the generator on the last of them. The
@@ -106,14 +71,15 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         objective: What for: ``NonSaturating()``, ``Minimax()``, ``Wasserstein()``, ``Hinge()``, ``LeastSquares()``.
         steps: Steps of the generator.
         critic_steps: Steps of the critic for each of them, at least 1. WGAN takes 5.
-        learning_rate: Of Adam for the program's weights.
-        critic_learning_rate: Of Adam for the critic's; None takes the same.
+        learning_rate: Of Adam for the program's weights; None leaves them as they are and trains the critic alone, which
+            with ``Minimax()`` learns log p(x) − log q(x) of data p and draws q. Sites without rsample will do then.
+        critic_learning_rate: Of Adam for the critic's; None takes the same, or 2e-4.
         betas: Of Adam, for both. Little momentum: the other player moves, too.
         batch_size: Rows per step, and as many draws; None takes all.
         zero_penalty: γ of R1, γ/2 E_data ‖∇D‖², added to the critic's loss; 0 leaves it out.
         information: Weight of the bound on the information; None is 1 where there is a guide for hidden sites, else 0.
-        average: Decay of an exponential moving average of the program's weights, such as 0.999, which takes their place at
-            the end; None keeps the last ones.
+        average: Decay of an exponential moving average, such as 0.999, of the program's weights, or of the critic's where
+            that is trained alone; it takes their place at the end. None keeps the last ones.
         autocast: Type of the arithmetic of networks, such as ``torch.bfloat16``.
         compile: Whether recorded steps are compiled by ``torch.compile``; pays on a GPU.
 
@@ -132,21 +98,13 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     """
 
     kind: ClassVar[str] = "adversarial"
-    follows_data: ClassVar[bool] = True
 
-    critic: nn.Module
     objective: Game = field(default_factory=NonSaturating)
-    steps: int = 2000
-    critic_steps: int = 1
-    learning_rate: float = 2e-4
-    critic_learning_rate: float | None = None
-    betas: tuple[float, float] = (0.5, 0.9)
-    batch_size: int | None = None
-    zero_penalty: float = 0.0
     information: float | None = None
-    average: float | None = None
-    autocast: torch.dtype | None = None
-    compile: bool = False
+
+    @property
+    def game(self) -> Game:
+        return self.objective
 
     @property
     def schedule(self) -> Optimise:
@@ -156,87 +114,27 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     def view(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "is_simulated": True}
 
-    def _check_settings(self, program: Program) -> None:
-        if not isinstance(self.critic, nn.Module):
-            raise TypeError(f"critic= must be a torch.nn.Module that gives one number a row, but is {self.critic!r}.")
+    def init(self, program: Program) -> DuelState:
         if not isinstance(self.objective, Game):
             raise TypeError(f"objective= must be one of inference.games, such as Hinge(), but is {self.objective!r}.")
-        if not isinstance(self.critic_steps, int) or self.critic_steps < 1:
-            raise ValueError(
-                f"critic_steps is {self.critic_steps!r}, but must be an integer of at least 1: a critic that is not trained "
-                "tells nothing."
-            )
-        for name in ("learning_rate", "critic_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value!r}, but must be positive.")
-        for name in ("zero_penalty", "information"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} is {value!r}, but must not be negative.")
-        if self.average is not None and not 0.0 < self.average < 1.0:
-            raise ValueError(f"average is {self.average!r}, but a decay lies between 0 and 1, such as 0.999.")
-        if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is {self.autocast!r}, but must be torch.bfloat16 or torch.float16.")
-        if self.start is not None:
-            raise Unsupported("Adversarial starts from the weights that program and critic have: leave start= out.")
-        if self.batch_size is not None:
-            program.check_rows("batch_size")
-            if self.batch_size > (program.rows or 0):
-                raise ValueError(f"batch_size is {self.batch_size}, but {program.name} has {program.rows} rows.")
-
-    def init(self, program: Program) -> AdversarialState:
+        if self.information is not None and not self.information >= 0:
+            raise ValueError(f"information is {self.information!r}, but must not be negative.")
         self._check_settings(program)
-        if program.processes.size > 1:
-            raise Unsupported("Adversarial runs in one process (inference.distributed.alone).")
         if not program.observed_sites:
             raise Unsupported(f"{program.name} observes nothing that a critic could tell from its draws. Give it data.")
-        self._check_paths(program)
-        if not program.weights:
-            raise Unsupported(f"What {program.name} draws depends on no weights: there is nothing to train.")
+        if self._is_playing:
+            self._check_paths(program)
+        if self._is_playing and not program.weights:
+            raise Unsupported(
+                f"What {program.name} draws depends on no weights: there is nothing to train. learning_rate=None trains the "
+                "critic alone."
+            )
         self._check_data(program)
         wiring = self._wiring(program)
-        critic = self.critic.to(program.device, program.dtype)
+        self.critic.to(program.device, program.dtype)
         guide = self._guide(program, wiring)
         self._check_critic(program, wiring)
-        trained = {id(w): w for w in program.weights.values() if w.requires_grad}
-        if guide is not None:
-            trained |= {id(w): w for w in guide.weights().values() if w.requires_grad}
-        own: list[Tensor] = [weight for weight in critic.parameters() if weight.requires_grad]
-        if not own:
-            raise Unsupported("The critic has no weights to train.")
-        shared = [name for name, weight in critic.named_parameters() if id(weight) in trained]
-        if shared:
-            raise Unsupported(
-                f"The critic's '{shared[0]}' is a weight of {program.name}, too: the two play against each other."
-            )
-        leaves = [*trained.values()]
-        rates = (self.learning_rate, self.critic_learning_rate or self.learning_rate)
-        optimisers = (self._adam(leaves, rates[0]), self._adam(own, rates[1]))
-        owners = [program.owner, program.call, critic, None if guide is None else guide.call]
-        is_watched = any(not getattr(callback, "is_passive", False) for callback in self.callbacks)
-        make = partial(
-            Objective,
-            weights=[*leaves, *own],
-            owners=owners,
-            name=program.name,
-            is_watched=is_watched,
-            is_compiled=self.compile,
-        )
-        generating = partial(self._generator_loss, program, guide, wiring)
-        judging = partial(self._critic_loss, program, wiring)
-        networks = [self.critic, *(program.owner.children() if isinstance(program.owner, nn.Module) else ())]
-        cast = partial(in_networks, networks=networks, device=program.device, dtype=self.autocast)
-        objectives = (make(cast(generating)), make(cast(judging)))
-        zero = torch.zeros((), dtype=torch.long)
-        averaged = tuple(weight.detach().clone() for weight in leaves) if self.average is not None else ()
-        streak = torch.zeros((), dtype=program.dtype, device=program.device)
-        return AdversarialState(
-            critic, guide, optimisers, objectives, wiring, zero, zero, torch.empty(0, dtype=torch.long), streak, averaged
-        )
-
-    def _adam(self, weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(weights, lr=learning_rate, betas=self.betas, fused=True)
+        return self._begun(program, guide, wiring)
 
     # ------------------------------------------------------------------------------------ what is refused before
     def _check_data(self, program: Program) -> None:
@@ -270,9 +168,14 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
     def _guide(self, program: Program, wiring: Wiring) -> Guide | None:
         """What recognises hidden sites, if anything is to."""
         is_asked = self.information is not None and self.information > 0
-        if self.information == 0 or not program.latents or program.guide is None:
+        reasons = {
+            "does not learn": not self._is_playing,
+            "hides nothing": not program.latents,
+            "brings no guide that recognises what it hides": program.guide is None,
+        }
+        if self.information == 0 or program.guide is None or any(reasons.values()):
             if is_asked:
-                what = "hides nothing" if not program.latents else "brings no guide that recognises what it hides"
+                what = next(reason for reason, holds in reasons.items() if holds)
                 raise Unsupported(f"information= is {self.information}, but {program.name} {what}. Leave it out.")
             return None
         if wiring.sources[0] is None:
@@ -318,20 +221,7 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
                         f"{program.name} draws values of '{name}' that are NaN or infinite. Look at its weights."
                     )
             given = [*real, *(data[i] for i in wiring.beside)]
-            shapes = ", ".join(str(tuple(part.shape)) for part in given)
-            try:
-                scores = self.critic(*given)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The critic does not run on what it is given, tensors of shape {shapes} (the data, then the program's "
-                    f"other tensors with rows): {str(error).splitlines()[0]}"
-                ) from None
-            rows = len(real[0])
-            if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
-                came = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-                raise ValueError(f"The critic must give one number a row, ({rows},) or ({rows}, 1), but gave {came}.")
-            if not scores.isfinite().all():
-                raise ValueError("The critic gives scores of the data that are NaN or infinite. Look at its weights.")
+            self._check_scores(given, "the data, then the program's other tensors with rows")
 
     # ------------------------------------------------------------------------------------------------ the losses
     def _real(self, program: Program, wiring: Wiring, data: list[Tensor]) -> list[Tensor]:
@@ -341,27 +231,14 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         nodes = program.trace({}, data=data, evaluated=False).nodes
         return [nodes[name]["value"].detach() for name in program.observed_sites]
 
-    def _scores(self, *given: Tensor) -> Tensor:
-        """One number a row, (rows,)."""
-        scores: Tensor = self.critic(*given)
-        return scores.reshape(len(scores))
-
     def _critic_loss(
-        self, program: Program, wiring: Wiring, data: list[Tensor] | None, is_recorded: bool
+        self, program: Program, guide: Guide | None, wiring: Wiring, data: list[Tensor] | None, is_recorded: bool
     ) -> tuple[Tensor, Tensor]:
-        """What the critic lowers; its value and penalties, (2,)."""
         data = program.data if data is None else data
-        real, beside = self._real(program, wiring, data), [data[i] for i in wiring.beside]
         with torch.no_grad():
             drawn = program.simulated(data)
-        draws = [drawn[name] for name in program.observed_sites]
-        value = self.objective.value(self._scores(*real, *beside), self._scores(*draws, *beside))
-        penalty = torch.zeros_like(value)
-        if isinstance(self.objective, Wasserstein) and self.objective.penalty is not None:
-            penalty = penalty + self.objective.penalty * gradient_penalty(self._scores, real, draws, beside)
-        if self.zero_penalty:
-            penalty = penalty + 0.5 * self.zero_penalty * zero_penalty(self._scores, real, beside)
-        return penalty - value, torch.stack([value, penalty]).detach()
+        draws, beside = [drawn[name] for name in program.observed_sites], [data[i] for i in wiring.beside]
+        return self._judged(self._real(program, wiring, data), draws, beside)
 
     def _generator_loss(
         self, program: Program, guide: Guide | None, wiring: Wiring, data: list[Tensor] | None, is_recorded: bool
@@ -369,9 +246,7 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         """What the program's weights lower; the loss and the information, (2,)."""
         data = program.data if data is None else data
         drawn, beside = program.simulated(data), [data[i] for i in wiring.beside]
-        draws = [drawn[name] for name in program.observed_sites]
-        frozen = {name: weight.detach() for name, weight in self.critic.named_parameters()}
-        loss = self.objective.loss(functional_call(self.critic, frozen, (*draws, *beside)).reshape(-1))
+        loss = self.objective.loss(self._told(*(drawn[name] for name in program.observed_sites), *beside))
         if guide is None:
             return loss, torch.stack([loss, torch.zeros_like(loss)]).detach()
         information = self._information(program, guide, wiring, data, drawn)
@@ -393,137 +268,22 @@ class Adversarial(Backend[AdversarialState, AdversarialInfo]):
         terms = [recognised[n]["log_prob_sum"] - prior[n]["fn"].log_prob(drawn[n]).sum() for n in told]
         return torch.stack(terms).sum() / len(drawn[next(iter(program.observed_sites))])
 
-    # ----------------------------------------------------------------------------------------------------- steps
-    def _batch(self, state: AdversarialState, program: Program) -> tuple[AdversarialState, list[Tensor] | None]:
-        """The data of the next step: passes over all rows, what is left at their end put back."""
-        size, rows, taken = self.batch_size, program.rows or 0, int(state.batches)
-        state = state._replace(batches=state.batches + 1)
-        if size is None or size >= rows:
-            return state, None
-        order, index = rows_of_step(program, state.order, taken, size)
-        return state._replace(order=order), program.minibatch(index)
+    # ------------------------------------------------------------------------------------------------ what is told
+    def _info(self, state: DuelState, judged: Tensor, moved: Tensor | None) -> AdversarialInfo:
+        value, penalty = judged.unbind()
+        loss, information = (None, None) if moved is None else moved.unbind()
+        return AdversarialInfo(value, penalty, loss, None if state.guide is None else information)
 
-    def step(self, state: AdversarialState, program: Program) -> tuple[AdversarialState, AdversarialInfo]:
-        is_finite = torch.ones((), dtype=torch.bool, device=program.device)
-        for _ in range(self.critic_steps):
-            state, data = self._batch(state, program)
-            found = state.objectives[1](data)
-            is_finite = is_finite & self._moved(state, 1, found)
-            self._clip()
-        value, penalty = found.unbind()
-        found = state.objectives[0](data)
-        is_finite = is_finite & self._moved(state, 0, found)
-        loss, information = found.unbind()
-        streak = (state.streak + 1) * (~is_finite).to(state.streak.dtype)
-        state = state._replace(step=state.step + 1, streak=streak)
-        if state.averaged:
-            assert self.average is not None
-            follow(state.averaged, self._own(state), self.average, int(state.step))
-        if int(state.step) % NOT_FINITE == 0 and streak >= NOT_FINITE:
-            self._give_up(state, program, data)
-        return state, AdversarialInfo(value, penalty, loss, None if state.guide is None else information)
-
-    def _moved(self, state: AdversarialState, player: int, found: Tensor) -> Tensor:
-        """One step of an optimiser, none where the loss was not finite; whether it was."""
-        is_finite = found.isfinite().all()
-        optimiser = state.optimisers[player]
-        optimiser.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
-        optimiser.step()
-        return is_finite
+    def _drawer(self, state: DuelState, program: Program, data: list[Tensor] | None) -> tuple[str, list[Tensor]]:
+        drawn = program.simulated(program.data if data is None else data)
+        return program.name, [drawn[name] for name in program.observed_sites]
 
     @torch.no_grad()
-    def _clip(self) -> None:
-        if isinstance(self.objective, Wasserstein) and self.objective.clip is not None:
-            for weight in self.critic.parameters():
-                weight.clamp_(-self.objective.clip, self.objective.clip)
-
-    def _own(self, state: AdversarialState) -> list[Tensor]:
-        """The weights of program and guide."""
-        return state.objectives[0].weights[: len(state.objectives[0].weights) - self._critics]
-
-    @property
-    def _critics(self) -> int:
-        return sum(weight.requires_grad for weight in self.critic.parameters())
-
-    def _give_up(self, state: AdversarialState, program: Program, data: list[Tensor] | None) -> NoReturn:
-        """Raises: weights from which no step leads back."""
-        with torch.no_grad():
-            drawn = program.simulated(program.data if data is None else data)
-            is_drawn_well = all(bool(drawn[name].isfinite().all()) for name in program.observed_sites)
-        who = "The critic gives scores" if is_drawn_well else f"{program.name} draws values"
-        layer = first_not_finite(program, Guide(self.critic), lambda: state.objectives[1].loss(data, False))
-        where = "" if layer is None else f"; the first layer that does is {layer}"
-        raise ValueError(
-            f"{who} that have not been finite since step {int(state.step) - int(state.streak)}{where}. Take a smaller "
-            "learning_rate, or an objective with a penalty; a checkpoint holds the last weights that were finite."
-        )
-
-    def is_sound(self, state: AdversarialState, program: Program) -> bool:
-        return all(bool(weight.isfinite().all()) for weight in state.objectives[0].weights)
-
-    def shown(self, info: AdversarialInfo, program: Program) -> str:
-        told = {"value": info.value, "loss": info.loss, "information": info.information}
-        return ", ".join(f"{name} {float(number):.4g}" for name, number in told.items() if number is not None)
-
-    # ------------------------------------------------------------------------------------------------ reading out
-    @torch.no_grad()
-    def sample(self, state: AdversarialState, program: Program) -> tuple[AdversarialState, Draw]:
+    def sample(self, state: DuelState, program: Program) -> tuple[DuelState, Draw]:
         """The value of the game at the last weights, of one batch."""
-        if state.averaged:
-            put(self._own(state), state.averaged)
-            state = state._replace(averaged=())
-        state, data = self._batch(state, program)
-        data = program.data if data is None else data
-        real, beside = self._real(program, state.wiring, data), [data[i] for i in state.wiring.beside]
-        drawn = program.simulated(data)
-        draws = [drawn[name] for name in program.observed_sites]
-        value = self.objective.value(self._scores(*real, *beside), self._scores(*draws, *beside))
-        return state, Draw({}, {"value": value[None]})
+        state, data = self._batch(self._settled(state), program)
+        _, told = self._critic_loss(program, state.guide, state.wiring, data, False)
+        return state, Draw({}, {"value": told[:1]})
 
-    def values(self, state: AdversarialState, program: Program) -> dict[str, Tensor]:
+    def values(self, state: DuelState, program: Program) -> dict[str, Tensor]:
         return {}
-
-    @property
-    def _judges(self) -> dict[str, Tensor]:
-        """Weights and buffers of the critic."""
-        return {f"critic.{name}": leaf.detach() for name, leaf in self.critic.state_dict(keep_vars=True).items()}
-
-    def _leaves(self, state: AdversarialState) -> dict[str, Tensor]:
-        return self._judges | ({} if state.guide is None else {f"guide.{n}": leaf for n, leaf in state.guide.leaves.items()})
-
-    def saved(self, state: AdversarialState, program: Program) -> dict[str, Any]:
-        return {
-            "leaves": self._leaves(state),
-            "optimisers": [optimiser.state_dict() for optimiser in state.optimisers],
-            "objectives": [objective.calls for objective in state.objectives],
-            "numbers": {
-                "step": state.step,
-                "batches": state.batches,
-                "order": state.order,
-                "streak": state.streak,
-                "averaged": state.averaged,
-            },
-        }
-
-    def restored(self, saved: dict[str, Any], program: Program) -> AdversarialState:
-        self.critic.to(program.device, program.dtype)
-        held = {name: leaf for name, leaf in saved["leaves"].items() if name in self._judges}
-        refill(self._judges, held, "The critic")  # init looks at its scores
-        state = self.init(program)
-        refill(self._leaves(state), saved["leaves"], "The critic")
-        for optimiser, held in zip(state.optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(held)
-        for objective, calls in zip(state.objectives, saved["objectives"], strict=True):
-            objective.recall(calls)
-        return state._replace(**saved["numbers"])
-
-    def weights(self, state: AdversarialState, program: Program) -> dict[str, Tensor]:
-        critic = {f"critic.{name}": weight.detach().clone() for name, weight in self.critic.named_parameters()}
-        seen: dict[str, Tensor] = {}
-        if state.guide is not None:
-            is_own = state.guide.owner is not None and state.guide.owner.module is program.owner
-            table = state.guide.table
-            seen = {
-                ("" if is_own else "guide.") + n: table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()
-            }
-        return seen | program.weight_values() | critic

@@ -62,6 +62,7 @@ class Guide:
         is_frozen: bool = False,
         dtype: torch.dtype | None = None,
         particles: tuple[int, int] | None = None,
+        evaluated: bool = True,
     ) -> poutine.Trace:
         """Runs the guide.
 
@@ -73,6 +74,7 @@ class Guide:
             is_frozen: Whether its weights are taken without gradients.
             dtype: Floating type that frozen weights are cast to; None leaves them.
             particles: How many draws are made at once, in a dimension left of this many others; None makes one.
+            evaluated: Whether log-probabilities are computed.
         """
         args, kwargs = program.arguments(data)
         table, call = self.table, self.call
@@ -97,7 +99,8 @@ class Guide:
             tracer = poutine.trace(handled)
             with beside:
                 trace = tracer.get_trace(*args, **kwargs)
-            trace.compute_log_prob()
+            if evaluated:
+                trace.compute_log_prob()
         return trace
 
     def weights(self) -> dict[str, Tensor]:

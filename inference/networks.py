@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
-
-if TYPE_CHECKING:
-    from inference.guides import Guide
-    from inference.program import Program
 
 __all__ = ["autocast", "first_not_finite"]
 
@@ -52,12 +48,17 @@ def _cast(forward: Callable[..., Any], device: torch.device, dtype: torch.dtype,
     return run
 
 
-def first_not_finite(program: Program, guide: Guide, run: Callable[[], Any]) -> str | None:
-    """The first layer whose output is NaN or infinite in a run, in words; None if there is none."""
+def first_not_finite(owners: Iterable[Any], run: Callable[[], Any]) -> str | None:
+    """The first layer whose output is NaN or infinite in a run, in words; None if there is none.
+
+    Args:
+        owners: Modules whose layers are looked at, methods of modules, and anything else, which is passed over.
+        run: The run.
+    """
     found: list[str] = []
     hooks = []
-    owners = {id(owner): owner for owner in (program.owner, guide.call, getattr(guide.call, "__self__", None))}
-    for owner in owners.values():
+    parts = [part for owner in owners for part in (owner, getattr(owner, "__self__", None))]
+    for owner in {id(part): part for part in parts}.values():
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
             if any(True for _ in module.children()):
                 continue

@@ -44,6 +44,7 @@ from inference.training import (
     NOT_FINITE,
     PowerAverage,
     adam,
+    at_once,
     check_average,
     descend,
     falling,
@@ -58,7 +59,6 @@ __all__ = ["SVI", "SVIInfo", "SVIState"]
 _STARTS = 8  # of an automatic guide
 _CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint
 _ROWS = 4096  # that a guide draws at a time, where it is trained on batches
-_LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
 
 
 class Beta(nn.Module):
@@ -462,7 +462,7 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _give_up(self, state: SVIState, program: Program, data: list[Tensor] | None) -> NoReturn:
         """Raises: weights from which no step leads back."""
-        layer = first_not_finite(program, state.guide, lambda: state.objective.loss(data, False))
+        layer = first_not_finite((program.owner, state.guide.call), lambda: state.objective.loss(data, False))
         raise ValueError(
             f"The bound of {program.name} has not been finite since step {int(state.step) - int(state.streak)}"
             f"{'' if layer is None else f'; the first layer that gives NaN or infinity is {layer}'}. Take a smaller "
@@ -613,9 +613,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         return state, Draw({n: v[:, 0] for n, v in draw.values.items()}, {n: v[:, 0] for n, v in draw.stats.items()})
 
     def most_readings(self, program: Program) -> int:
-        sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
-        choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
-        return max(1, _LARGEST_BLOCK // (1 + sum(sizes) * choices))
+        return at_once(program)
 
     @torch.no_grad()
     def readings(self, state: SVIState, program: Program, count: int) -> tuple[SVIState, Draw]:

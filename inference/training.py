@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "NOT_FINITE", "PowerAverage", "adam", "check_average", "descend", "falling", "follow", "in_networks", "put",
+    "NOT_FINITE", "PowerAverage", "adam", "at_once", "check_average", "descend", "falling", "follow", "in_networks", "put",
     "rows_of_step",
 ]  # fmt: skip
 
 NOT_FINITE = 25  # steps in a row of numbers that are not finite after which training is given up
+_LARGEST_BLOCK = 2**22  # numbers of data and latents, at all values of finite sites, of the draws that are made at once
+
+
+def at_once(program: Program) -> int:
+    """How many draws of a guide are made at once."""
+    sizes = [*(site.shape.numel() for site in program.latents.values()), *(leaf.numel() for leaf in program.data)]
+    choices = max((len(site.choices) for site in program.latents.values() if site.choices is not None), default=1)
+    return max(1, _LARGEST_BLOCK // (1 + sum(sizes) * choices))
 
 
 def rows_of_step(program: Program, order: Tensor, taken: int, size: int) -> tuple[Tensor, Tensor]:

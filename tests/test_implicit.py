@@ -13,8 +13,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Unsupported
+from inference.handlers import isolated
 from pyro_genmodels import GAN, InfoGAN
 from pyro_genmodels.implicit import ConvCritic, Critic, Generator, ImplicitDistribution, NoiseReparam
+from pyro_genmodels.metrics.divergences import energy_distance, null_band
 
 X = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 BACKENDS = [SVI, EM, Gibbs, MetropolisHastings, HMC]
@@ -107,6 +109,14 @@ def test_an_observed_site_without_density_is_refused_before_the_first_step(backe
 
 
 LINE = line()
+SAMPLERS = pytest.mark.parametrize(
+    "sampler",
+    [
+        HMC(chains=48, warmup=200, draws=100, seed=0, progress=False),
+        MetropolisHastings(chains=48, warmup=300, draws=100, thin=15, seed=1, progress=False),
+    ],
+    ids=["HMC", "MetropolisHastings"],
+)
 
 
 def seen(y: Tensor) -> None:
@@ -121,14 +131,7 @@ def test_a_hidden_site_without_density_is_refused_before_the_first_step(backend:
         backend(progress=False).fit(seen, X[0])
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        HMC(chains=48, warmup=200, draws=100, seed=0, progress=False),
-        MetropolisHastings(chains=48, warmup=300, draws=100, thin=15, seed=1, progress=False),
-    ],
-    ids=["HMC", "MetropolisHastings"],
-)
+@SAMPLERS
 def test_the_noise_of_a_hidden_draw_has_its_exact_posterior(sampler: Any) -> None:
     y = torch.tensor([2.0, 1.0], dtype=torch.float64)
     posterior = sampler.fit(poutine.reparam(seen, config={"x": NoiseReparam()}), y)
@@ -151,19 +154,67 @@ def test_the_noise_of_what_is_observed_is_refused() -> None:
         poutine.reparam(seen, config={"x": NoiseReparam(), "y": NoiseReparam()})(X[0])
 
 
-def test_a_critic_of_the_exact_ratio_makes_a_wrong_generator_right() -> None:
+MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
+COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
+
+
+def exact_critic(x: Tensor) -> Tensor:
+    """log p(x) − log q(x) of data N(MEAN, COVARIANCE) and the draws of ``LINE``."""
+    a, b = LINE.network.a.detach(), LINE.network.b.detach()
+    ratio: Tensor = dist.MultivariateNormal(MEAN, COVARIANCE).log_prob(x) - dist.MultivariateNormal(b, a @ a.T).log_prob(x)
+    return ratio
+
+
+def generated() -> None:
+    pyro.sample("x", LINE())
+
+
+@SAMPLERS
+def test_a_critic_of_the_exact_ratio_makes_a_wrong_generator_right(sampler: Any) -> None:
     """Discriminator-driven sampling: p_draws(x) exp(D(x)) = p_data(x) where D is the logit of the best critic."""
-    data, draws = dist.Normal(torch.tensor(1.0).double(), 0.7), dist.Normal(torch.tensor(0.0).double(), 1.5)
-
-    def program() -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
-        x = pyro.deterministic("x", 1.5 * z)
-        pyro.factor("critic", data.log_prob(x) - draws.log_prob(x))
-
-    x = HMC(chains=48, warmup=200, draws=100, seed=0, progress=False).fit(program).draws["x"].flatten()
+    posterior = sampler.fit(poutine.reparam(generated, config={"x": NoiseReparam(exact_critic)}))
+    x = posterior.draws["x"].flatten(0, 1)
     # of at least 1000 independent draws; five standard errors, false alarm 1e-6 each
-    assert (x.mean() - 1.0).abs() < 5 * 0.7 / 1000**0.5
-    assert (x.std() - 0.7).abs() < 5 * 0.7 / 2000**0.5
+    assert ((x.mean(0) - MEAN).abs() / (COVARIANCE.diagonal() / 1000).sqrt()).max() < 5
+    assert (x.T.cov() - COVARIANCE).abs().max() < 5 * COVARIANCE.max() * (2 / 1000) ** 0.5
+    data = dist.MultivariateNormal(MEAN, COVARIANCE)
+    with isolated(0):
+        truth = data.sample((400,))
+    last = posterior.draws["x"][:, ::12].flatten(0, 1)[:400]
+    assert null_band(energy_distance, last, truth).p > 1e-2  # the false-alarm rate
+    assert null_band(energy_distance, LINE().sample((400,)).detach(), truth).p < 1e-2  # what the generator is by itself
+
+
+def test_the_critic_corrects_what_else_is_inferred() -> None:
+    """With an observation model the posterior is that of the data's prior: N(x; MEAN, COVARIANCE) N(y; x, 0.5²)."""
+    y = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    sampler = HMC(chains=48, warmup=200, draws=100, seed=0, progress=False)
+    x = sampler.fit(poutine.reparam(seen, config={"x": NoiseReparam(exact_critic)}), y).draws["x"].flatten(0, 1)
+    gain = COVARIANCE @ torch.linalg.inv(COVARIANCE + 0.25 * torch.eye(2, dtype=torch.float64))
+    mean, covariance = MEAN + gain @ (y - MEAN), COVARIANCE - gain @ COVARIANCE
+    # of at least 1000 independent draws; five standard errors, false alarm 1e-6 each
+    assert ((x.mean(0) - mean).abs() / (covariance.diagonal() / 1000).sqrt()).max() < 5
+    assert (x.T.cov() - covariance).abs().max() < 5 * covariance.max() * (2 / 1000) ** 0.5
+
+
+def test_the_factor_of_the_critic_has_the_shape_of_the_plates() -> None:
+    def program() -> None:
+        with pyro.plate("outer", 3), pyro.plate("rows", 4):
+            pyro.sample("x", LINE())
+        with pyro.plate("wholes", 5):
+            pyro.sample("y", LINE().expand((5, 2)).to_event(1))
+
+    config = {"x": NoiseReparam(exact_critic), "y": NoiseReparam(lambda x: exact_critic(x)[:, None])}
+    trace = poutine.trace(poutine.reparam(program, config=config)).get_trace()
+    x, y = trace.nodes["x"]["value"], trace.nodes["y"]["value"]
+    assert x.shape == (4, 3, 2) and y.shape == (5, 2, 2)
+    assert torch.equal(trace.nodes["x_critic"]["fn"].log_factor, exact_critic(x))
+    assert torch.allclose(trace.nodes["y_critic"]["fn"].log_factor, exact_critic(y).sum(1))
+
+
+def test_a_critic_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must give one number a row, \(1,\) or \(1, 1\), but gave shape \(1, 2\)"):
+        poutine.reparam(generated, config={"x": NoiseReparam(lambda x: x)})()
 
 
 def test_spectral_normalisation_divides_by_the_largest_singular_value() -> None:

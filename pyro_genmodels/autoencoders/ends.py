@@ -202,13 +202,13 @@ def check_shape(x: Tensor, shape: Sequence[int], owner: str) -> None:
     """Raises ValueError unless x is (rows, *shape)."""
     if tuple(x.shape[1:]) == tuple(shape) and x.dim():
         return
-    wanted = ", ".join(map(str, ("rows", *shape)))
+    wanted = f"{('rows', *shape)}".replace("'rows'", "rows")
     advice = ""
     if x.dim() > 1 and x[0].numel() == math.prod(shape):
-        advice = f" Pass x.reshape(-1, {', '.join(map(str, shape))})."
+        advice = f" Pass x.reshape{(-1, *shape)}."
     elif tuple(x.shape) == tuple(shape):
         advice = " Pass x[None] for a single row."
-    raise ValueError(f"x has shape {tuple(x.shape)}, but this {owner} was built for ({wanted}).{advice}")
+    raise ValueError(f"x has shape {tuple(x.shape)}, but this {owner} was built for {wanted}.{advice}")
 
 
 def check_data(x: Tensor, shape: Sequence[int], likelihood: Likelihood, owner: str) -> None:

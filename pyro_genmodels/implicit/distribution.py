@@ -83,10 +83,36 @@ class ImplicitDistribution(TorchDistribution):
         )
 
 
+def row_scores(critic: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """The critic's scores of rows, (rows,).
+
+    Raises:
+        ValueError: If it gives anything but one number a row.
+    """
+    scores, count = critic(*rows), len(rows[0])
+    if not isinstance(scores, Tensor) or scores.shape not in ((count,), (count, 1)):
+        came = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise ValueError(f"The critic must give one number a row, ({count},) or ({count}, 1), but gave {came}.")
+    return scores.reshape(count)
+
+
 class NoiseReparam(Reparam):
     """Makes of a hidden site x of an ``ImplicitDistribution`` its noise, and of x what is computed from that.
 
-    The program has the site ``x_noise`` then, which every sampler can move, and a deterministic ``x``.
+        ε ~ p(ε),  x = push(ε),  and with a critic D: p(ε | D) ∝ p(ε) exp(D(push(ε)))
+
+    The program has the site ``x_noise`` then, which every sampler can move, and a deterministic ``x``; with a critic, also
+    the factor ``x_critic``. Where D = log p(x) − log q(x), of data p and draws q of the generator, the noise is that of the
+    data: x ~ p, however wrong the generator is, as long as it reaches wherever p has mass. That is what a critic learns
+    whose objective is ``Minimax()`` or ``NonSaturating()``; the scores of others are no log-ratio.
+
+    Args:
+        critic: Maps x, (rows, *event_shape), to log p(x) − log q(x), (rows,) or (rows, 1); None takes the generator at its
+            word.
+
+    References:
+        T. Che et al., Your GAN is secretly an energy-based model and you should use discriminator driven latent sampling
+        (2020).
 
     Example:
         >>> import pyro.distributions as dist
@@ -99,6 +125,9 @@ class NoiseReparam(Reparam):
         >>> sorted(poutine.trace(known).get_trace(torch.zeros(())).stochastic_nodes)
         ['x_noise']
     """
+
+    def __init__(self, critic: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.critic = critic
 
     def apply(self, msg: Any) -> Any:
         name, fn = msg["name"], msg["fn"]
@@ -114,4 +143,7 @@ class NoiseReparam(Reparam):
             )
         noise_dim = event_dim - len(fn.event_shape) + fn.noise.event_dim
         x = fn.pushed(pyro.sample(f"{name}_noise", self._wrap(fn.noise, noise_dim)))
+        if self.critic is not None:
+            scores = row_scores(self.critic, x.reshape(-1, *fn.event_shape))
+            pyro.factor(f"{name}_critic", scores.reshape(*x.shape[: x.dim() - event_dim], -1).sum(-1))
         return {"fn": Delta(x, event_dim=event_dim).mask(False), "value": x, "is_observed": True}
