@@ -19,9 +19,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The rows of the table of an example that does not compare back-ends.
 ROWS = {
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
+    "infogan_digits": ("information", "training digits", "draws"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
     "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
+    "parallel_lines": ("sigma 0.0, theta 0.01", "sigma 0.2, theta 1.00"),
     "vae_family": ("VAE", "beta-VAE, 2", "CVAE", "IWAE, 5", "VaDE"),
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
