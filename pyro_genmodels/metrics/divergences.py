@@ -328,7 +328,8 @@ def null_band(distance: Callable[[Any, Any], float], x: Any, y: Any, permutation
     value = float(distance(one, other))
     orders = (rng.permutation(len(rows)) for _ in range(permutations))
     null = np.array([distance(rows[order[:count]], rows[order[count:]]) for order in orders])
-    return Band(value, null, float((1 + (null >= value).sum()) / (1 + permutations)))
+    ties = 1e-9 * max(abs(value), float(np.abs(null).max()))  # the same split in another order differs by rounding
+    return Band(value, null, float((1 + (null >= value - ties).sum()) / (1 + permutations)))
 
 
 LogDensity = Callable[[Tensor], Tensor]
