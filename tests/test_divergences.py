@@ -173,7 +173,7 @@ STATISTICS = [energy_distance, maximum_mean_discrepancy, sliced_wasserstein, was
 def test_a_band_counts_what_rounding_tells_apart(distance: Callable[..., float]) -> None:
     """Of the 6 splits of 2 + 2 rows the given one and its mirror are the farthest: p = 1/3. Five standard errors, 1e-6."""
     for seed in range(6):
-        x, y = np.random.default_rng(seed).standard_normal((2, 2, 3)) + [[[0.0]], [[8.0]]]
+        x, y = np.random.default_rng(seed).standard_normal((2, 2, 3)) + np.array([[[0.0]], [[8.0]]])
         found = null_band(distance, x, y, permutations=500, seed=seed)
         assert abs(found.p - 1 / 3) < 5 * (2 / 9 / 500) ** 0.5
 
