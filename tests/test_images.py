@@ -157,6 +157,11 @@ def test_data_cover_themselves() -> None:
     assert found.precision == found.recall == found.coverage == 1.0
 
 
+def test_a_name_is_no_network() -> None:
+    with pytest.raises(TypeError, match=r"network is 'digits', but must be a function .* feature_network\("):
+        frechet_distance(torch.zeros(5, 8, 8), torch.zeros(5, 8, 8), "digits")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -171,6 +176,7 @@ def test_data_cover_themselves() -> None:
         (lambda: manifolds([1.0, 2.0, 3.0], [1.0, 2.0], neighbours=2), "data have 3, draws 2"),
         (lambda: manifolds(np.zeros((5, 2)), np.zeros((5, 3))), "data has 2 features and draws 3"),
         (partial(manifolds, [1.0, math.inf], [1.0, 2.0]), "data holds 1 values that are NaN or infinite"),
+        (lambda: manifolds([1.0, 2.0], [1.0, 2.0], neighbours=1.5), "neighbours is 1.5, but must be an integer"),
         (lambda: FeatureNetwork((8, 8), channels=()), "channels is empty"),
     ],
 )

@@ -154,6 +154,11 @@ def _features(x: Any, network: Network | None) -> Any:
     """The features of pictures, (rows, features), or the pictures themselves."""
     if network is None:
         return x
+    if not callable(network):
+        raise TypeError(
+            f"network is {network!r}, but must be a function of pictures that gives features, such as "
+            'feature_network("digits").'
+        )
     with torch.no_grad():
         return torch.cat([network(part) for part in torch.as_tensor(x).split(_ROWS)])
 
@@ -190,8 +195,8 @@ def kernel_distance(x: Any, y: Any, network: Network | None = None, degree: int 
         degree: Of the polynomial, at least 1: moments up to it are compared.
     """
     one, other = paired(_features(x, network), _features(y, network))
-    if degree < 1:
-        raise ValueError(f"degree is {degree}, but must be at least 1.")
+    if not isinstance(degree, int) or degree < 1:
+        raise ValueError(f"degree is {degree}, but must be an integer of at least 1.")
     if min(len(one), len(other)) < 2:
         raise ValueError(f"Pairs of different rows need at least 2, but x has {len(one)} and y {len(other)}.")
 
@@ -224,10 +229,10 @@ def manifolds(data: Any, draws: Any, network: Network | None = None, neighbours:
         Manifolds(precision=1.0, recall=0.25, density=2.0, coverage=0.5)
     """
     real, drawn = paired(_features(data, network), _features(draws, network), ("data", "draws"))
-    if not 1 <= neighbours < min(len(real), len(drawn)):
+    if not isinstance(neighbours, int) or not 1 <= neighbours < min(len(real), len(drawn)):
         raise ValueError(
-            f"neighbours is {neighbours}, but must be at least 1 and less than the rows: data have {len(real)}, draws "
-            f"{len(drawn)}."
+            f"neighbours is {neighbours}, but must be an integer of at least 1 and less than the rows: data have {len(real)}, "
+            f"draws {len(drawn)}."
         )
 
     def radii(rows: np.ndarray) -> np.ndarray:  # a row is its own nearest, at 0
