@@ -231,8 +231,8 @@ def manifolds(data: Any, draws: Any, network: Network | None = None, neighbours:
     real, drawn = paired(_features(data, network), _features(draws, network), ("data", "draws"))
     if not isinstance(neighbours, int) or not 1 <= neighbours < min(len(real), len(drawn)):
         raise ValueError(
-            f"neighbours is {neighbours}, but must be an integer of at least 1 and less than the rows: data have {len(real)}, "
-            f"draws {len(drawn)}."
+            f"neighbours is {neighbours}, but must be an integer of at least 1 and less than the rows: data have "
+            f"{len(real)}, draws {len(drawn)}."
         )
 
     def radii(rows: np.ndarray) -> np.ndarray:  # a row is its own nearest, at 0
