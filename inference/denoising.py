@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from inference.contract import Backend, Draw, Unsupported
 from inference.fit import Optimise
-from inference.guides import Guide
 from inference.handlers import isolated, refill
 from inference.networks import first_not_finite
 from inference.noising import SimpleLoss
@@ -297,7 +296,7 @@ class Denoising(Backend[DenoisingState, DenoisingInfo]):
 
     def _give_up(self, state: DenoisingState, program: Program, data: list[Tensor] | None) -> NoReturn:
         """Raises: weights from which no step leads back."""
-        layer = first_not_finite(program, Guide(program.owner), lambda: state.objective.loss(data, False))
+        layer = first_not_finite((program.owner,), lambda: state.objective.loss(data, False))
         since = int(state.step) - int(state.streak)
         when = f"has not been finite since step {since}" if int(state.step) else "is not finite at the start"
         remedy = (

@@ -25,6 +25,8 @@ from pyro_genmodels.metrics.divergences import (
     sliced_wasserstein,
     wasserstein,
     wasserstein_line,
+    wasserstein_normal,
+    wasserstein_quantiles,
 )
 
 RNG = np.random.default_rng(0)
@@ -97,6 +99,32 @@ def test_frechet_is_the_distance_of_gaussians() -> None:
     assert frechet(x[:, 0], 2 * x[:, 0] + 3) == pytest.approx((x[:, 0].mean() + 3) ** 2 + x[:, 0].var(ddof=1), rel=1e-9)
 
 
+def test_transport_of_gaussians_has_a_closed_form() -> None:
+    """Of covariances that commute W₂² is the sum of those on the axes; a rotation of both changes nothing."""
+    means, scales = RNG.standard_normal((2, 4)), RNG.gamma(2.0, size=(2, 4))
+    expected = float(np.square(means[0] - means[1]).sum() + np.square(scales[0] - scales[1]).sum())
+    turn = scipy.stats.ortho_group.rvs(4, random_state=0)
+    moments = [part for m, s in zip(means, scales) for part in (turn @ m, turn @ np.diag(s**2) @ turn.T)]
+    assert wasserstein_normal(*moments) ** 2 == pytest.approx(expected, rel=1e-9)
+    flat = [means[0], np.zeros((4, 4)), means[1], np.diag(scales[1] ** 2)]  # a point: all mass goes there
+    assert wasserstein_normal(*flat) ** 2 == pytest.approx(
+        np.square(means[0] - means[1]).sum() + np.square(scales[1]).sum(), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
+def test_transport_on_the_line_is_that_of_quantiles(order: float) -> None:
+    uniform, shifted = scipy.stats.uniform(0, 1), scipy.stats.uniform(2, 5)  # quantiles u and 2 + 5u
+    expected = ((6 ** (order + 1) - 2 ** (order + 1)) / (4 * (order + 1))) ** (1 / order)
+    assert wasserstein_quantiles(uniform.ppf, shifted.ppf, order) == pytest.approx(expected, rel=1e-8)
+    normal = torch.distributions.Normal(1.0, 2.0)
+    assert wasserstein_quantiles(lambda u: normal.icdf(torch.tensor(u)), scipy.stats.norm(1, 2).ppf) < 1e-6
+    levels = (np.arange(200_000) + 0.5) / 200_000
+    one, other = scipy.stats.expon.ppf, scipy.stats.gamma(3.0).ppf
+    sampled = wasserstein_line(one(levels), other(levels), order)  # by midpoints
+    assert wasserstein_quantiles(one, other, order) == pytest.approx(sampled, rel=1e-3)
+
+
 def test_a_sample_is_no_distance_from_itself() -> None:
     x = RNG.standard_normal((25, 2))
     for distance in (wasserstein, sliced_wasserstein, energy_distance, maximum_mean_discrepancy):
@@ -138,7 +166,19 @@ def test_the_test_of_a_band_keeps_its_level() -> None:
     assert scipy.stats.kstest(found, "uniform").pvalue > 0.001
 
 
-@pytest.mark.parametrize("distance", [energy_distance, maximum_mean_discrepancy, sliced_wasserstein])
+STATISTICS = [energy_distance, maximum_mean_discrepancy, sliced_wasserstein, wasserstein, frechet]
+
+
+@pytest.mark.parametrize("distance", STATISTICS)
+def test_a_band_counts_what_rounding_tells_apart(distance: Callable[..., float]) -> None:
+    """Of the 6 splits of 2 + 2 rows the given one and its mirror are the farthest: p = 1/3. Five standard errors, 1e-6."""
+    for seed in range(6):
+        x, y = np.random.default_rng(seed).standard_normal((2, 2, 3)) + np.array([[[0.0]], [[8.0]]])
+        found = null_band(distance, x, y, permutations=500, seed=seed)
+        assert abs(found.p - 1 / 3) < 5 * (2 / 9 / 500) ** 0.5
+
+
+@pytest.mark.parametrize("distance", STATISTICS)
 def test_a_band_tells_samples_of_two_distributions(distance: Callable[..., float]) -> None:
     x, y = RNG.standard_normal((40, 2)), RNG.standard_normal((40, 2)) + 2.0
     band = null_band(distance, x, y, permutations=60)
@@ -176,6 +216,10 @@ def test_modes_count_what_lies_near_them() -> None:
         (lambda: null_band(energy_distance, [1.0], [1.0], 0), "permutations is 0"),
         (lambda: modes(np.zeros((2, 2)), np.zeros((1, 2)), 0.0), "scale is 0.0"),
         (lambda: frechet([1.0], [1.0, 2.0]), "needs at least 2 rows"),
+        (lambda: wasserstein_normal([0.0], np.eye(2), [0.0], np.eye(2)), "but the means have 1 features"),
+        (lambda: wasserstein_normal([0.0], [[-1.0]], [0.0], [[1.0]]), "covariance_x is no covariance"),
+        (lambda: wasserstein_normal(np.zeros(2), np.eye(2), np.zeros(2), np.ones((2, 2)) - np.eye(2)), "covariance_y is no"),
+        (lambda: wasserstein_quantiles(scipy.stats.norm.ppf, scipy.stats.cauchy.ppf, 2.0), "does not converge"),
     ],
 )
 def test_wrong_input_is_answered_in_a_sentence(call: Callable[[], object], sentence: str) -> None:

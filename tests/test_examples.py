@@ -19,9 +19,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The rows of the table of an example that does not compare back-ends.
 ROWS = {
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
+    "infogan_digits": ("information", "training digits", "draws"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
     "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
+    "parallel_lines": ("sigma 0.0, theta 0.01", "sigma 0.2, theta 1.00"),
     "score_langevin": ("data", "exact score, ladder", "score network, one level", "energy, Langevin", "energy, HMC"),
     "tweedie_denoising": ("noisy", "mixture, exact, clean", "energy network, noisy", "score network, clean"),
     "vade_clusters": ("k-means on pixels", "GMM on codes", "VaDE", "VaDE from random weights"),

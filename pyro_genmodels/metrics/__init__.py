@@ -3,6 +3,16 @@
 Nothing here knows a model class or a back-end: ``density`` and ``codes`` take programs, all others take numbers.
 """
 
-from pyro_genmodels.metrics import anomaly, bias_variance, calibration, clustering, codes, density, divergences, topics
+from pyro_genmodels.metrics import (
+    anomaly,
+    bias_variance,
+    calibration,
+    clustering,
+    codes,
+    density,
+    divergences,
+    images,
+    topics,
+)
 
-__all__ = ["anomaly", "bias_variance", "calibration", "clustering", "codes", "density", "divergences", "topics"]
+__all__ = ["anomaly", "bias_variance", "calibration", "clustering", "codes", "density", "divergences", "images", "topics"]
