@@ -402,9 +402,13 @@ class _Run:
     # ----------------------------------------------------------------------------- going on, and writing down
     def _revived(self, past: Past) -> Any:
         """The state of an earlier run, and all that it had gathered."""
-        facts = past.facts
-        compare(facts["fingerprint"], self._fingerprint)
-        held: dict[str, Any] = {}
+        with past.understood(in_words=ValueError):
+            compare(past.facts["fingerprint"], self._fingerprint)
+        with past.understood():
+            return self._filled(past)
+
+    def _filled(self, past: Past) -> Any:
+        facts, held = past.facts, dict[str, Any]()
         for end in past.ends:
             encoded = codec.Encoded(end.tree, end.tensors)
             held |= codec.decode(encoded, self._links, self._modules, self.program.device)
