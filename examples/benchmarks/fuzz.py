@@ -3,8 +3,8 @@
     python examples/benchmarks/fuzz.py --count 2000
 
 Damage is flipped bits, cuts, repetitions, splices, other numbers, pickles, and json with parts that are missing or others;
-where checksums are forged, they fit the damage. A defect is an error that is none of ours or does not name the file, a file that
-was lost or changed, or code that was run, as Python's audit events tell. Damage and cases are those of tests/fuzzing.py.
+where checksums are forged, they fit the damage. A defect is an error that is none of ours or does not name the file, a file
+that was lost or changed, or code that was run, as Python's audit events tell. tests/fuzzing.py has the damage and the cases.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def main(smoke: bool = False, count: int = 2000, seed: int = 1) -> int:
     """Prints the table; the number of defects."""
     each = 3 if smoke else -(-count // len(CASES))
     print(f"python examples/benchmarks/fuzz.py --count {count} --seed {seed}")
-    print(
-        f"{datetime.date.today()}, Python {platform.python_version()}, numpy {np.__version__}, safetensors {safetensors.__version__}, 2 cores, shared\n"
-    )
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}, safetensors {safetensors.__version__}"
+    print(f"{datetime.date.today()}, {versions}, 2 cores, shared\n")
     print(f"{'kind of file':40}{'files':>7}{'read':>7}{'refused':>9}{'defects':>9}{'seconds':>9}")
     sentences, defects, total = {}, [], Counter[str]()
     for case in CASES:
