@@ -58,10 +58,12 @@ class Optimise(NamedTuple):
 
     @property
     def improvements(self) -> int:
+        """How often ``step`` is called before the readings."""
         return self.steps
 
     @property
     def evaluations(self) -> int:
+        """About how often the density is evaluated, on which the effort of making graphs depends."""
         return self.steps
 
 
@@ -81,10 +83,12 @@ class Sample(NamedTuple):
 
     @property
     def improvements(self) -> int:
+        """How often ``step`` is called before the readings."""
         return self.warmup
 
     @property
     def evaluations(self) -> int:
+        """About how often the density is evaluated, on which the effort of making graphs depends."""
         return (self.warmup + self.draws * self.thin) * self.cost
 
 

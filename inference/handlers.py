@@ -30,6 +30,7 @@ __all__ = [
     "Drawing",
     "Rescale",
     "Substitute",
+    "Table",
     "Weights",
     "base",
     "isolated",

@@ -32,6 +32,7 @@ class Past(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Those of this process."""
         return self.ends[-1].facts
 
     def understood(self, in_words: type[Exception] | tuple[()] = ()) -> AbstractContextManager[None]:

@@ -34,6 +34,7 @@ __all__ = [
     "MODELS",
     "Comparison",
     "Entry",
+    "Estimate",
     "Folder",
     "check_writable",
     "compare",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_genmodels.diffusion.schedule import Schedule
 
-__all__ = ["PREDICTIONS", "Denoised", "Denoiser", "Network", "Prediction", "data_from", "output_from"]
+__all__ = ["PREDICTIONS", "Denoised", "Denoiser", "Network", "Prediction", "data_from", "output_from", "per_row"]
 
 Prediction = Literal["data", "noise", "velocity", "score"]
 PREDICTIONS: tuple[Prediction, ...] = ("data", "noise", "velocity", "score")

@@ -25,9 +25,17 @@ from pyro_genmodels.diffusion.samplers import (
 )
 
 __all__ = [
-    "Bound", "Flow", "bits_per_dimension", "flow_log_prob", "immse_log_prob", "path_bound", "probability_flow",
-    "rademacher", "variational_bound",
-]  # fmt: skip
+    "Bound",
+    "Flow",
+    "bits_per_dimension",
+    "bridge",
+    "flow_log_prob",
+    "immse_log_prob",
+    "path_bound",
+    "probability_flow",
+    "rademacher",
+    "variational_bound",
+]
 
 _LEAST_MASS = 1e-12  # of a bin of discrete data: what float32 makes of the difference of two nearby cdfs may be 0 or less
 
