@@ -12,6 +12,7 @@ __all__ = ["as_numpy", "corner", "is_whole", "label", "ragged", "spaced"]
 
 
 def is_whole(values: Tensor) -> bool:
+    """Whether all values are whole numbers, of whatever type."""
     return not values.is_floating_point() or bool((values == values.round()).all())
 
 

@@ -119,7 +119,7 @@ Beta = float | Callable[[int], float]
 class Bound:
     """What the bounds share.
 
-    Args:
+    Attributes:
         particles: Draws from the guide per step, K.
         path: Whether the gradient leaves the score of the guide out, where its sites are reparameterised ("sticking the
             landing", and for importance weights "doubly reparameterised"). It stays unbiased, and its variance vanishes

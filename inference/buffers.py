@@ -31,6 +31,7 @@ class Buffer:
         self.findings: list[str] = []
 
     def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one draw of every chain: site to (chain, *site)."""
         if not self.is_made:
             self.is_made, kept = True, self._kept(values)
             self.tensors = {
@@ -61,6 +62,7 @@ class Buffer:
         return kept
 
     def read(self, first: int = 0) -> dict[str, Tensor]:
+        """What there is from a draw on: site to (chain, draw, *site), no copies."""
         return {name: buffer[:, first : self.filled] for name, buffer in self.tensors.items()}
 
     since = read
@@ -97,6 +99,7 @@ class RaggedBuffer:
         self.left_out: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one draw; sites and their sizes may be other ones than before."""
         names = [name for name in values if name not in self.left_out and (self.keep is None or name in self.keep)]
         self.rows.append({name: values[name].detach().cpu() for name in names})
         self.filled += 1
@@ -111,23 +114,28 @@ class RaggedBuffer:
 
     @property
     def findings(self) -> list[str]:
+        """Sentences about what was left out, and about what ``keep`` names in vain."""
         unseen = [name for name in self.keep or () if name not in self.sizes]
         return [_left_out(name, size) for name, size in self.left_out.items()] + [
             f"keep= names '{name}', but no draw has such a site." for name in unseen
         ]
 
     def read(self) -> dict[str, Tensor]:
+        """What there is, padded with NaN: site to (chain, draw, *largest shape)."""
         rows = ragged(self.since(0))
         return {name: values.transpose(0, 1).contiguous() for name, values in rows.items()}
 
     def since(self, first: int) -> list[dict[str, Tensor]]:
+        """The draws from one on, as they were added."""
         return self.rows[first : self.filled]
 
     @property
     def facts(self) -> Any:
+        """What ``fill`` needs besides the draws; json."""
         return self.left_out
 
     def fill(self, parts: Iterable[list[dict[str, Tensor]]], count: int, facts: Any) -> None:
+        """Takes what another buffer had gathered, in parts."""
         self.left_out = dict(facts)
         for part in parts:
             for row in part:

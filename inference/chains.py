@@ -26,7 +26,7 @@ from torch import Tensor
 from inference.conditionals import Conditional, Points
 from inference.messages import Family
 
-__all__ = ["FEWEST", "LAGS", "Chain", "ChainConditional", "Tridiagonal"]
+__all__ = ["FEWEST", "LAGS", "Chain", "ChainConditional", "Layout", "Tridiagonal"]
 
 FEWEST = 16  # sites in a row that are tried together
 LAGS = (1, 2, 4)  # sites back to which a site of a chain may be coupled
@@ -172,10 +172,12 @@ class Layout(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return self.shape.numel()
 
     @property
     def blocks(self) -> int:
+        """Number of blocks."""
         return -(-self.size // self.width)
 
     def cut(self, value: Tensor, filling: float = 0.0) -> Tensor:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["VERSION", "Journal", "check", "is_of_run", "read", "write"]
+__all__ = ["VERSION", "Journal", "are_plain", "check", "is_of_run", "read", "understood", "write"]
 
 VERSION = 1
 _FORMAT = "pyro-genmodels checkpoint"
@@ -125,6 +125,32 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
     if tensors.keys() != set(document["tensors"]):
         raise ValueError(f"'{path}' mixes files of two checkpoints: the tensors are not those that '{_META}' lists.")
     return {name: tensors[name] for name in document["tensors"]}, document["meta"]
+
+
+@contextlib.contextmanager
+def understood(folder: object, what: str, in_words: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Reading what ``read`` gave: parts that are missing, or of another kind, are a sentence that names the folder.
+
+    Args:
+        folder: Where it was read from.
+        what: What it should hold, such as "posterior".
+        in_words: Errors that say what to do already, and pass.
+
+    Raises:
+        ValueError: In place of what reading raises.
+    """
+    try:
+        yield
+    except in_words:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        if isinstance(error, ValueError) and f"'{folder}" in str(error):  # said already, of one of its files
+            raise
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"'{folder}' holds no {what} that this version of pyro-genmodels can read: {reason.rstrip('.')}. Give another "
+            "folder, or read it with the version that wrote it."
+        ) from error
 
 
 def is_of_run(folder: str | os.PathLike[str]) -> bool:
@@ -235,14 +261,23 @@ class Journal:
         document = _checked(self.path, [])
         sums = document["checksums"]
         _checked(self.path, [*sums])
-        (state,) = (name for name in sums if name.startswith("state"))
+        state, *others = [name for name in sums if name.startswith("state")] or [""]
+        if others or not state:
+            raise _damage(self.path / _META)
         gathered = ((_loaded(self.path / name, sums[name]), _layout(self.path / name)) for name in self.files)
         return _loaded(self.path / state, sums[state]), document["meta"], gathered
 
 
 def _layout(path: Path) -> Any:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["layout"])
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["layout"])
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damage(path, error) from error
+
+
+def _damage(path: Path, why: object = "it is no file of pyro-genmodels") -> ValueError:
+    return ValueError(f"'{path}' is damaged ({why}). Restore it, or run again.")
 
 
 def _checked(path: Path, needed: Sequence[str]) -> dict[str, Any]:
@@ -256,9 +291,8 @@ def _checked(path: Path, needed: Sequence[str]) -> dict[str, Any]:
     document = _document(path)
     if missing and (document is not None or missing[0] == _META):
         raise FileNotFoundError(f"'{path}' holds no checkpoint: it has no file '{missing[0]}'.")
-    damaged = ValueError(f"'{path / _META}' is damaged, or no file of pyro-genmodels. Restore it, or run again.")
     if document is None:
-        raise damaged
+        raise _damage(path / _META)
     if document["version"] != VERSION:
         raise ValueError(
             f"'{path}' was written in format {document['version']}, but this version reads format {VERSION}. "
@@ -266,7 +300,7 @@ def _checked(path: Path, needed: Sequence[str]) -> dict[str, Any]:
         )
     checksum = document.pop("checksum", None)
     if checksum is not None and checksum != _digest(document):
-        raise damaged
+        raise _damage(path / _META, "its checksum is another")
     return document
 
 
@@ -275,9 +309,9 @@ def _loaded(path: Path, checksum: str | None) -> dict[str, Tensor]:
         found = None if checksum is None else _checksum(path)
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"'{path}' is damaged ({error}). Restore it, or run again.") from error
+        raise _damage(path, error) from error
     if found != checksum:
-        raise ValueError(f"'{path}' is damaged (its checksum is another). Restore it, or run again.")
+        raise _damage(path, "its checksum is another")
     return tensors
 
 
@@ -301,10 +335,32 @@ def _document(path: Path) -> dict[str, Any] | None:
     """The json of a checkpoint; None if it is none of ours."""
     try:
         document = json.loads((path / _META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    is_ours = isinstance(document, dict) and document.get("format") == _FORMAT
-    return document if is_ours and {"version", "files", "tensors", "meta"} <= document.keys() else None
+    return document if _is_ours(document) else None
+
+
+def _is_ours(document: Any) -> bool:
+    """Whether json has the parts of a checkpoint; the files that it names are in its own folder."""
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        return False
+    files, tensors, sums = (document.get(name, {}) for name in ("files", "tensors", "checksums"))
+    return (
+        isinstance(document.get("meta"), dict)
+        and "version" in document
+        and are_plain(files)
+        and isinstance(sums, dict)
+        and are_plain([*sums])
+        and isinstance(tensors, list)
+        and all(isinstance(name, str) for name in [*tensors, *sums.values()])
+    )
+
+
+def are_plain(names: Any) -> bool:
+    """Whether json is a list of names of files in one folder, and of none elsewhere: what it names may be deleted."""
+    return isinstance(names, list) and all(
+        isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0") for name in names
+    )
 
 
 def _own_files(path: Path) -> set[str]:

@@ -66,9 +66,15 @@ def decode(
         device: Where tensors go that were not on the CPU.
 
     Raises:
-        ValueError: If it names a class that is not there, or that may have no place in it.
+        ValueError: If it is damaged, or names a class that is not there, or that may have no place in it.
     """
-    return _Reader(encoded.tensors, links, (*_MODULES, *modules), device or torch.device("cpu")).value(encoded.tree)
+    reader = _Reader(encoded.tensors, links, (*_MODULES, *modules), device or torch.device("cpu"))
+    try:
+        return reader.value(encoded.tree)
+    except _Refusal:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"A checkpoint is damaged: its state does not fit together ({error}). Run again.") from error
 
 
 def _is_in(cls: type, modules: Collection[str]) -> bool:
@@ -157,6 +163,10 @@ def _layout(value: Tensor) -> tuple[list[int], list[int], int] | None:
     return [*value.shape], [*value.stride()], offset
 
 
+class _Refusal(ValueError):
+    """What is wrong, in words already."""
+
+
 class _Reader:
     """One call of ``decode``."""
 
@@ -188,7 +198,7 @@ class _Reader:
             if tag == "partial":
                 return functools.partial(values[0], *values[1], **values[2])
             return tuple(values) if tag == "tuple" else values
-        raise ValueError(f"A checkpoint has a '{tag}', which this version does not know.")
+        raise _Refusal(f"A checkpoint has a '{tag}', which this version does not know.")
 
     def _float(self, text: str) -> float:
         return float(text)
@@ -199,7 +209,7 @@ class _Reader:
     def _dtype(self, name: str) -> torch.dtype:
         found = getattr(torch, name, None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"A checkpoint names a type of numbers '{name}', but torch has none.")
+            raise _Refusal(f"A checkpoint names a type of numbers '{name}', but torch has none.")
         return found
 
     def _device(self, name: str) -> torch.device:
@@ -207,7 +217,7 @@ class _Reader:
 
     def _link(self, name: str) -> Any:
         if name not in self.links:
-            raise ValueError(f"A checkpoint refers to '{name}', which this program does not have.")
+            raise _Refusal(f"A checkpoint refers to '{name}', which this program does not have.")
         return self.links[name]
 
     def _class(self, name: str, modules: tuple[str, ...] | None = None) -> Any:
@@ -217,7 +227,7 @@ class _Reader:
             found = getattr(found, part, None)
         is_it = isinstance(found, type) and (found.__module__, found.__qualname__) == (module, qualified)
         if not is_it or not _is_in(found, modules or (*self.modules, *_NAMED)):
-            raise ValueError(f"A checkpoint names the class {name}, which is not there, or has no place in one.")
+            raise _Refusal(f"A checkpoint names the class {name}, which is not there, or has no place in one.")
         return found
 
     def _tensor(self, name: str, layout: Any, requires_grad: bool, device: str) -> Tensor:
@@ -240,6 +250,8 @@ class _Reader:
 
     def _optimiser(self, name: str, groups: Any, state: Any) -> torch.optim.Optimizer:
         cls = self._class(name, _OPTIMISERS)
+        if not issubclass(cls, torch.optim.Optimizer):
+            raise _Refusal(f"A checkpoint names the optimiser {name}, which is none.")
         optimiser = cls([{"params": group} for group in self.value(groups)])
         optimiser.load_state_dict(self.value(state))
         return optimiser

@@ -54,14 +54,16 @@ class Draw(NamedTuple):
 class Programmed(Protocol):
     """A model object: its generative story is the method ``model``."""
 
-    def model(self, *args: Any, **kwargs: Any) -> Any: ...
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """The program: Pyro statements. Data come first."""
 
 
 @runtime_checkable
 class Guided(Protocol):
     """A model that brings a guess at what was hidden, as a Pyro program of the same signature."""
 
-    def guide(self, *args: Any, **kwargs: Any) -> Any: ...
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """The guide, of the same arguments."""
 
 
 @runtime_checkable
@@ -79,9 +81,8 @@ class Blocked(Protocol):
 
     def blocks(
         self, *args: Any, **kwargs: Any
-    ) -> Mapping[
-        tuple[str, ...], Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Tensor | Callable[[], Tensor]]]
-    ]: ...
+    ) -> Mapping[tuple[str, ...], Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Tensor | Callable[[], Tensor]]]]:
+        """Sites to the move that proposes new values of them."""
 
 
 @runtime_checkable
@@ -98,14 +99,16 @@ class Stepped(Protocol):
 
     def steps(
         self, *args: Any, **kwargs: Any
-    ) -> Mapping[tuple[str, ...], Callable[[Mapping[str, Tensor], Any], tuple[dict[str, Tensor], Any]]]: ...
+    ) -> Mapping[tuple[str, ...], Callable[[Mapping[str, Tensor], Any], tuple[dict[str, Tensor], Any]]]:
+        """Sites to the step that improves them."""
 
 
 @runtime_checkable
 class Movable(Protocol):
     """A sampler whose chains can be put at other values, under other data of theirs, with all that warm-up has taught it."""
 
-    def moved(self, state: Any, values: Mapping[str, Tensor], program: Program) -> Any: ...
+    def moved(self, state: Any, values: Mapping[str, Tensor], program: Program) -> Any:
+        """The state with every chain at these values, site to (chain, *site), and what it has adapted."""
 
 
 @runtime_checkable
@@ -126,7 +129,8 @@ class Independent(Protocol):
 class Prepared(Protocol):
     """A model whose prior is scaled to the data: every fit calls ``prepare`` once, with all the data, before it looks."""
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None: ...
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Scales the prior to the data, which are the arguments of the program."""
 
 
 @runtime_checkable
@@ -146,7 +150,8 @@ class Started(Protocol):
     EM takes the best of several, and so does each chain of a sampler.
     """
 
-    def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]: ...
+    def start(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """Site to a value, or to one for each chain, from the arguments of the program."""
 
 
 @runtime_checkable
@@ -157,7 +162,8 @@ class Augmented(Protocol):
     forms where ``log_prob`` has none, and raises ``log_prob`` at least as much.
     """
 
-    def log_prob(self, value: Tensor) -> Tensor: ...
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of observations, what is hidden inside them summed out."""
 
     def summary(self, value: Tensor, weights: Tensor) -> Any:
         """What is expected of x and h at these parameters: tensors in tuples or dicts, best of all sums over the rows.
@@ -184,7 +190,8 @@ class Linked(Protocol):
     may depend on it element by element, in a plate of the same length.
     """
 
-    def log_prob(self, value: Tensor) -> Tensor: ...
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of whole chains, (*batch)."""
 
     def links(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the first state (K,), and of each state after the one before it, (T − 1, K, K)."""
@@ -244,10 +251,12 @@ class Fitted(Protocol):
     """What a model needs of a Posterior: its draws, site to (chain, draw, *site), as they are and with labels matched."""
 
     @property
-    def draws(self) -> Mapping[str, Tensor]: ...
+    def draws(self) -> Mapping[str, Tensor]:
+        """Site to (chain, draw, *site)."""
 
     @property
-    def matched(self) -> Mapping[str, Tensor]: ...
+    def matched(self) -> Mapping[str, Tensor]:
+        """As ``draws``, with exchangeable labels matched."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ from inference.recording import Draft, assuming, draft, is_assuming, quicken, un
 from inference.rerolling import reroll
 from inference.rows import rewritten
 
-__all__ = ["RUNGS", "Density", "Staged", "Unconstrained", "highest_rung"]
+__all__ = ["RUNGS", "Density", "Random", "Staged", "Unconstrained", "highest_rung"]
 
 RUNGS = ("looped", "vmapped", "staged", "compiled")
 _CHECKS = 2
@@ -352,7 +352,7 @@ class Random(Staged):
     Args:
         function: Takes trees of tensors with a chain axis, returns a tree of tensors.
         device: Whose random numbers it draws.
-        rest: Those of ``Staged``.
+        **rest: Those of ``Staged``.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device, **rest: Any) -> None:

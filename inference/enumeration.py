@@ -30,7 +30,21 @@ from inference.program import Program
 from inference.rows import Rows, log_sum, weighted
 from inference.sequences import Passage, drawn_back, passage
 
-__all__ = ["Factor", "Pick", "draw_back", "eliminate", "factors", "indices", "log_normalizer", "place", "run"]
+__all__ = [
+    "Factor",
+    "Pick",
+    "Record",
+    "Walk",
+    "draw_back",
+    "eliminate",
+    "factors",
+    "indices",
+    "log_normalizer",
+    "place",
+    "plates_of",
+    "run",
+    "total",
+]
 
 WIDEST = 2**20  # entries of one table, per chain; 8 MiB in float64
 _SMALL = 4096  # entries of a table up to which sites with two neighbours are eliminated together
@@ -78,6 +92,7 @@ class Factor(NamedTuple):
 
     @property
     def table(self) -> Tensor:
+        """The log-values; those of a lazy factor are formed here."""
         if self.is_lazy:
             assert self.rows is not None
             return self.rows.table.reshape(self.shape)
@@ -85,15 +100,18 @@ class Factor(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
+        """That of the table, which is not formed."""
         if self.is_lazy:
             return torch.Size([self.full[dim] for dim in self.kept])
         return self.source.shape if self.row is None else self.source.shape[1:]
 
     @property
     def variables(self) -> tuple[str, ...]:
+        """The dimensions that are summed over, not multiplied."""
         return tuple(dim for dim in self.dims if dim not in self.plates)
 
     def with_table(self, table: Tensor) -> Factor:
+        """The same factor with other log-values."""
         return self._replace(source=table, row=None, rows=None, is_lazy=False)
 
     @property
@@ -105,6 +123,7 @@ class Factor(NamedTuple):
         return self.rows.natural, self.rows.constant
 
     def with_part(self, part: Part) -> Factor:
+        """The same factor with another table, or other natural parameters of its rows."""
         if isinstance(part, Tensor):
             return self.with_table(part)
         assert self.rows is not None

@@ -13,7 +13,7 @@ from inference import arviz
 from inference.contract import Programmed
 from inference.rowwise import Rowwise
 
-__all__ = ["Evidence", "Tally", "log_evidence"]
+__all__ = ["Evidence", "Tally", "check_count", "check_weights", "log_evidence"]
 
 
 class Evidence(NamedTuple):
@@ -58,6 +58,7 @@ class Tally:
     Args:
         rows: Number of sets of weights.
         samples: Weights of each set in all.
+        device: Where they are.
     """
 
     def __init__(self, rows: int, samples: int, device: torch.device | None = None) -> None:
@@ -77,6 +78,7 @@ class Tally:
         self.top = torch.cat([self.top, log_weights.mT], 1).topk(self.top.shape[1], 1).values
 
     def evidence(self) -> Evidence:
+        """The logarithm of the mean weight of each set, its standard error, and k-hat."""
         variance = (self.squares - 2.0 * self.total).exp() - 1.0 / self.samples
         return Evidence(
             self.total - math.log(self.samples),
@@ -156,6 +158,7 @@ def log_evidence(
 
 
 def check_count(name: str, count: int) -> None:
+    """Refuses a number that is no integer of at least 1."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{name} is {count!r}, but must be an integer of at least 1.")
 

@@ -48,8 +48,23 @@ from inference.enumeration import Factor, Part, draw_back, eliminate, factors, p
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
 from inference.program import Program, Site
 
-__all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "GaussianLatents", "Moved",
-           "PositiveLatents", "Sampled", "Sampler", "Weights"]  # fmt: skip
+__all__ = [
+    "ALL",
+    "Batch",
+    "Completed",
+    "Enumerated",
+    "Evidence",
+    "Expectation",
+    "GaussianLatents",
+    "Given",
+    "Moved",
+    "PositiveLatents",
+    "Sampled",
+    "SampledState",
+    "Sampler",
+    "Stack",
+    "Weights",
+]
 
 Values = dict[str, Tensor]
 
@@ -94,6 +109,7 @@ class Weights:
 
     @cached_property
     def tables(self) -> Evidence:
+        """Those of all tables, formed when they are asked for."""
         return self._tables()
 
     @property
@@ -121,6 +137,7 @@ class Completed:
     is_hard: bool
 
     def theta(self, values: Mapping[str, Tensor]) -> Values:
+        """What is maximised, among values of all sites."""
         return {name: values[name] for name in self.maximised}
 
     def batched(self, values: Mapping[str, Tensor]) -> tuple[Values, Tensor]:
@@ -130,6 +147,7 @@ class Completed:
         return theta, torch.zeros(count, dtype=self.program.dtype, device=self.program.device)
 
     def factors(self, values: Mapping[str, Tensor], data: list[Tensor]) -> list[Factor]:
+        """The factors at values, (restart, ...), with other data if there are any."""
         found = factors(self.program, values, self.program.finite, data or None, is_lazy=True)
         return [f for f in found if not (self.is_likelihood and f.site in self.maximised)]
 
@@ -289,6 +307,7 @@ class Expectation(abc.ABC):
 
     @property
     def is_random(self) -> bool:
+        """Whether the weights are an estimate from draws."""
         return False
 
     @abc.abstractmethod
@@ -375,6 +394,7 @@ class Stack:
         return {n: p.reshape((*lead, *shape)) for n, p, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def families(self, support: Any) -> Iterator[Family]:
+        """The families that the sites may have jointly, the narrowest first."""
         if len(self.names) == 1:
             yield from (f for f in candidates(support, self.shape) if f.name in ("Normal", "Gaussian"))
             return
@@ -769,10 +789,12 @@ class Given:
 
     @cached_property
     def latents(self) -> dict[str, Site]:
+        """The sites that are not given."""
         return {name: site for name, site in self.program.latents.items() if name not in self.values}
 
     @cached_property
     def continuous(self) -> tuple[str, ...]:
+        """The continuous ones among them."""
         return tuple(name for name in self.program.continuous if name not in self.values)
 
 

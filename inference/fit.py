@@ -58,10 +58,12 @@ class Optimise(NamedTuple):
 
     @property
     def improvements(self) -> int:
+        """How often ``step`` is called before the readings."""
         return self.steps
 
     @property
     def evaluations(self) -> int:
+        """About how often the density is evaluated, on which the effort of making graphs depends."""
         return self.steps
 
 
@@ -81,10 +83,12 @@ class Sample(NamedTuple):
 
     @property
     def improvements(self) -> int:
+        """How often ``step`` is called before the readings."""
         return self.warmup
 
     @property
     def evaluations(self) -> int:
+        """About how often the density is evaluated, on which the effort of making graphs depends."""
         return (self.warmup + self.draws * self.thin) * self.cost
 
 
@@ -403,9 +407,13 @@ class _Run:
     # ----------------------------------------------------------------------------- going on, and writing down
     def _revived(self, past: Past) -> Any:
         """The state of an earlier run, and all that it had gathered."""
-        facts = past.facts
-        compare(facts["fingerprint"], self._fingerprint)
-        held: dict[str, Any] = {}
+        with past.understood(in_words=ValueError):
+            compare(past.facts["fingerprint"], self._fingerprint)
+        with past.understood():
+            return self._filled(past)
+
+    def _filled(self, past: Past) -> Any:
+        facts, held = past.facts, dict[str, Any]()
         for end in past.ends:
             encoded = codec.Encoded(end.tree, end.tensors)
             held |= codec.decode(encoded, self._links, self._modules, self.program.device)

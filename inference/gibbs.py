@@ -28,7 +28,7 @@ from inference.program import Program
 from inference.start import ascended, dispersed_values, starting_values
 from inference.until import Until
 
-__all__ = ["Gibbs", "GibbsInfo", "GibbsState"]
+__all__ = ["Gibbs", "GibbsInfo", "GibbsState", "Part"]
 
 _STRIKES = 3  # sweeps of warm-up in which a certificate may fail before its block is demoted: one may be rounding far out
 _HELD = 100  # sweeps in a row that a certificate must have held to be taken only every few sweeps from then on

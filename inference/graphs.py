@@ -15,11 +15,13 @@ __all__ = [
     "arguments",
     "changing",
     "constant",
+    "elements",
     "fold",
     "functional",
     "merge",
     "meta",
     "operation",
+    "signature",
     "unite",
 ]
 

@@ -21,7 +21,7 @@ from inference.density import Unconstrained
 from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, quiet
 from inference.program import Program
 
-__all__ = ["Guide", "GuideReference", "batched", "mapped"]
+__all__ = ["Guide", "GuideReference", "batched", "is_drawn", "is_plain", "log_prob", "mapped"]
 
 _log = logging.getLogger("inference")
 

@@ -31,6 +31,7 @@ __all__ = [
     "Gradients",
     "Rescale",
     "Substitute",
+    "Table",
     "Weights",
     "base",
     "isolated",

@@ -20,6 +20,8 @@ from inference.distributed import processes
 
 __all__ = ["JSONLines"]
 
+_START = '{"step": '  # of every line
+
 
 class JSONLines:
     """A callback, for every back-end, that writes one line of JSON every few steps.
@@ -115,18 +117,18 @@ class JSONLines:
 def _lines(path: Path) -> list[str]:
     """The lines of an earlier run that are whole: the last one may have been cut by a kill."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     whole = []
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
-        if isinstance(found, dict) and {"step", "seconds"} <= found.keys():
+        if isinstance(found, dict) and all(type(found.get(name)) in (int, float) for name in ("step", "seconds")):
             whole.append(line)
-        elif number < len(lines):
+        elif number < len(lines) or not _START.startswith(line[: len(_START)]):
             raise ValueError(f"'{path}' is no log of JSONLines: see its line {number}. Give the log another name.")
     return whole
 

@@ -85,6 +85,7 @@ class Adam(NamedTuple):
 
     @classmethod
     def start(cls, task: Completed, sites: tuple[str, ...], values: Values, rate: float) -> Adam:
+        """At values, (restart, *site), with fresh moments."""
         position = _position(Unconstrained(task.program, sites), values).detach().clone().requires_grad_()
         return cls(position, torch.optim.Adam([position, *task.program.weights.values()], lr=rate))
 

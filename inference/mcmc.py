@@ -38,6 +38,7 @@ __all__ = [
     "diagonal",
     "evened",
     "first_log_step",
+    "halton",
     "is_dense",
     "lead",
     "log_size",
@@ -87,6 +88,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def like(cls, position: Tensor, groups: int = 1) -> Moments:
+        """Of no positions yet, for those of this shape."""
         width = position.shape[-1]
         shape = (width, width) if width <= WIDEST_COVARIANCE else (width,)
         return cls(position.new_zeros(()), torch.zeros_like(position), position.new_zeros(lead(groups) + shape))
@@ -98,9 +100,11 @@ class Moments(NamedTuple):
 
     @property
     def groups(self) -> int:
+        """Number of groups of chains, each with a scatter of its own."""
         return 1 if self.scatter.dim() == 1 + self.is_full else len(self.scatter)
 
     def update(self, position: Tensor) -> Moments:
+        """With one more position of every chain."""
         number = self.number + 1
         before = position - self.mean
         mean = self.mean + before / number
@@ -232,9 +236,11 @@ class RandomWalkKernel:
     factor: Tensor
 
     def init(self, position: Tensor, density: Callable[[Tensor], Tensor]) -> RandomWalkState:
+        """The state of chains at these positions."""
         return RandomWalkState(position, density(position))
 
     def step(self, state: RandomWalkState, density: Callable[[Tensor], Tensor]) -> tuple[RandomWalkState, RandomWalkInfo]:
+        """One proposal of every chain, accepted or refused."""
         noise = torch.randn_like(state.position)
         proposal = state.position + served(self.scale, len(noise)) * pushed(noise, self.factor)
         log_density = density(proposal)
@@ -255,6 +261,7 @@ class RandomWalkAdaptation(NamedTuple):
 
     @classmethod
     def like(cls, position: Tensor, groups: int = 1) -> RandomWalkAdaptation:
+        """Before the first step of chains at such positions."""
         width = position.shape[-1]
         initial = position.new_full(lead(groups), math.log(0.1 / math.sqrt(width)))
         ones = position.new_ones((*lead(groups), width))
@@ -262,6 +269,7 @@ class RandomWalkAdaptation(NamedTuple):
 
     @property
     def kernel(self) -> RandomWalkKernel:
+        """The kernel that has been learnt so far."""
         return RandomWalkKernel(self.log_scale.exp(), self.factor)
 
     def update(self, state: RandomWalkState, info: RandomWalkInfo, warmup: int) -> RandomWalkAdaptation:
@@ -351,10 +359,12 @@ class HamiltonianKernel:
     most_steps: int = 1024
 
     def init(self, position: Tensor, density: Gradient) -> HamiltonianState:
+        """The state of chains at these positions."""
         gradient, log_density = density(position)
         return HamiltonianState(position, log_density, gradient)
 
     def step(self, state: HamiltonianState, density: Gradient) -> tuple[HamiltonianState, HamiltonianInfo]:
+        """One trajectory of every chain, its end accepted or refused."""
         chains = len(state.position)
         steps = served((self.jitter * self.length / self.step_size).ceil().clamp(1, self.most_steps), chains)
         move = served(self.step_size, chains)

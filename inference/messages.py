@@ -52,7 +52,23 @@ from inference.conditionals import (
     WishartConditional,
 )
 
-__all__ = ["Conditional", "Family", "Gaussian", "Pareto", "Points", "candidates", "kind_of", "least_of"]
+__all__ = [
+    "BetaFamily",
+    "Conditional",
+    "DirichletFamily",
+    "Family",
+    "Gaussian",
+    "InverseGaussian",
+    "LogNormal",
+    "Normal",
+    "Pareto",
+    "Points",
+    "PowerGamma",
+    "Wishart",
+    "candidates",
+    "kind_of",
+    "least_of",
+]
 
 WIDEST_GAUSSIAN = 1000  # a joint Gaussian over more elements would need too many gradients
 

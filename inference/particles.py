@@ -45,6 +45,7 @@ class Draws(NamedTuple):
 
     @property
     def is_wide(self) -> bool:
+        """Whether one run has all particles, side by side."""
         return len(self.traces) < self.particles
 
 

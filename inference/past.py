@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,7 +32,12 @@ class Past(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Those of this process."""
         return self.ends[-1].facts
+
+    def understood(self, in_words: type[Exception] | tuple[()] = ()) -> AbstractContextManager[None]:
+        """See ``checkpoint.understood``."""
+        return checkpoint.understood(self.folder or "This Posterior", "run", in_words)
 
     @classmethod
     def of(cls, source: str | os.PathLike[str] | Posterior, processes: Processes = ALONE) -> Past:
@@ -47,7 +53,8 @@ class Past(NamedTuple):
             return cls._of_posterior(Posterior.load(source), processes)
         tensors, meta, parts = checkpoint.Journal(source, is_continued=True).read()
         gathered = (codec.decode(_own_rows(layout, held, processes), {}) for held, layout in parts)
-        return cls(_own_ends(End(meta["facts"], meta["tree"], tensors), processes), gathered, source)
+        with checkpoint.understood(source, "run", in_words=ValueError):
+            return cls(_own_ends(End(meta["facts"], meta["tree"], tensors), processes), gathered, source)
 
     @classmethod
     def _of_posterior(cls, posterior: Posterior, processes: Processes) -> Past:

@@ -26,6 +26,17 @@ __all__ = ["End", "Posterior"]
 
 _TENSORS = ("draws", "stats", "history", "weights", "observed", "constants", "warmup_draws", "warmup_stats")
 _ATTRIBUTES = ("created_at", "sampling_time", "seed", "model", "backend", "config", "versions")
+_INFO: dict[str, Any] = {  # what is used of it, and its kinds
+    "backend": str,
+    "config": dict,
+    "findings": list,
+    "kind": str,
+    "model": str,
+    "sampling_time": (int, float),
+    "seed": (int, type(None)),
+    "structure": str,
+    "versions": dict,
+}
 _POINTWISE_BYTES = 2**30
 
 
@@ -258,25 +269,26 @@ class Posterior:
             ValueError: If the files are damaged, or the model or its data are not those that were fitted.
         """
         tensors, meta = checkpoint.read(folder)
-        groups: dict[str, dict[str, Tensor]] = {name: {} for name in (*_TENSORS, "log_likelihood", "end")}
-        for label, tensor in tensors.items():
-            group, name = label.split("/", 1)
-            groups[group][name] = tensor
-        pointwise, end = groups.pop("log_likelihood"), groups.pop("end")
-        fields: dict[str, Any] = dict(groups)
-        posterior = cls(
-            **fields,
-            plan=meta["plan"] and Plan(tuple(Update(**{**row, "sites": tuple(row["sites"])}) for row in meta["plan"])),
-            info=meta["info"],
-            dims={site: tuple(names) for site, names in meta["dims"].items()},
-            coords={name: np.array(values, dtype=dtype) for name, (dtype, values) in meta["coords"].items()},
-            symmetry={site: tuple(axis) if isinstance(axis, list) else axis for site, axis in meta["symmetry"].items()},
-            program=None if model is None else _rebuild(model, args, kwargs, groups, meta["info"]),
-        )
-        posterior._pointwise.update(pointwise)
-        if meta.get("end"):
-            facts, tree = meta["end"]
-            posterior._ends.append(End(facts, tree, end))
+        with checkpoint.understood(folder, "posterior"):
+            groups: dict[str, dict[str, Tensor]] = {name: {} for name in (*_TENSORS, "log_likelihood", "end")}
+            for label, tensor in tensors.items():
+                group, _, name = label.partition("/")
+                groups[group][name] = tensor
+            saved = {name: groups[name] for name in _TENSORS}
+            _check_saved(groups, meta)
+            fields: dict[str, Any] = {
+                **saved,
+                "plan": meta["plan"] and Plan(tuple(_update(row) for row in meta["plan"])),
+                "info": meta["info"],
+                "dims": {site: tuple(names) for site, names in meta["dims"].items()},
+                "coords": {name: np.array(values, dtype=dtype) for name, (dtype, values) in meta["coords"].items()},
+                "symmetry": {site: tuple(a) if isinstance(a, list) else a for site, a in meta["symmetry"].items()},
+            }
+            facts, tree = meta.get("end") or (None, None)
+            ends = [] if facts is None else [End(facts, tree, groups["end"])]
+        posterior = cls(**fields, program=None if model is None else _rebuild(model, args, kwargs, saved, meta["info"]))
+        posterior._pointwise.update(groups["log_likelihood"])
+        posterior._ends.extend(ends)
         return posterior
 
     @property
@@ -317,6 +329,38 @@ class Posterior:
             self.log_likelihood()
         except Exception as error:
             warnings.warn(f"Saved without the pointwise log-likelihood, which failed: {error}", stacklevel=3)
+
+
+def _check_saved(groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    """Refuses a file, whole but made by others, that would fail where it is used."""
+    of_draws = [*groups["draws"].items(), *groups["stats"].items(), *groups["log_likelihood"].items()]
+    for name, values in of_draws:
+        if values.dim() < 2 or values.shape[:2] != of_draws[0][1].shape[:2]:
+            raise ValueError(f"'{name}' has the shape {tuple(values.shape)}, but others have chains and draws before it")
+    for key, kinds in _INFO.items():
+        if key in meta["info"] and not isinstance(meta["info"][key], kinds):
+            raise TypeError(f"'{key}' is {meta['info'][key]!r}")
+    for site, names in meta["dims"].items():
+        _require(isinstance(names, list) and all(isinstance(name, str) for name in names), f"the dimensions of '{site}'")
+    for site, axis in meta["symmetry"].items():
+        axes = axis if isinstance(axis, list) else [] if axis is None else [axis]
+        _require(site in groups["draws"] and all(type(a) is int for a in axes), f"the symmetry of '{site}'")
+        size = groups["draws"][site].dim() - 2
+        _require(all(-size <= a < size for a in axes) and len(axes) <= 2, f"the symmetry of '{site}'")
+
+
+def _require(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise TypeError(f"{what} cannot be so")
+
+
+def _update(row: Mapping[str, Any]) -> Update:
+    update = Update(**{**row, "sites": tuple(row["sites"])})
+    texts = (*update.sites, update.update, update.note, update.claim)
+    _require(all(isinstance(text, str) for text in texts), f"the update {list(row.values())}")
+    numbers = (update.acceptance, 0.0 if update.certificate is None else update.certificate)
+    _require(all(type(number) in (int, float) for number in numbers), f"the update {list(row.values())}")
+    return update
 
 
 def _rebuild(

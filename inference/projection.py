@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from inference.graphs import arguments, changing, constant, operation
 from inference.recording import Draft, Meta
 
-__all__ = ["project"]
+__all__ = ["Form", "project"]
 
 _SHORTEST = 64  # axis that is looked at
 _GAIN = 4  # times that the axis must be longer than the span of the constants
@@ -52,6 +52,7 @@ class Form(NamedTuple):
 
     @property
     def degree(self) -> int:
+        """0, 1 or 2: as a polynomial of what is long."""
         return 2 if self.square is not None else 1 if self.linear is not None else 0
 
     def map(self, function: Callable[[Any], Any], axis: int | None = None) -> Form:

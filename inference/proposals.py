@@ -77,10 +77,12 @@ class LangevinKernel:
     is_adjusted: bool = True
 
     def init(self, position: Tensor, density: Gradient) -> LangevinState:
+        """The state of chains at these positions."""
         gradient, log_density = density(position)
         return LangevinState(position, log_density, gradient)
 
     def step(self, state: LangevinState, density: Gradient) -> tuple[LangevinState, LangevinInfo]:
+        """One proposal of every chain, accepted or refused."""
         noise = torch.randn_like(state.position)
         step_size = served(self.step_size, len(noise))
         drift = 0.5 * step_size * pulled(state.gradient, self.factor)
@@ -198,6 +200,7 @@ class IndependenceKernel:
     def step(
         self, state: IndependenceState, density: Callable[[Tensor], Tensor]
     ) -> tuple[IndependenceState, IndependenceInfo]:
+        """One proposal of every chain, accepted or refused."""
         if int(state.used) == len(state.proposals):
             state = self._filled(state.position, state.log_density, state.log_q)
         used = int(state.used)
@@ -240,6 +243,8 @@ class PriorReference:
 
     @torch.no_grad()
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Positions, (draw, D), and their log-densities."""
+
         def drawn() -> dict[str, Tensor]:
             trace = self.program.trace({}, evaluated=False)
             return {name: trace.nodes[name]["value"].to(self.program.dtype) for name in self.coordinates.sites}
@@ -249,6 +254,7 @@ class PriorReference:
 
     @torch.no_grad()
     def log_prob(self, position: Tensor) -> Tensor:
+        """Of positions, (draw, D)."""
         return self.program.density.stage("prior", self._log_prior, (True,), evaluations=0)(position)
 
     def _log_prior(self, position: Tensor) -> Tensor:
@@ -340,9 +346,11 @@ class StudentReference:
         return self.weights.log() + constant - log_size + tail, distance
 
     def log_prob(self, position: Tensor) -> Tensor:
+        """Of positions, (draw, D)."""
         return self._parts(position)[0].logsumexp(-1)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Positions, (draw, D), and their log-densities."""
         component = self.weights.multinomial(count, replacement=True)
         normal = torch.randn(count, self.means.shape[1], dtype=self.means.dtype, device=self.means.device)
         shape = torch.full((count, 1), 0.5 * self.freedom, dtype=normal.dtype, device=normal.device)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["FEWEST", "Known", "Rows", "gaussian", "is_rewritten", "log_sum", "rewritten", "weighted"]
+__all__ = ["FEWEST", "Known", "Rows", "Statistics", "gaussian", "is_rewritten", "log_sum", "rewritten", "weighted"]
 
 FEWEST = 200  # rows; fewer are evaluated one by one, which costs no more
 _WIDEST = 2**27  # numbers in a table of statistics
@@ -52,6 +52,7 @@ def rewritten(is_on: bool = True) -> Iterator[None]:
 
 
 def is_rewritten() -> bool:
+    """Whether sums over rows are rewritten here."""
     return _is_rewritten.get()
 
 
@@ -103,6 +104,7 @@ class Rows(NamedTuple):
         return ((weights @ self.statistics) * self.natural).sum() + weighted(weights.sum(-1), self.constant)
 
     def scaled(self, scale: float) -> Rows:
+        """Of a log-density times ``scale``."""
         return self if scale == 1.0 else self._replace(natural=scale * self.natural, constant=scale * self.constant)
 
 

@@ -215,7 +215,7 @@ def ancestral(model: Callable[..., Any], draws: int, *args: Any, seed: int = 0) 
     Args:
         model: A Pyro callable, or a model object with the method ``model``.
         draws: How many, at least 1.
-        args: Arguments of the program; observed data give their sites no more than a shape.
+        *args: Arguments of the program; observed data give their sites no more than a shape.
         seed: Of the draws; the generators of torch, numpy and Python are left as they were.
 
     Returns:

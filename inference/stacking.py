@@ -57,6 +57,7 @@ class Stack(NamedTuple):
 
     @property
     def rows(self) -> Rows | None:
+        """The values as a product of rows, if they are one."""
         return self.values if isinstance(self.values, Rows) else None
 
     @property

@@ -171,6 +171,7 @@ class Elements(NamedTuple):
         return all(bool((owner == owner[0]).all()) and len(which) == 1 for owner, which in self.each())
 
     def each(self) -> list[tuple[Tensor, Tensor]]:
+        """Owners and colours, group by group."""
         return list(zip(self.owners, self.colours, strict=True))
 
     def own(self, terms: Tensor, owner: Tensor) -> Tensor:

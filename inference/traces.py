@@ -84,6 +84,7 @@ class Trace(NamedTuple):
 
     @property
     def values(self) -> dict[str, Tensor]:
+        """Site to value, those that are computed included."""
         return {name: choice.value for name, choice in self.choices.items()} | self.computed
 
     def log_q(self, names: Collection[str]) -> float:

@@ -12,7 +12,7 @@ import torch
 from pyro.distributions.constraints import sphere
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
 __all__ = ["PositiveDefinite", "Stereographic", "StickBreaking", "bijection"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inference.mcmc import DIVERGENT, Gradient, HamiltonianState, pulled, pushed, served
 
-__all__ = ["TreeInfo", "TreeKernel"]
+__all__ = ["TreeInfo", "TreeKernel", "turns"]
 
 
 class TreeInfo(NamedTuple):
@@ -115,10 +115,12 @@ class TreeKernel:
     max_depth: int = 10
 
     def init(self, position: Tensor, density: Gradient) -> HamiltonianState:
+        """The state of chains at these positions."""
         gradient, log_density = density(position)
         return HamiltonianState(position, log_density, gradient)
 
     def step(self, state: HamiltonianState, density: Gradient) -> tuple[HamiltonianState, TreeInfo]:
+        """One trajectory of every chain, doubled until it turns."""
         root = _Leaf(state.position, torch.randn_like(state.position), state.gradient, state.log_density)
         energy = root.energy
         left = right = chosen = root

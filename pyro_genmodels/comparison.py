@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference import EM, HMC, NUTS, SVI, Backend, Gibbs, MetropolisHastings, Posterior, arviz, relabel
+from inference import EM, HMC, NUTS, SVI, Backend, Gibbs, MetropolisHastings, Posterior, arviz, checkpoint, relabel
 from inference.contract import Prepared
 from pyro_genmodels import plots
 from pyro_genmodels.catalogue import MODELS, Entry
@@ -34,6 +34,7 @@ __all__ = [
     "MODELS",
     "Comparison",
     "Entry",
+    "Estimate",
     "Folder",
     "check_writable",
     "compare",
@@ -417,9 +418,11 @@ class Folder:
         """The files of an earlier comparison."""
         try:
             record = json.loads((self.path / self._RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return []
-        is_ours = isinstance(record, dict) and record.get("format") == self._FORMAT
+        is_ours = (
+            isinstance(record, dict) and record.get("format") == self._FORMAT and checkpoint.are_plain(record.get("files"))
+        )
         return [self._RECORD, *record["files"]] if is_ours else []
 
     def write(self, name: str, writer: Callable[[Path], Any]) -> None:

@@ -23,9 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "bias_variance", "density_contours", "effective_sizes", "elements", "images", "latent_scatter", "learning_curve",
-    "manifold", "reliability", "traces", "traversals",
-]  # fmt: skip
+    "Scored",
+    "bias_variance",
+    "density_contours",
+    "effective_sizes",
+    "elements",
+    "images",
+    "latent_scatter",
+    "learning_curve",
+    "manifold",
+    "reliability",
+    "traces",
+    "traversals",
+]
 
 Posteriors = Posterior | Mapping[str, Posterior]
 
@@ -38,7 +48,8 @@ _DRAWS, _POINTS, _CLOUD, _ROWS = 100, 120, 20, 8
 class Scored(Protocol):
     """A model that knows the log-density of rows (rows, features) under draws: ``score_samples(x, draws) -> (rows,)``."""
 
-    def score_samples(self, x: Tensor, draws: Any) -> Tensor: ...
+    def score_samples(self, x: Tensor, draws: Any) -> Tensor:
+        """Log-density of each row, (row,), averaged over draws."""
 
 
 def density_contours(

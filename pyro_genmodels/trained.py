@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inference import checkpoint
@@ -67,6 +69,12 @@ class Recipe:
         ):
             if name not in known:
                 raise ValueError(f"There is no {kind} '{name}'; there are {', '.join(known)}.")
+        counts = {"features": self.features, "layers": self.layers, **{f"shape[{i}]": n for i, n in enumerate(self.shape)}}
+        for name, count in counts.items():
+            if type(count) is not int or count < 1:
+                raise ValueError(f"{name} is {count!r}, but must be an integer of at least 1.")
+        if type(self.beta) not in (int, float) or not 0.0 <= self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta!r}, but must be a finite number that is not negative.")
         if self.model == "iwae" and (self.prior, self.beta) != ("normal", 1.0):
             raise ValueError(
                 "iwae has a normal prior, and its divergence the weight 1: leave --prior and --beta out, or train a vae."
@@ -117,22 +125,24 @@ def load(folder: str | os.PathLike[str]) -> tuple[Recipe, LatentModel, dict[str,
     if meta.get("kind") != _KIND:
         raise ValueError(f"'{folder}' holds a posterior, and no autoencoder: genmodels diagnose reads it.")
     known = {field.name for field in fields(Recipe)}
-    recipe = meta["recipe"]
-    if meta["version"] != _VERSION or not recipe.keys() <= known or recipe.get("model") not in MODELS:
-        raise ValueError(
-            f"'{folder}' holds a '{recipe.get('model')}' of version {meta['version']}, but this version of pyro-genmodels "
-            f"knows {' and '.join(MODELS)} of version {_VERSION}. Read it with the version that wrote it, "
-            f"{meta['versions'].get('pyro-genmodels', 'unknown')}."
-        )
-    made = Recipe(**{**recipe, "shape": tuple(recipe["shape"])})
-    model = made.build()
-    _fill(model, tensors, folder)
-    return made, model.eval(), meta["facts"]
+    with checkpoint.understood(folder, "autoencoder"):
+        recipe, facts = dict(meta["recipe"]), dict(meta["facts"])
+        if meta["version"] == _VERSION and recipe.keys() <= known and recipe.get("model") in MODELS:
+            made = Recipe(**{**recipe, "shape": tuple(recipe["shape"])})
+            with torch.device("meta"):  # takes no memory, whatever size the json asks for
+                _check_weights(made.build().state_dict(), tensors)
+            model = made.build()
+            model.load_state_dict(dict(tensors))
+            return made, model.eval(), facts
+        writer = dict(meta["versions"]).get("pyro-genmodels", "unknown")
+    raise ValueError(
+        f"'{folder}' holds a '{recipe.get('model')}' of version {meta['version']}, but this version of pyro-genmodels "
+        f"knows {' and '.join(MODELS)} of version {_VERSION}. Read it with the version that wrote it, {writer}."
+    )
 
 
-def _fill(model: LatentModel, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    """Puts weights into a model that is made as they say."""
-    own = model.state_dict()
+def _check_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights that do not fit a model that is made as their json says."""
     other = [
         name
         for name in own.keys() | tensors
@@ -140,7 +150,5 @@ def _fill(model: LatentModel, tensors: Mapping[str, Tensor], folder: str | os.Pa
     ]
     if other:
         raise ValueError(
-            f"'{folder}' has other weights than its json says: '{sorted(other)[0]}' does not fit. Its networks are of "
-            "another version of pyro-genmodels; read it with that, or train again."
+            f"it has other weights than its json says: '{min(other)}' does not fit. Its networks are of another version"
         )
-    model.load_state_dict(dict(tensors))

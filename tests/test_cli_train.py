@@ -305,9 +305,10 @@ def test_mnist_says_where_it_was_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("PYRO_GENMODELS_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     refused(capsys, argv(Path("mnist"), tmp_path / "run"), r"PYRO_GENMODELS_DATA is not set")
     monkeypatch.setenv("PYRO_GENMODELS_DATA", str(tmp_path))
-    refused(capsys, argv(Path("mnist"), tmp_path / "run"), r"there is none in '.*Put it there")
+    refused(capsys, argv(Path("mnist"), tmp_path / "run"), r"there is none in '.*download.'mnist'. puts it there")
     np.savez(tmp_path / "mnist.npz", x_train=np.full((3, 28, 28), 255, np.uint8), x_test=np.zeros((2, 28, 28), np.uint8))
     found = pictures("mnist")
     assert found.test is not None and found.shape == (28, 28) and found.test.max() == 0.0 and found.train.min() == 1.0

@@ -153,12 +153,13 @@ def test_a_folder_is_no_log(tmp_path: Path) -> None:
         JSONLines(tmp_path)
 
 
-def test_another_file_is_not_gone_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["dear diary\nmore\n", "dear diary", '{"steps": 3}', '{"step": "3", "seconds": 1}\n{"s'])
+def test_another_file_is_not_gone_on_with(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("dear diary\nmore\n")
+    path.write_text(text)
     with pytest.raises(ValueError, match=r"is no log of JSONLines: see its line 1"):
         JSONLines(path)(5, Info(torch.ones(()), torch.ones(2, 3)))
-    assert path.read_text() == "dear diary\nmore\n"
+    assert path.read_text() == text
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -17,7 +17,7 @@ from inference.density import Density
 from inference.messages import Family, Normal, Pareto, candidates, kind_of, least_of
 from inference.program import Program, Site
 
-__all__ = ["Conjugate", "Joined", "Stacked", "merged", "message"]
+__all__ = ["Conjugate", "Joined", "Stacked", "edge", "merged", "message"]
 
 _HALVINGS = 60  # of an interval: to the last bit
 

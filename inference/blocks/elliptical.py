@@ -16,7 +16,7 @@ from inference.density import Density, Staged
 from inference.handlers import base
 from inference.messages import kind_of
 
-__all__ = ["EllipticalSlice"]
+__all__ = ["EllipticalSlice", "Prior"]
 
 _MOST_SHRINKS = 200  # a bracket halves about every step: it would be narrower than rounding long before
 
@@ -33,6 +33,7 @@ class Prior(NamedTuple):
 
     @property
     def is_diagonal(self) -> bool:
+        """Whether the factor is a vector, the diagonal of one."""
         return self.factor.dim() == self.mean.dim()
 
     def scaled(self, noise: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from inference.posterior import Posterior
 from inference.program import Program
 from inference.terms import Coordinates, Elements, colour, one_by_one
 
-__all__ = ["GuideDraw"]
+__all__ = ["Gaps", "GuideDraw", "GuideState"]
 
 _TRIALS = (
     3  # settings at which elements are told apart: all rows are evaluated at each of them for every bit of their number

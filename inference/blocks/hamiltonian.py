@@ -14,7 +14,7 @@ from inference.contract import Unsupported
 from inference.density import Density, Unconstrained
 from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianKernel
 
-__all__ = ["Hamiltonian", "misled"]
+__all__ = ["Hamiltonian", "HamiltonianBlockState", "misled"]
 
 _PIECES, _ROUNDS, _PATHS = 16, 5, 4  # 16⁻⁵ of a path is a millionth of it
 _STEPS = 8  # evaluations of a trajectory, about

@@ -15,7 +15,7 @@ from inference.density import Density
 from inference.mcmc import lead
 from inference.terms import Coordinates, Elements, colour, one_by_one
 
-__all__ = ["Slice"]
+__all__ = ["Slice", "SliceState"]
 
 _MOST_STEPS = 16  # widths of the longest interval
 _MOST_SHRINKS = 100

@@ -14,7 +14,7 @@ from inference.density import Density
 from inference.mcmc import lead
 from inference.terms import Coordinates, Elements, colour, one_by_one
 
-__all__ = ["AdaptiveWalk"]
+__all__ = ["AdaptiveWalk", "WalkState"]
 
 
 class WalkState(NamedTuple):

@@ -76,9 +76,11 @@ class Bench:
         return simulate(self.program, {}, count)
 
     def data(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The observed sites among values."""
         return {name: values[name] for name in self.program.observed_sites}
 
     def bar(self, total: int, what: str) -> tqdm[Any]:
+        """A progress bar, if the sampler shows one."""
         return tqdm(total=total, desc=f"{self.name} {what}", disable=not self.sampler.progress, leave=False)
 
 
@@ -132,11 +134,13 @@ class Quantities:
 
 
 def at_least(name: str, value: Any, least: int) -> None:
+    """Refuses a setting that is no integer of at least ``least``."""
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}.")
 
 
 def check_level(level: float) -> None:
+    """Refuses a level that is no probability strictly between 0 and 1."""
     if not 0.0 < level < 1.0:
         raise ValueError(f"level={level!r}: must lie between 0 and 1.")
 

@@ -71,6 +71,7 @@ class SBC(Result):
 
     @property
     def points(self) -> int:
+        """Number of points at which the empirical distribution is judged."""
         return uniformity.points_for(self.draws, len(self.pit))
 
     @property

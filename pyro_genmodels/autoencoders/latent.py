@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_genmodels.autoencoders.ends import Decoder, centre, check_data, check_shape, filled, like
 from pyro_genmodels.base import GenerativeModel
 
-__all__ = ["LatentModel", "check_beta"]
+__all__ = ["LatentModel", "check_beta", "mirrored", "sized"]
 
 
 class LatentModel(GenerativeModel):
@@ -130,4 +130,5 @@ def sized(features: int | None, given: int | None, usual: int, prior: str) -> in
 
 
 def mirrored(hidden: Sequence[int]) -> tuple[int, ...]:
+    """Widths of a decoder, for those of the encoder."""
     return tuple(reversed(tuple(hidden)))

@@ -3,6 +3,7 @@
 from pyro_genmodels.datasets.bundled import coal_mining, digits, eight_schools, galaxies, load, names, old_faithful
 from pyro_genmodels.datasets.pictures import Pictures, pictures
 from pyro_genmodels.datasets.planar import PLANAR, planar
+from pyro_genmodels.datasets.remote import download
 from pyro_genmodels.datasets.tables import Dataset, read_table
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Pictures",
     "coal_mining",
     "digits",
+    "download",
     "eight_schools",
     "galaxies",
     "load",

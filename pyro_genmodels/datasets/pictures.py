@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_genmodels.datasets import remote
+from pyro_genmodels.datasets.arrays import read_arrays
 from pyro_genmodels.datasets.bundled import digits
 
 __all__ = ["PICTURES", "Pictures", "pictures"]
@@ -43,9 +44,9 @@ class Pictures:
 def pictures(name: str) -> Pictures:
     """Pictures by name, or from a file.
 
-    "digits" come with the package. "mnist" and "fashion_mnist" are read from NAME.npz in the folder that the environment
-    variable PYRO_GENMODELS_DATA names, with the arrays ``x_train`` and ``x_test``. So is any other .npz file, which may have
-    one array ``x`` instead; a .npy file is that array.
+    "digits" come with the package. "mnist" and "fashion_mnist" are read from NAME.npz, with the arrays ``x_train`` and
+    ``x_test``, in the folder that the environment variable PYRO_GENMODELS_DATA names, or where ``download`` puts them
+    without it. So is any other .npz file, which may have one array ``x`` instead; a .npy file is that array.
 
     Args:
         name: "digits", "mnist", "fashion_mnist", or a path.
@@ -63,21 +64,21 @@ def pictures(name: str) -> Pictures:
         return Pictures(name, x[:-_TEST], x[-_TEST:])
     path = Path(name)
     if name in PICTURES:
-        path = Path(os.environ.get(_FOLDER, "")) / f"{name}.npz"
-        if _FOLDER not in os.environ or not path.is_file():
-            where = f"in '{path.parent}'" if _FOLDER in os.environ else f"as {_FOLDER} is not set"
+        path = remote.folder() / f"{name}.npz"
+        if not path.is_file():
+            unset = "" if _FOLDER in os.environ else f", as {_FOLDER} is not set"
             raise FileNotFoundError(
-                f"{name} is read from {name}.npz in the folder that {_FOLDER} names, but there is none {where}. Put it "
-                "there, with the arrays x_train and x_test, or take digits, which come with the package."
+                f"{name} is read from {name}.npz, but there is none in '{path.parent}'{unset}. "
+                f"pyro_genmodels.datasets.download('{name}') puts it there; digits come with the package."
             )
     if path.suffix.lower() not in (".npz", ".npy"):
         raise ValueError(f"There are no pictures '{name}'; there are {', '.join(PICTURES)}, or give a .npz or .npy file.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    arrays = _arrays(path)
+    arrays, names = read_arrays(path, ("x", "x_train", "x_test"))
     train = next((arrays[key] for key in ("x_train", "x") if key in arrays), None)
     if train is None:
-        raise ValueError(f"{path.name} has the arrays {', '.join(arrays)}: call the rows 'x', or 'x_train' and 'x_test'.")
+        raise ValueError(f"{path.name} has the arrays {', '.join(names)}: call the rows 'x', or 'x_train' and 'x_test'.")
     x, test = _rows(train, path.name), arrays.get("x_test")
     found = Pictures(path.stem, x, None if test is None else _rows(test, path.name))
     if found.test is not None and found.test.shape[1:] != x.shape[1:]:
@@ -85,18 +86,6 @@ def pictures(name: str) -> Pictures:
             f"{path.name} has rows of shape {tuple(x.shape[1:])} to train on, but {tuple(found.test.shape[1:])} in x_test."
         )
     return found
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {"x": loaded}
-            names = [name for name in loaded.files if name in ("x", "x_train", "x_test")]
-            return {name: loaded[name] for name in names} if names else dict.fromkeys(loaded.files, np.empty(0))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} cannot be read as numpy arrays: {error}") from error
 
 
 def _rows(array: np.ndarray, name: str) -> Tensor:

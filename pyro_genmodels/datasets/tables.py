@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_genmodels.datasets.arrays import read_arrays
 
 __all__ = ["Dataset", "parse_csv", "read_table"]
 
@@ -155,19 +156,10 @@ def _default_columns(count: int) -> tuple[str, ...]:
 
 
 def _load_array(path: Path) -> np.ndarray:
-    try:
-        # Opened here, because np.load leaves a broken archive open.
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            names = loaded.files
-            arrays = [loaded[name] for name in names if name == "x" or len(names) == 1]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} cannot be read as numpy arrays: {error}") from error
+    arrays, names = read_arrays(path, ("x",))
     if not arrays:
-        raise ValueError(f"{path.name} has the arrays {names}: call the table 'x', or leave the others out.")
-    return arrays[0]
+        raise ValueError(f"{path.name} has the arrays {list(names)}: call the table 'x', or leave the others out.")
+    return next(iter(arrays.values()))
 
 
 def _check_array(array: np.ndarray, name: str) -> tuple[Tensor, tuple[str, ...]]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pyro_genmodels.diffusion.schedule import Schedule
 
-__all__ = ["PREDICTIONS", "Denoised", "Denoiser", "Given", "Network", "Prediction", "data_from", "output_from"]
+__all__ = [
+    "PREDICTIONS", "Denoised", "Denoiser", "Given", "Network", "Prediction", "data_from", "output_from", "per_row",
+]  # fmt: skip
 
 Prediction = Literal["data", "noise", "velocity", "score", "flow"]
 PREDICTIONS: tuple[Prediction, ...] = ("data", "noise", "velocity", "score", "flow")

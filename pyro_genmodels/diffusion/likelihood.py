@@ -26,7 +26,7 @@ from pyro_genmodels.diffusion.samplers import (
 )
 
 __all__ = [
-    "Bound", "Flow", "bits_per_dimension", "flow_log_prob", "immse_log_prob", "link_cost", "path_bound", "prior_cost",
+    "Bound", "Flow", "bits_per_dimension", "bridge", "flow_log_prob", "immse_log_prob", "link_cost", "path_bound", "prior_cost",
     "probability_flow", "rademacher", "variational_bound",
 ]  # fmt: skip
 

@@ -41,9 +41,27 @@ from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
 from pyro_genmodels.diffusion.scores import jacobian
 
 __all__ = [
-    "Variance", "ancestral", "ddim", "dpm_solver_2", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "dpm_solver_pp_3m",
-    "euler", "euler_maruyama", "heun", "noises", "path", "predictor_corrector", "rk4", "step_posterior", "terminal", "unipc",
-]  # fmt: skip
+    "Step",
+    "StepPosterior",
+    "Variance",
+    "ancestral",
+    "ddim",
+    "dpm_solver_2",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_2m_sde",
+    "dpm_solver_pp_3m",
+    "euler",
+    "euler_maruyama",
+    "flow_slope",
+    "heun",
+    "noises",
+    "path",
+    "predictor_corrector",
+    "rk4",
+    "step_posterior",
+    "terminal",
+    "unipc",
+]
 
 Variance = Literal["upper", "lower", "optimal", "full"]
 _REACHED = -4.0  # log-SNR above which a signal of unit variance still shows in x_T: at −4, 1.8 % of the variance is signal

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["score_of", "tweedie", "tweedie_covariance"]
+__all__ = ["jacobian", "score_of", "tweedie", "tweedie_covariance"]
 
 
 def tweedie(y: Tensor, score: Callable[[Tensor], Tensor], noise: Tensor | float) -> Tensor:

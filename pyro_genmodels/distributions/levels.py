@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_genmodels.distributions.special import log1mexp
 
-__all__ = ["DiscretisedLogistic"]
+__all__ = ["DiscretisedLogistic", "Levels"]
 
 
 class Levels(constraints.Constraint):

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 from inference.contract import Augmented
 
-__all__ = ["Classwise", "LatentScaleT", "Mixed"]
+__all__ = ["Classwise", "LatentScaleT", "Mixed", "floating", "weighted"]
 
 
 class Classwise(TorchDistribution):
