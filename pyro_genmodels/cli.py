@@ -3,8 +3,8 @@
 
 Tables go to stdout, all else to stderr.
 
-Exit status: 0, or 2 for input that cannot be used (one sentence on stderr), or 130 after Ctrl-C, when what there is so far
-has been printed and saved.
+Exit status: 0, or 1 if an example of the gallery failed, or 2 for input that cannot be used (one sentence on stderr), or 130
+after Ctrl-C, when what there is so far has been printed and saved.
 """
 
 from __future__ import annotations

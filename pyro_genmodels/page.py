@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Page", "write_whole"]
 
+_DOTS = 150  # an inch
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NUMBER = re.compile(r"[-+−]?(\d[\d,]*\.?\d*|\.\d+)([eE][-+]?\d+)?( ?(±.*|%|s|x|×))?|nan|-|")
 
@@ -53,6 +54,7 @@ tbody th { font-weight: 500 } td.number, th.number { text-align: right; white-sp
 td.good { color: var(--good); font-weight: 600 } td.bad { color: var(--bad); font-weight: 600 }
 pre { background: var(--wash); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; margin: .7rem 0;
   font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+details { margin: .7rem 0 } summary { cursor: pointer; color: var(--accent) }
 figure { margin: 1rem 0 } figure img { display: block; max-width: 100%; height: auto } figcaption { font-size: .88rem;
   margin-top: .35rem; max-width: 46rem }
 footer { padding: 2rem 1.25rem 3rem; font-size: .85rem }
@@ -103,9 +105,11 @@ class Page:
         items = [f"<li>{html.escape(line)}</li>" for line in lines] or [f'<li class="good">{html.escape(none)}</li>']
         self._parts.append(f'<ul class="findings">{"".join(items)}</ul>')
 
-    def code(self, text: str) -> None:
-        """Text as it stands: a program, what a command printed."""
-        self._parts.append(f"<pre>{html.escape(text.rstrip())}</pre>")
+    def code(self, text: str, title: str = "") -> None:
+        """Text as it stands: a program, what a command printed. With a title it is folded away below that."""
+        block = f"<pre>{html.escape(text.rstrip())}</pre>"
+        fold = f"<details><summary>{html.escape(title)}</summary>{block}</details>"
+        self._parts.append(fold if title else block)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], marks: dict[str, str] | None = None) -> None:
         """A table; columns of numbers are set flush right.
@@ -148,8 +152,7 @@ class Page:
         width = int.from_bytes(data[16:20], "big")
         below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
         source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        # Pictures are drawn at 150 dots an inch, and shown at 96.
-        shown = f'<img src="{source}" alt="{html.escape(description)}" width="{round(width * 96 / 150)}">'
+        shown = f'<img src="{source}" alt="{html.escape(description)}" width="{round(width * 96 / _density(data))}">'
         self._parts.append(f"<figure>{shown}{below}</figure>")
 
     def html(self) -> str:
@@ -214,7 +217,14 @@ def _cell(tag: str, text: str, classes: Sequence[str]) -> str:
     return f"<{tag}{named}>{html.escape(text)}</{tag}>"
 
 
+def _density(data: bytes) -> float:
+    """Dots an inch of a PNG, as its chunk pHYs says, in dots a metre."""
+    place = data.find(b"pHYs", 0, 10_000)
+    dots = int.from_bytes(data[place + 4 : place + 8], "big") * 0.0254
+    return dots if place > 0 and dots >= 1.0 else _DOTS
+
+
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
+    figure.savefig(stream, format="png", dpi=_DOTS)
     return stream.getvalue()
