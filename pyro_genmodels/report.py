@@ -133,7 +133,7 @@ def _single(path: Path, model: Any) -> Page:
     why = "The program is not at hand, so the data cannot be replicated: give --model MODULE:NAME."
     if model is not None:
         posterior = _with_program(path, model, posterior)
-    elif command is not None:
+    elif command is not None:  # what ``genmodels fit`` asked for
         try:
             built, arguments = _built(command)
             posterior = Posterior.load(path, built, *arguments)
@@ -216,7 +216,7 @@ def _run(page: Page, posteriors: Mapping[str, Posterior], command: Mapping[str, 
         for key, title in facts.items()
         if any(info.get(key) not in (None, False, {}) for info in infos.values())
     ]
-    if command is not None:
+    if isinstance(command, Mapping):
         rows += [[f"command: {key}", _told(value)] for key, value in command.items() if value is not None]
     page.table(["", *posteriors] if len(posteriors) > 1 else [], rows)
     page.section("Program")
@@ -477,17 +477,23 @@ def _with_program(path: Path, model: Any, posterior: Posterior) -> Posterior:
 
 
 def _built(command: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """The model and its arguments, from what the command line wrote down."""
+    """The model and its arguments, from what the command line wrote down.
+
+    Raises:
+        ValueError: If that is none of this version, or was tampered with.
+    """
     if not isinstance(command, dict) or command.get("model") not in MODELS:
         raise ValueError("the folder does not say which model of this version it is about.")
-    entry = MODELS[command["model"]]
-    x, y, _ = tables.read(command["model"], str(command["data"]), command.get("labels"))
+    entry, options = MODELS[command["model"]], command.get("options")
+    if not isinstance(options, dict) or not options.keys() <= entry.options.keys():
+        raise ValueError(f"its options are none of {command['model']}.")
+    x, y, _ = tables.read(command["model"], str(command.get("data")), command.get("labels"))
     share = 0.0 if entry.score is None else float(command.get("held_out") or 0.0)
     kept, _ = split(torch.arange(len(x)), share, int(command.get("seed") or 0))
-    options = command.get("options", {})
-    if unknown := options.keys() - entry.options.keys():
-        raise ValueError(f"{command['model']} has no option '{sorted(unknown)[0]}'.")
-    model = entry.build(**options)
+    try:
+        model = entry.build(**options)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"its options do not make a {command['model']} ({error}).") from error
     return model, entry.arguments(model, x[kept], None if y is None else y[kept])
 
 

@@ -184,6 +184,31 @@ def test_a_comparison_is_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert finding in page.said("li")
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("rm -rf", "the folder does not say which model of this version it is about."),
+        ({"model": "os.system"}, "the folder does not say which model of this version it is about."),
+        ({"model": "gmm", "options": {"location": 3}}, "its options are none of gmm."),
+        ({"model": "gmm", "options": {"components": "two"}, "data": "faithful"}, "its options do not make a gmm"),
+        ({"model": "gmm", "options": {"components": 2}, "data": "nowhere.csv"}, "There is no file nowhere.csv"),
+        ({"model": "gmm", "options": {"components": 2}, "data": "faithful", "labels": "y"}, "gmm learns from no labels"),
+        (
+            {"model": "gmm", "options": {"components": 2}, "data": "faithful"},
+            "The data of 'x' are not those that were fitted",
+        ),
+    ],
+)
+def test_a_command_that_cannot_be_repeated_costs_the_check_alone(
+    command: Any, sentence: str, saved: Path, tmp_path: Path
+) -> None:
+    posterior = Posterior.load(saved / "EM")
+    dataclasses.replace(posterior, info={**posterior.info, "command": command}).save(tmp_path / "fit")
+    assert run(str(tmp_path / "fit")) == 0
+    said = pages.check(tmp_path / "fit.html").said("p")
+    assert any(text.startswith("The data cannot be replicated: ") and sentence in text for text in said)
+
+
 # ------------------------------------------------------------------------------------------------- others
 def test_a_training_run_shows_its_log_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "vae")
