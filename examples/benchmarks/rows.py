@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 __all__ = ["Row", "Rows", "read"]
 
@@ -77,9 +77,14 @@ class Rows(list[Row]):
         print()
         for row in self:
             found = {
-                name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in asdict(row).items()
+                name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in _said(row).items()
             }
             print(_MARK + json.dumps(found, ensure_ascii=False), flush=True)
+
+
+def _said(row: Row) -> dict[str, object]:
+    """The fields of a row that are not their defaults."""
+    return {field.name: value for field in fields(row) if (value := getattr(row, field.name)) != field.default}
 
 
 def read(lines: Iterable[str]) -> Rows:
