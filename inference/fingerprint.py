@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+import textwrap
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from inference.program import Program, is_statement
 if TYPE_CHECKING:
     from inference.contract import Backend
 
-__all__ = ["compare", "fingerprint", "versions"]
+__all__ = ["compare", "fingerprint", "source", "versions"]
 
 # What changes no step: how a run is watched, where it is written, when it stops.
 _FREE = ("progress", "callbacks", "checkpoint", "checkpoint_every", "until", "device", "seed")
@@ -38,6 +40,24 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def source(program: Callable[..., Any]) -> str:
+    """The text of a program as it was written, for the record; "" where Python does not have it.
+
+    Args:
+        program: A function, what handlers or ``functools.partial`` made of one, or a module that is called.
+    """
+    while isinstance(program, functools.partial):
+        is_handled = program.func.__module__.startswith("pyro.poutine")  # (handler, function)
+        program = program.args[1] if is_handled else program.func
+    program = inspect.unwrap(program)
+    function = program if inspect.isroutine(program) else type(program).__call__
+    function = getattr(program, "forward", function) if isinstance(program, nn.Module) else function
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return ""
 
 
 def fingerprint(backend: Backend[Any, Any], program: Program, seed: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from inference.checkpoint import Journal
 from inference.contract import Backend, Independent, Unsupported
 from inference.diagnosis import worst
 from inference.distributed import Part, Processes, processes
-from inference.fingerprint import compare, fingerprint, versions
+from inference.fingerprint import compare, fingerprint, source, versions
 from inference.handlers import isolated, quiet, random_state, refill, reproducible, set_random_state
 from inference.past import Past, joined
 from inference.plan import Plan, Update
@@ -692,6 +692,7 @@ class _Run:
             "kind": self.backend.kind,
             "config": _config(self.asked),
             "model": self.program.name,
+            "source": source(self.program.call),
             "structure": "changing" if self.program.is_changing else "fixed",
             "processes": self.processes.size,
             "seed": self.seed,

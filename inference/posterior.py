@@ -63,9 +63,9 @@ class Posterior:
         history: Name to what the steps reported: "loss" or "log_joint" (step,), of samplers (step, chain).
         plan: Which site was updated how; None if the back-end has no plan.
         weights: Trained or fixed weights of the model.
-        info: What json can hold: "backend", "config", "model", "kind" ("samples", "variational" or "point"), "seed",
-            "sampling_time" in seconds, "created_at", "versions", "processes", "warmup", "draws", "thin", the "structure" of
-            the program ("fixed" or "changing"), and the run's "findings".
+        info: What json can hold: "backend", "config", "model", "source" (text of the program), "kind"
+            ("samples", "variational" or "point"), "seed", "sampling_time" in seconds, "created_at", "versions", "processes",
+            "warmup", "draws", "thin", the "structure" of the program ("fixed" or "changing"), and the run's "findings".
         dims: Site to names of the dimensions of its value, those of plates among them.
         coords: Name of a dimension to its labels.
         observed: Observed site to the data.

@@ -1,9 +1,10 @@
-"""The command line: ``genmodels list | fit | compare | diagnose``, and ``train | sample | evaluate``, in ``cli_train``.
+"""The command line: ``genmodels list | fit | compare | diagnose``; ``train | sample | evaluate`` are in ``cli_train``, and
+``report | gallery`` in ``cli_report``.
 
 Tables go to stdout, all else to stderr.
 
-Exit status: 0, or 2 for input that cannot be used (one sentence on stderr), or 130 after Ctrl-C, when what there is so far
-has been printed and saved.
+Exit status: 0, or 1 if an example of the gallery failed, or 2 for input that cannot be used (one sentence on stderr), or 130
+after Ctrl-C, when what there is so far has been printed and saved.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from inference import Backend, Posterior, arviz, checkpoint
-from pyro_genmodels import cli_train, datasets
+from pyro_genmodels import cli_report, cli_train, datasets, report, tables
 from pyro_genmodels.comparison import (
     METHODS,
     MODELS,
@@ -32,14 +32,14 @@ from pyro_genmodels.comparison import (
     labelled,
     present,
     sentence,
+    summary,
 )
-from pyro_genmodels.datasets import Dataset
 
 __all__ = ["main"]
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
+_COMMANDS = "list | fit | compare | diagnose | report | gallery | train | sample | evaluate"
 _SHOWN = 50  # elements of a site in a summary
-_LISTED = 30  # columns that a sentence names
 _MODEL_OPTIONS = ("components", "covariance", "columns", "factors", "states", "emission", "cost", "kernel")
 _RUN_OPTIONS = ("steps", "draws", "warmup", "chains")
 _LEGEND = """
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="genmodels", description="Generative models as Pyro programs, and ways to know what they hide.")
-    commands = parser.add_subparsers(required=True, metavar="list | fit | compare | diagnose | train | sample | evaluate")
+    commands = parser.add_subparsers(required=True, metavar=_COMMANDS)
 
     command = commands.add_parser("list", help="models, data sets and back-ends, and what works with what")
     command.set_defaults(command=_list)
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("diagnose", help="a saved posterior: plan, summary, findings in words")
     command.set_defaults(command=_diagnose)
     command.add_argument("folder", type=Path, metavar="FOLDER", help="what fit --out or Posterior.save wrote")
+    cli_report.add(commands, _count)
     cli_train.add(commands, _count, _whole)
     return parser
 
@@ -176,7 +177,7 @@ def _settings(backend: Backend[Any, Any]) -> str:
 
 def _fit(args: argparse.Namespace) -> int:
     entry, given = _entry(args), _options(args)
-    x, y, columns = _table(args, entry)
+    x, y, columns = tables.read(args.model, args.data, args.labels)
     options, backend = _counted(given, y), _backend(_method(args.method, entry), args)
     if args.out is not None:
         checkpoint.check(args.out)
@@ -188,10 +189,11 @@ def _fit(args: argparse.Namespace) -> int:
     print(f"{_title(args, options)}: {type(backend).__name__}, {len(x)} rows, {seconds:.1f} s\n")
     if posterior.plan is not None:
         print(f"{posterior.plan}\n")
-    print(_summary(named, present(entry.judged, named)))
+    print(summary(named, present(entry.judged, named)).to_string())
     print("\nFindings", *(posterior.diagnose() or ["none"]), sep="\n  ")
     if args.out is not None:
-        named.save(args.out)
+        settings = {"model": args.model, "options": options, "data": args.data, "labels": args.labels}
+        dataclasses.replace(named, info={**named.info, "command": settings}).save(args.out)
         print(f"\nSaved in {args.out}")
     if is_interrupted(posterior):
         _say("genmodels: Stopped by Ctrl-C; the above is what there is so far" + (", and it is saved." if args.out else "."))
@@ -209,26 +211,16 @@ def _diagnose(args: argparse.Namespace) -> int:
         print(f"{posterior.plan}\n")
     shown = [site for site, values in posterior.draws.items() if values[0, 0].numel() <= _SHOWN]
     if shown:
-        print(_summary(posterior, shown))
+        print(summary(posterior, shown).to_string())
     if long := [site for site in posterior.draws if site not in shown]:
         print(f"\nNot shown, with more than {_SHOWN} elements: {', '.join(long)}")
     print("\nFindings", *(posterior.diagnose() or ["none"]), sep="\n  ")
     return 0
 
 
-def _summary(posterior: Posterior, sites: Sequence[str]) -> str:
-    """ArviZ's summary of some sites; columns that one draw cannot fill are left out."""
-    import arviz as az
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        table: Any = az.summary(posterior.to_arviz(log_likelihood=False), var_names=list(sites))
-    return table.dropna(axis=1, how="all").to_string()
-
-
 def _compare(args: argparse.Namespace) -> int:
     entry, given = _entry(args), _options(args)
-    x, y, columns = _table(args, entry)
+    x, y, columns = tables.read(args.model, args.data, args.labels)
     options = _counted(given, y)
     if entry.score is None and args.held_out:
         raise ValueError(f"{args.model} does not score rows one by one: leave --held-out out.")
@@ -236,11 +228,13 @@ def _compare(args: argparse.Namespace) -> int:
     names = args.method.split(",") if args.method else entry.methods
     backends = {name: _backend(_method(name, entry), args) for name in names}
     settings = {"model": args.model, "options": options, "data": args.data, "held_out": held_out, "seed": args.seed}
+    settings |= {"labels": args.labels, "results": {}}
     settings["methods"] = {name: _settings(backend) for name, backend in backends.items()}
     folder = None if args.out is None else Folder(args.out, settings)
 
     def save(name: str, posterior: Posterior) -> None:
         if folder is not None:
+            settings["results"][name] = report.record(posterior)
             folder.write(f"{name}.nc", lambda path: arviz.write(posterior.to_arviz(), path))
 
     found = compare(entry, options, x, columns, backends, y=y, held_out=held_out, seed=args.seed, after=save)
@@ -286,49 +280,6 @@ def _counted(options: Mapping[str, Any], y: Tensor | None) -> dict[str, Any]:
     if "classes" not in options or y is None:
         return dict(options)
     return {**options, "classes": max(2, int(y.max()) + 1)}
-
-
-def _table(args: argparse.Namespace, entry: Entry) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """The table, its labels, and the names of its columns but theirs."""
-    data, name = _data(args.data), args.labels
-    if not entry.labels:
-        if name is not None:
-            raise ValueError(f"{args.model} learns from no labels: leave --labels out.")
-        return data.x, None, data.columns
-    beside = [key for key in data.arrays if key != "x"]
-    known = (*(data.columns if len(data.columns) <= _LISTED else ()), *beside)
-    if name is None:
-        raise ValueError(f"{args.model} learns from labels: give --labels COLUMN, one of {', '.join(known)}.")
-    if name in beside:
-        x, y, columns = data.x, data[name], data.columns
-    elif name in data.columns:
-        place = data.columns.index(name)
-        rest = [j for j in range(len(data.columns)) if j != place]
-        if not rest:
-            raise ValueError(f"'{name}' is the only column: there is nothing to predict it from.")
-        x, y, columns = data.x[:, rest], data.x[:, place], tuple(data.columns[j] for j in rest)
-    else:
-        raise ValueError(f"There is no column '{name}'; there are {', '.join(known)}.")
-    return x, y.double() if entry.labels == "numbers" else _whole_labels(name, y, args.model == "naive_bayes"), columns
-
-
-def _whole_labels(name: str, y: Tensor, may_be_unknown: bool) -> Tensor:
-    least = -1 if may_be_unknown else 0
-    bad = (~((y == y.round()) & (y >= least))).nonzero()
-    if len(bad):
-        wanted = "whole numbers from 0 on" + (", or -1 where they are not known" if may_be_unknown else "")
-        raise ValueError(
-            f"Labels must be {wanted}, but '{name}' is {float(y[bad[0, 0]]):g} in row {int(bad[0])} of the table."
-        )
-    return y.long()
-
-
-def _data(name: str) -> Dataset:
-    if name in datasets.names():
-        return datasets.load(name)
-    if not Path(name).suffix and not Path(name).exists():
-        raise ValueError(f"There is no data set '{name}'; there are {', '.join(datasets.names())}, or give a file.")
-    return datasets.read_table(name)
 
 
 def _method(name: str, entry: Entry) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from inference import ELBO, IWELBO, SVI, JSONLines, MultiplyIWELBO, Renyi, checkpoint
@@ -33,6 +31,7 @@ from pyro_genmodels.comparison import check_writable, is_interrupted
 from pyro_genmodels.datasets import Pictures, pictures
 from pyro_genmodels.datasets.pictures import PICTURES
 from pyro_genmodels.metrics import codes, density
+from pyro_genmodels.page import write_whole
 from pyro_genmodels.trained import LIKELIHOODS, MODELS, PRIORS, Recipe
 
 __all__ = ["BOUNDS", "add"]
@@ -154,7 +153,7 @@ def _train(args: argparse.Namespace) -> int:
     loss = posterior.history["loss"] / len(data.train)
     facts = {**settings, "steps": len(loss), "rows": len(data.train), "is_done": not is_interrupted(posterior)}
     trained.save(args.out / _MODEL, recipe, model, facts)
-    print(f"{_title(recipe)} on {len(data.train)} rows of {args.data}, {args.bound}, seed {args.seed}")
+    print(f"{recipe} on {len(data.train)} rows of {args.data}, {args.bound}, seed {args.seed}")
     print(f"{len(loss)} steps of {args.batch} rows, {time.perf_counter() - started:.1f} s")
     for epoch in range(math.ceil(len(loss) / every)):
         print(f"  pass {epoch + 1:4}   bound {-float(loss[every * epoch : every * (epoch + 1)].mean()):12.4f} nats a row")
@@ -199,13 +198,6 @@ def _begin(folder: Path, settings: Mapping[str, Any], is_resumed: bool) -> bool:
     return checkpoint.is_of_run(folder / _RUN)
 
 
-def _title(recipe: Recipe) -> str:
-    parts = [f"features={recipe.features}", f"prior={recipe.prior}", f"likelihood={recipe.likelihood}"]
-    parts += [f"layers={recipe.layers}"] if recipe.layers > 1 else []
-    parts += [f"beta={recipe.beta:g}"] if recipe.beta != 1.0 else []
-    return f"{recipe.model}({', '.join(parts)})"
-
-
 def _load(folder: Path) -> tuple[Recipe, LatentModel, dict[str, Any]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'. Give one that train --out wrote.")
@@ -216,40 +208,22 @@ def _load(folder: Path) -> tuple[Recipe, LatentModel, dict[str, Any]]:
     return trained.load(folder / _MODEL)
 
 
-@torch.no_grad()
 def _sample(args: argparse.Namespace) -> int:
     recipe, model, _ = _load(args.folder)
     kind = args.out.suffix.lower()
     if kind not in (".png", ".npz"):
         raise ValueError(f"--out is '{args.out}', but must end in .png, for a grid of pictures, or .npz, for numbers.")
-    is_picture = len(recipe.shape) == 2 or (len(recipe.shape) == 3 and recipe.shape[0] in (1, 3))
-    if kind == ".png" and not is_picture:
+    if kind == ".png" and not recipe.is_pictured:
         raise ValueError(f"Rows of shape {recipe.shape} are no pictures: give --out FILE.npz.")
     check_writable(args.out.resolve().parent)
-    torch.manual_seed(args.seed)
-    nodes = poutine.trace(model.model).get_trace(None, size=args.size).nodes
-    x: Tensor = nodes["x"]["value"] if args.drawn else model.decoder.mean(nodes["z"]["value"])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    x = trained.sample(model, args.size, args.seed, args.drawn)
     if kind == ".npz":
-        _whole(args.out, lambda path: np.savez_compressed(path, x=x.numpy()))
+        write_whole(args.out, lambda path: np.savez_compressed(path, x=x.numpy()))
     else:
-        across = math.ceil(math.sqrt(args.size))
-        grid = plots.images({" " * (i + 1): strip for i, strip in enumerate(x.split(across))})
-        _whole(args.out, lambda path: grid.savefig(path, dpi=150))
-    print(f"{args.size} rows of {_title(recipe)} in {args.out}")
+        grid = plots.images(trained.grid(x))
+        write_whole(args.out, lambda path: grid.savefig(path, dpi=150))
+    print(f"{args.size} rows of {recipe} in {args.out}")
     return 0
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first: what was there stays if it fails."""
-    fresh = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(fresh)
-        fresh.replace(path)
-    except OSError as error:
-        raise OSError(f"Cannot write '{path}': {error.strerror or error}.") from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -264,7 +238,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         x = torch.bernoulli(x, generator=torch.Generator().manual_seed(args.seed))
     found = density.log_evidence(model, x, samples=args.samples, seed=args.seed, progress=not args.quiet)
     parts = density.rate_distortion(model, x, samples=min(args.samples, _EACH), seed=args.seed)
-    print(f"{_title(recipe)} after {facts['steps']} steps, on {len(x)} rows of {name} ({part})")
+    print(f"{recipe} after {facts['steps']} steps, on {len(x)} rows of {name} ({part})")
     if not facts["is_done"]:
         print("Its training was stopped by Ctrl-C.")
     print(f"\n{f'NLL, {args.samples} importance samples':34}{-found.mean:12.4f} ± {_se(found.log_p):.4f} nats a row")

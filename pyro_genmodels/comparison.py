@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ __all__ = [
     "present",
     "sentence",
     "split",
+    "summary",
 ]
 
 
@@ -354,6 +356,25 @@ def labelled(
         dims={**posterior.dims, **{site: names for site, names in entry.dims.items() if site in posterior.draws}},
         coords={**posterior.coords, **_coords(columns)},
     )
+
+
+def summary(posterior: Posterior, sites: Sequence[str], **options: Any) -> Any:
+    """ArviZ's summary of some sites, a pandas table; columns that there is no sense in are left out.
+
+    Args:
+        posterior: What was inferred.
+        sites: Names of the sites.
+        **options: For ``arviz.summary``.
+    """
+    import arviz as az
+
+    chains, draws = posterior.shape
+    kind: Any = "all" if chains > 1 and draws > 3 else "stats"  # what is no chain has no R-hat
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = posterior.to_arviz(log_likelihood=False)
+        table: Any = az.summary(data, var_names=list(sites), kind=kind, **options)
+    return table[["mean"]] if draws == 1 else table.dropna(axis=1, how="all")
 
 
 def present(sites: Sequence[str], posterior: Posterior) -> list[str]:

@@ -6,6 +6,7 @@ drawn as they are in ``posterior.draws``: match them before (``dataclasses.repla
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,19 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Scored",
-    "bias_variance",
-    "density_contours",
-    "effective_sizes",
-    "elements",
-    "images",
-    "latent_scatter",
-    "learning_curve",
-    "manifold",
-    "reliability",
-    "traces",
-    "traversals",
-]
+    "Scored", "bias_variance", "density_contours", "effective_growth", "effective_sizes", "elements", "forest", "images",
+    "latent_scatter", "learning_curve", "log_curves", "manifold", "predictive_check", "ranks", "reliability",
+    "traces", "traversals",
+]  # fmt: skip
 
 Posteriors = Posterior | Mapping[str, Posterior]
 
@@ -170,6 +162,218 @@ def effective_sizes(posteriors: Posteriors, sites: Sequence[str] | None = None) 
     return figure
 
 
+def ranks(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
+    """Ranks of the draws among those of all chains, a histogram for each chain: a row for each element of the sites.
+
+    Chains that agree have flat histograms: of N draws a chain, each of B bins holds N/B, within the grey band at 99 % of
+    independent draws. One that sits low, high or narrow bends its own.
+
+    Args:
+        posteriors: What was inferred; point estimates and guides, which have no chains, are left out.
+        sites: Names of the sites; None takes all that do not belong to the rows of the data. At most eight elements.
+
+    Raises:
+        ValueError: If no posterior comes from two Markov chains.
+
+    References:
+        A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Bürkner, Rank-normalization, folding, and localization: an
+        improved R-hat for assessing convergence of MCMC (2021).
+    """
+    from scipy.stats import binom, rankdata
+
+    named = {name: pair for name, pair in _chained(posteriors, 4).items() if pair[0].shape[0] > 1}
+    if not named:
+        raise ValueError("There are no ranks to compare: no posterior has two Markov chains of four draws.")
+    found = {name: elements(posterior, sites) for name, (posterior, _) in named.items()}
+    labels = list(next(iter(found.values())))[:_ROWS]
+    figure = _figure(2.6 * max(len(named), 2) + 0.6, 0.95 * len(labels) + 0.8)
+    grid = figure.subplots(len(labels), len(named), squeeze=False)
+    for j, (name, (_, colour)) in enumerate(named.items()):
+        for i, label in enumerate(labels):
+            axis, values = grid[i, j], found[name][label]
+            _dress(axis)
+            chains, draws = values.shape
+            bins = min(20, max(4, draws // 20))
+            rank = rankdata(values, method="average").reshape(values.shape)
+            edges = np.linspace(0.5, chains * draws + 0.5, bins + 1)
+            low, high = binom.ppf([0.005, 0.995], draws, 1.0 / bins)
+            axis.axhspan(low, high, color=_FAINT, alpha=0.6, linewidth=0)
+            for own, shade in zip(rank, np.linspace(1.35, 0.45, chains)):
+                axis.stairs(np.histogram(own, edges)[0], edges, color=_mix(colour, shade), linewidth=0.8, alpha=0.9)
+            axis.set_xlim(edges[0], edges[-1])
+            axis.set_ylim(bottom=0.0)
+            if i < len(labels) - 1:
+                axis.set_xticklabels([])
+        grid[0, j].set_title(f"{name} ({len(found[name][labels[0]])} chains)")
+        grid[-1, j].set_xlabel("rank among all draws")
+    for i, label in enumerate(labels):
+        grid[i, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.align_ylabels(grid[:, 0])
+    return figure
+
+
+def forest(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
+    """Medians with central intervals of 50 % (thick) and 90 % (thin): a panel a site, a line an element and posterior.
+
+    Args:
+        posteriors: What was inferred; a point estimate is a dot.
+        sites: Names of the sites; None takes all that do not belong to the rows of the data. At most forty elements.
+
+    Raises:
+        ValueError: If there is no element to show.
+    """
+    named = _named(posteriors)
+    found = {name: elements(posterior, sites) for name, (posterior, _) in named.items()}
+    labels = list(dict.fromkeys(label for own in found.values() for label in own))[:_LINES]
+    if not labels:
+        raise ValueError("There is nothing to show: the posteriors have no site that does not belong to the data's rows.")
+    groups = _apart(labels)
+    height = 0.06 + 0.13 * max(1.6, len(named))
+    figure = _figure(6.5, 0.45 * len(groups) + height * len(labels) + 0.5)
+    ratios = [len(own) for own in groups.values()]
+    panels = figure.subplots(len(groups), squeeze=False, height_ratios=ratios)[:, 0]
+    for axis, own in zip(panels, groups.values()):
+        _dress(axis)
+        axis.grid(axis="y", visible=False)
+        for j, (name, (_, colour)) in enumerate(named.items()):
+            shift = 0.0 if len(named) == 1 else 0.5 * (j / (len(named) - 1) - 0.5)
+            for place, label in enumerate(own):
+                if label not in found[name]:
+                    continue
+                low, left, middle, right, high = np.nanquantile(found[name][label], [0.05, 0.25, 0.5, 0.75, 0.95])
+                axis.plot([low, high], [place + shift] * 2, color=colour, linewidth=0.9)
+                axis.plot([left, right], [place + shift] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
+                axis.plot([middle], [place + shift], color=colour, marker="o", markersize=3.2, linewidth=0)
+        axis.set_yticks(range(len(own)), own)
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(len(own) - 0.5, -0.5)
+    if len(named) > 1:
+        from matplotlib.lines import Line2D
+
+        handles = [Line2D([], [], color=colour, marker="o", markersize=4, label=name) for name, (_, colour) in named.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(named)), frameon=False, fontsize=8)
+    return figure
+
+
+def _apart(labels: Sequence[str]) -> dict[str, list[str]]:
+    """Elements that share an axis: those of a site, or, where few columns have names, and so units, those of each column."""
+    groups: dict[str, list[str]] = {}
+    for site in dict.fromkeys(label.split("[")[0] for label in labels):
+        own = [label for label in labels if label.split("[")[0] == site]
+        columns = {label: label.removesuffix("]").rpartition(", ")[2] for label in own}
+        is_named = 1 < len({*columns.values()}) <= _NAMED and not any(
+            name.isdigit() or "[" in name for name in columns.values()
+        )
+        for label in own:
+            groups.setdefault(f"{site} {columns[label]}" if is_named else site, []).append(label)
+    return groups
+
+
+def effective_growth(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
+    """Effective sample size of the first draws, against their number: of the worst element of each site.
+
+    It grows in proportion where chains mix. Where it levels off they are stuck, and more draws would not help.
+
+    Args:
+        posteriors: What was inferred; point estimates and guides are left out.
+        sites: Names of the sites; None takes all that do not belong to the rows of the data. At most eight sites.
+
+    Raises:
+        ValueError: If no posterior comes from Markov chains of forty draws.
+    """
+    named = _chained(posteriors, 40)
+    if not named:
+        raise ValueError("There is no growth to show: no posterior has Markov chains of forty draws.")
+    figure, axes = _panels(len(named), width=3.4, height=2.8)
+    for axis, (name, (posterior, _)) in zip(axes, named.items()):
+        chains, draws = posterior.shape
+        draws_of = {site: posterior.draws[site] for site in _sites(posterior, sites)[:_ROWS]}
+        invariant = relabel.invariant(draws_of, posterior.symmetry)
+        counts = np.linspace(draws / 8, draws, 8).round().astype(int)
+        for (site, values), colour in zip(invariant.items(), _COLOURS * 2, strict=False):
+            sizes = [arviz.ess(values[:, :count].double().numpy()) for count in counts]
+            if all(np.isfinite(size).any() for size in sizes):
+                curve = [np.nanmin(size) for size in sizes]
+                axis.plot(counts * chains, curve, color=colour, marker="o", markersize=2.5, linewidth=1.2, label=site)
+        axis.set_title(name)
+        axis.set_xlabel("draws of all chains")
+        axis.set_ylabel("effective draws")
+        axis.set_ylim(bottom=0.0)
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def predictive_check(posterior: Posterior, draws: int = 50, columns: Sequence[str] = ()) -> Figure:
+    """Data beside replicated data: what the program, at draws of the posterior, says the same rows might have been.
+
+    A panel for each observed site, or for each of its columns: the data (dark), and the bands that hold 50 and 90 % of the
+    replications. Where the data leave the bands, the program does not say how they came about.
+
+    Args:
+        posterior: What was inferred, with its program.
+        draws: How many draws of the posterior replicate the data, at least 2.
+        columns: Names of the columns of a table of data; its own numbers where there are not as many.
+
+    Raises:
+        RuntimeError: If the posterior was loaded without its model.
+        ValueError: If nothing is observed, or ``draws`` is below 2.
+    """
+    if draws < 2:
+        raise ValueError(f"draws is {draws}, but a band needs at least 2 replications.")
+    some = _some(posterior.draws, draws)
+    kept = {site: values[torch.arange(draws) % len(values), None] for site, values in some.items()}
+    made = dataclasses.replace(posterior, draws=kept).predict()
+    panels: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for site, values in made.items():
+        seen = posterior.observed[site].detach().cpu().double()
+        replicated = values.detach().cpu().double().reshape(draws, *seen.shape)
+        if seen.dim() < 2 or seen.shape[-1] > _COLUMNS:
+            panels[site] = (seen.numpy(), replicated.numpy())
+            continue
+        width = seen.shape[-1]
+        names = columns if len(columns) == width else _coordinates(posterior, site, seen.dim() - 1, width)
+        for i, name in enumerate(names):
+            panels[f"{site}[{name}]"] = (seen[..., i].numpy(), replicated[..., i].numpy())
+    if not panels:
+        raise ValueError("There is nothing to check: the program observes nothing.")
+    shown = dict(list(panels.items())[:_COLUMNS])
+    figure, axes = _panels(len(shown), width=3.4, height=2.8)
+    for axis, (name, (observed, replications)) in zip(axes, shown.items()):
+        _bands(axis, observed, replications)
+        axis.set_xlabel(name)
+        axis.set_ylabel("share of the rows")
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[tuple[Any, str]] = [(Line2D([], [], color=_INK, linewidth=1.4), "data")]
+    handles += [(Patch(facecolor=_mix(_COLOURS[0], share)), text) for share, text in _BANDS.values()]
+    figure.legend(*zip(*handles), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+_LINES, _COLUMNS, _BINS, _NAMED = 40, 6, 30, 4
+_BANDS = {0.9: (0.22, "90 % of the replications"), 0.5: (0.5, "50 %")}  # mass to shade and name
+
+
+def _bands(axis: Axes, observed: np.ndarray, replications: np.ndarray) -> None:
+    """Histograms of the data and of each replication (draw, *observation), in common bins."""
+    is_there = np.isfinite(observed)
+    seen, made = observed[is_there], replications[:, is_there]
+    low = min(seen.min(), np.quantile(made, 0.005))
+    high = max(seen.max(), np.quantile(made, 0.995))
+    if (seen == seen.round()).all() and (made == made.round()).all():
+        step = max(1, -(-int(high - low + 1) // _BINS))
+        edges = np.arange(low - 0.5, high + 0.5 + step, step)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
+    shares = np.stack([np.histogram(row, edges)[0] for row in made]) / seen.size
+    for mass, (shade, _) in _BANDS.items():
+        bottom, top = np.quantile(shares, [0.5 - mass / 2, 0.5 + mass / 2], axis=0)
+        axis.stairs(top, edges, baseline=bottom, fill=True, color=_mix(_COLOURS[0], shade), linewidth=0)
+    axis.stairs(np.histogram(seen, edges)[0] / seen.size, edges, color=_INK, linewidth=1.4)
+    axis.set_ylim(bottom=0.0)
+
+
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -192,23 +396,58 @@ def learning_curve(posteriors: Posteriors) -> Figure:
         rows = _rows(posterior) if "rate" in posterior.history else None  # what a row costs, where rows have codes
         values = values if rows is None else values / rows
         curve = values.detach().cpu().double().reshape(len(values), -1).numpy()
-        axis.plot(curve, color=colour, linewidth=0.8, alpha=0.35 if label == "loss" else 0.8)
-        if label == "loss" and len(curve) >= 100:
-            width = len(curve) // 50
-            smooth = np.convolve(curve[:, 0], np.ones(width) / width, "valid")
-            axis.plot(np.arange(len(smooth)) + width / 2, smooth, color=colour, linewidth=1.8)
-        settled = curve[len(curve) // 10 :] if len(curve) > 50 else curve
-        settled = settled[np.isfinite(settled)]
-        if settled.size:
-            # The first steps fall from heights that would flatten all the rest.
-            low, high = np.percentile(settled, [0, 100])
-            room = 0.1 * (high - low) or 1.0
-            axis.set_ylim(low - room, high + room)
+        _course(axis, np.arange(len(curve)), curve, colour, is_noisy=label == "loss")
         axis.set_title(name)
         axis.set_xlabel("step")
         unit = "" if rows is None else ", nats a row"
         axis.set_ylabel({"lp": "log-density", "log_joint": "log-joint"}.get(label, label) + unit)
     return figure
+
+
+def log_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """What a log of ``inference.JSONLines`` says of a run: a panel for each number that it follows.
+
+    Args:
+        lines: The lines of the file, each with "step".
+
+    Raises:
+        ValueError: If no line has a number beside its step and time.
+    """
+    names = dict.fromkeys(
+        name
+        for line in lines
+        for name, value in line.items()
+        if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    )
+    if not names:
+        raise ValueError("There is no curve to draw: the log follows no number.")
+    figure, axes = _panels(len(names), width=3.4, height=2.6)
+    for axis, name, colour in zip(axes, names, _COLOURS * len(names), strict=False):
+        found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+        steps, values = np.array(found, dtype=float).T
+        _course(axis, steps, values[:, None], colour, is_noisy=name == "loss")
+        axis.set_title(name.replace("_", " "))
+        axis.set_xlabel("step")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    return figure
+
+
+def _course(axis: Axes, steps: np.ndarray, curve: np.ndarray, colour: str, is_noisy: bool) -> None:
+    """Curves (step, chain), with a running mean where single steps are noise."""
+    mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(curve) < 20 else {}
+    axis.plot(steps, curve, color=colour, linewidth=0.8, alpha=0.35 if is_noisy and len(curve) >= 100 else 0.8, **mark)
+    axis.locator_params(axis="x", integer=True)
+    if is_noisy and len(curve) >= 100:
+        width = len(curve) // 50
+        smooth = np.convolve(curve[:, 0], np.ones(width) / width, "valid")
+        axis.plot(np.convolve(steps, np.ones(width) / width, "valid"), smooth, color=colour, linewidth=1.8)
+    settled = curve[len(curve) // 10 :] if len(curve) > 50 else curve
+    settled = settled[np.isfinite(settled)]
+    if settled.size:
+        # The first steps fall from heights that would flatten all the rest.
+        low, high = np.percentile(settled, [0, 100])
+        room = 0.1 * (high - low) or 1.0
+        axis.set_ylim(low - room, high + room)
 
 
 def _rows(posterior: Posterior) -> int | None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from inference import checkpoint
@@ -16,7 +17,7 @@ from inference.fingerprint import versions
 from pyro_genmodels.autoencoders import IWAE, VAE, likelihoods, priors
 from pyro_genmodels.autoencoders.latent import LatentModel
 
-__all__ = ["LIKELIHOODS", "MODELS", "PRIORS", "Recipe", "load", "save"]
+__all__ = ["LIKELIHOODS", "MODELS", "PRIORS", "Recipe", "grid", "load", "sample", "save"]
 
 LIKELIHOODS: dict[str, Callable[[], likelihoods.Likelihood]] = {
     "bernoulli": likelihoods.Bernoulli,
@@ -87,6 +88,17 @@ class Recipe:
         """Whether rows are made black and white, at random by their grey levels and anew at every visit."""
         return self.likelihood == "bernoulli"
 
+    def __str__(self) -> str:
+        parts = [f"features={self.features}", f"prior={self.prior}", f"likelihood={self.likelihood}"]
+        parts += [f"layers={self.layers}"] if self.layers > 1 else []
+        parts += [f"beta={self.beta:g}"] if self.beta != 1.0 else []
+        return f"{self.model}({', '.join(parts)})"
+
+    @property
+    def is_pictured(self) -> bool:
+        """Whether a row is a picture, grey or in colours."""
+        return len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[0] in (1, 3))
+
     def build(self) -> LatentModel:
         """The model, its weights drawn by torch's global generator."""
         likelihood = LIKELIHOODS[self.likelihood]()
@@ -139,6 +151,27 @@ def load(folder: str | os.PathLike[str]) -> tuple[Recipe, LatentModel, dict[str,
         f"'{folder}' holds a '{recipe.get('model')}' of version {meta['version']}, but this version of pyro-genmodels "
         f"knows {' and '.join(MODELS)} of version {_VERSION}. Read it with the version that wrote it, {writer}."
     )
+
+
+@torch.no_grad()
+def sample(model: LatentModel, size: int, seed: int = 0, is_drawn: bool = False) -> Tensor:
+    """New rows of a model, (size, *shape): the means of the likelihood, or draws from it.
+
+    Args:
+        model: What was trained.
+        size: How many.
+        seed: Of torch's global generator.
+        is_drawn: Whether to draw from the likelihood.
+    """
+    torch.manual_seed(seed)
+    nodes = poutine.trace(model.model).get_trace(None, size=size).nodes
+    x: Tensor = nodes["x"]["value"] if is_drawn else model.decoder.mean(nodes["z"]["value"])
+    return x
+
+
+def grid(x: Tensor) -> dict[str, Tensor]:
+    """Rows as the lines of a square, for ``plots.images``."""
+    return {" " * (i + 1): strip for i, strip in enumerate(x.split(math.ceil(math.sqrt(len(x)))))}
 
 
 def _check_weights(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rows import Rows
+
 os.environ.setdefault("PYRO_GENMODELS_RUNG", "staged")  # a cell is too short for the compiler to pay
 
 import pyro
@@ -200,6 +202,9 @@ def main(smoke: bool = False) -> dict[tuple[str, str], tuple[SBC, Geweke]]:
     )
     for result in failed:
         print(f"\n{result}")
+    rows = Rows()
+    rows.add("calibration tests that fail", f"{tests} tests of samplers, SBC and Geweke", float(len(failed)), target=0.0)
+    rows.show()
     return results
 
 

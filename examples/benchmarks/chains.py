@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from hmc import DATA, pyro_programs
+from rows import Rows
 
 from inference import HMC
 from inference.density import Density, Unconstrained
@@ -98,6 +99,7 @@ def picture(costs: dict[str, list[float]], path: Path) -> None:
 
 
 def main(smoke: bool = False) -> None:
+    rows = Rows()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "pyro-ppl"))
     lines = [
         f"python examples/benchmarks/{os.path.basename(__file__)}{' --smoke' * smoke}",
@@ -118,10 +120,12 @@ def main(smoke: bool = False) -> None:
     ratios = [f"{costs[model][-1] / costs[model][0]:.0f} times for {model}" for model in DATA]
     lines.append(f"\n1,024 chains cost as much as one {' and '.join(ratios)}. Picture: results/chains.png")
     print("\n".join(lines))
+    for model in DATA:
+        one, many = costs[model][0], costs[model][-1]
+        rows.add("µs a gradient of 1,024 chains", model, many, theirs=1024 * one, peer="as many of one chain")
+    rows.show()
     if not smoke:
-        results = Path(__file__).parent / "results"
-        (results / "chains.txt").write_text("\n".join(lines) + "\n")
-        picture(costs, results / "chains.png")
+        picture(costs, Path(__file__).parent / "results" / "chains.png")
 
 
 if __name__ == "__main__":

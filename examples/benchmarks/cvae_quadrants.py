@@ -32,6 +32,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from rows import Rows
 from torch import Tensor, nn
 
 from inference import SVI
@@ -143,6 +144,7 @@ def main() -> None:
     test = test.bernoulli(generator=generator)[:: 10_000 // options.images][: options.images]
     held, x = x[-HELD:].bernoulli(generator=generator), x[: 3000 if options.smoke else -HELD]
     print(f"{len(test)} test pictures, {options.epochs} epochs")
+    rows = Rows()
     svi = SVI(
         steps=20 if options.smoke else options.epochs * -(-len(x) // 128),
         learning_rate=1e-3,
@@ -164,6 +166,9 @@ def main() -> None:
             told = f"{'-':>7}" if paper is None else f"{paper:7.2f}"
             se = float(log_p.std()) / math.sqrt(len(log_p))
             print(f"{name:28} {-float(log_p.mean()):7.2f} {se:6.2f} {told} {seconds:8.0f}   {note}", flush=True)
+            if paper is not None:
+                rows.add("nats of what is hidden", f"MNIST, {count} quadrants seen, {name}", -float(log_p.mean()),
+                         theirs=paper, peer="the paper", is_difference=True)  # fmt: skip
 
         begin = time.perf_counter()
         near = neighbours(x, held, seen, max(NEIGHBOURS))
@@ -193,6 +198,7 @@ def main() -> None:
                 found = log_evidence(model, test, guide=guide, samples=samples)
                 note = f"k-hat above 0.7 at {float((found.pareto_k > 0.7).double().mean()):.1%}"
                 show(f"CVAE, {name}, {samples}", found.log_p, fitting + time.perf_counter() - begin, note)
+    rows.show()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import Rows
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
@@ -188,6 +189,7 @@ def main(smoke: bool = False, threads: int = 1, dtypes: tuple[str, ...] = ("floa
     print(f"python examples/benchmarks/{os.path.basename(__file__)}{options}")
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, shared, Python {platform.python_version()}, {versions}")
     print(f"K = {COMPONENTS}, D = {COLUMNS}, N = {rows:,}, full covariances\n")
+    told = Rows()
     with threadpool_limits(threads):
         for name in dtypes:
             x, start = data(rows, getattr(torch, name))
@@ -198,10 +200,13 @@ def main(smoke: bool = False, threads: int = 1, dtypes: tuple[str, ...] = ("floa
                 used = memory(kind, name, rows)
                 print(f"{kind:13}{own:10.3f}{peer / own:8.2f}{difference:13.1e}{used:10}", flush=True)
             print(f"{'(data alone)':13}{'':31}{memory('', name, rows):10}")
+            told.add("seconds a step of EM", f"GMM, K = D = {COMPONENTS}, {rows:,} rows, full, {name}",
+                     seconds[KINDS.index("ours")], theirs=peer, peer="scikit-learn")  # fmt: skip
             print()
         print(f"{'whole fit':13}{f'{long} steps, s':>14}{'log-likelihood of a row':>26}")
         for kind, (own, level) in zip(KINDS, fits(x, long), strict=False):
             print(f"{kind:13}{own:14.1f}{level:26.4f}", flush=True)
+    told.show()
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from rows import Rows
 from torch import Tensor, nn
 
 from inference.rowwise import Rowwise
 from pyro_genmodels.metrics import codes, density
 
+ROWS = Rows()
 CODES = 20
 WANTED = 20.0  # times faster than the peer
 
@@ -110,6 +112,9 @@ def beside(peer: Any, x: Tensor, samples: int, rounds: int) -> None:
     _, product = timed(lambda: [program.decoder(z) for _ in range(20)])
     floor = product / 20 / 2500 * len(x) * samples
     ratios = [slow / quick for quick, slow in seconds]
+    quick, slow = min(seconds, key=lambda pair: pair[1] / pair[0])
+    ROWS.add("seconds of log p(x)", f"VAE, {len(x)} images, {samples} samples, the worse of {rounds} rounds", quick,
+             theirs=slow, peer="pythae get_nll", target=WANTED)  # fmt: skip
     miss = "" if min(ratios) >= WANTED else f"   MISS: below {WANTED:.0f}"
     print(f"times faster: {', '.join(f'{ratio:.1f}' for ratio in ratios)}{miss}")
     print(
@@ -178,6 +183,7 @@ def main() -> None:
     program = Program(peer)
     between(program, options.simulated, options.steps)
     said(program, x)
+    ROWS.show()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rows import Rows
 from sklearn.datasets import load_breast_cancer
 from sklearn.decomposition import PCA
 from sklearn.decomposition import FactorAnalysis as Peer
@@ -28,6 +29,7 @@ from torch import Tensor
 from inference import EM
 from pyro_genmodels import GMM, PPCA, FactorAnalysis
 
+ROWS = Rows()
 _ERROR = 0.23  # of a full covariance, GMM(1), which factors are to come near
 
 
@@ -52,6 +54,8 @@ def complete(x: Tensor, factors: int) -> None:
         posterior, seconds = timed(lambda model=ours, backend=backend: backend.fit(model, x))
         climb = posterior.history["log_joint"]
         verdict = "" if float(climb[-1]) >= best - 1e-6 * abs(best) else "   MISS: below the peer by more than 1e-6"
+        ROWS.add("log-likelihood", f"{name}({factors}), breast cancer, complete", float(climb[-1]), theirs=best,
+                 peer="scikit-learn", is_less_better=False, is_difference=True, target=-1e-6 * abs(best))  # fmt: skip
         print(f"{name + ', EM':28}{float(climb[-1]):16.3f}{seconds:10.2f}{len(climb):8}{verdict}")
 
 
@@ -60,6 +64,7 @@ def half(x: Tensor, numbers: list[int]) -> None:
     gaps = torch.where(is_gone, torch.nan, x)
     print(f"\n{'half of the table':28}{'squared error':>16}{'seconds':>10}{'inside':>8}")
     filled, seconds = timed(lambda: torch.from_numpy(KNNImputer().fit_transform(gaps.numpy())))
+    peer = float((filled - x)[is_gone].square().mean())
     print(f"{'scikit-learn KNNImputer':28}{float((filled - x)[is_gone].square().mean()):16.3f}{seconds:10.2f}")
     models = {"GMM(1)": GMM(1), "PPCA(5)": PPCA(5)} | {f"FactorAnalysis({q})": FactorAnalysis(q) for q in numbers}
     for name, model in models.items():
@@ -70,6 +75,8 @@ def half(x: Tensor, numbers: list[int]) -> None:
         drawn = model.imputations(gaps, posterior, 200)
         inside = float(((x >= drawn.quantile(0.05, 0)) & (x <= drawn.quantile(0.95, 0)))[is_gone].double().mean())
         verdict = "" if error <= _ERROR else f"   MISS: above {_ERROR}"
+        ROWS.add("squared error of what was missing", f"{name}, breast cancer, half missing", error, theirs=peer,
+                 peer="scikit-learn KNNImputer")  # fmt: skip
         print(f"{name + ', EM':28}{error:16.3f}{seconds:10.1f}{inside:8.3f}{verdict}", flush=True)
 
 
@@ -86,6 +93,7 @@ def main() -> None:
     x = (x - x.mean(0)) / x.std(0, correction=0)
     complete(x, 5)
     half(x, numbers)
+    ROWS.show()
     print("\nWhere a miss is: the measurements of a tumour correlate in more ways than so few factors hold.")
 
 

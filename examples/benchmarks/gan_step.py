@@ -17,6 +17,7 @@ import statistics
 import time
 
 import torch
+from rows import Rows
 
 from inference import Adversarial, NonSaturating, Wasserstein
 from inference.games import Game, gradient_penalty
@@ -88,6 +89,7 @@ def main() -> None:
     print(f"python examples/benchmarks/gan_step.py --runs {given.runs} --steps {given.steps}")
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared")
+    rows = Rows()
     print("\nsteps of the generator a second     ours   by hand   ratio, median of pairs of runs")
     for name, game, critic_steps in (("non-saturating", NonSaturating(), 1), ("WGAN-GP, 5 critic steps", Wasserstein(), 5)):
         steps = given.steps if critic_steps == 1 else SKIPPED + (given.steps - SKIPPED) // 4
@@ -95,6 +97,9 @@ def main() -> None:
         one, other = (statistics.median(rates) for rates in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         print(f"{name:32} {one:8.1f} {other:9.1f} {ratio:7.2f}   (asked for: 0.97)", flush=True)
+        rows.add("steps of a generator a second", f"GAN, {name}", one, theirs=other, peer="by hand", is_less_better=False,
+                 target=0.97)  # fmt: skip
+    rows.show()
 
 
 if __name__ == "__main__":

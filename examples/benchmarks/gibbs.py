@@ -36,6 +36,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from rows import Rows
 from torch import Tensor
 
 from inference import Gibbs
@@ -374,7 +375,7 @@ def main(smoke: bool = False, rounds: int = 3, only: str = "") -> None:
         f"{'':13}{'':9}{'sweeps':>13}{'start':>7}{'seconds':>9}{'least ESS':>11}{'ESS / s':>10}{'/ JAGS':>8}{'target':>8}"
         f"{'cold / JAGS':>13}{'/ by hand':>11}",
     ]
-    checks, missed = [], []
+    checks, missed, rows = [], [], Rows()
     for model in models:
         mine, theirs = (3 * draws // 10, draws // 10 or 5) if model == "mixture" else (draws, draws)
         found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
@@ -392,6 +393,9 @@ def main(smoke: bool = False, rounds: int = 3, only: str = "") -> None:
             if m == "ours":
                 line += f"{rate[m] / rate['JAGS']:8.1f}{TARGETS[model]:8}{cold[m] / cold['JAGS']:13.1f}"
                 line += f"{rate[m] / rate['by hand']:11.2f}"
+                for peer, target in (("JAGS", float(TARGETS[model])), ("by hand", None)):
+                    rows.add("least ESS a second, Gibbs", f"{model}, {CHAINS} chains", rate[m], theirs=rate[peer], peer=peer,
+                             is_less_better=False, target=target)  # fmt: skip
                 if rate[m] < TARGETS[model] * rate["JAGS"]:
                     missed.append(f"{model}: {rate[m] / rate['JAGS']:.1f} of {TARGETS[model]} times JAGS. {WHY[model]}")
             lines.append(line)
@@ -403,13 +407,13 @@ def main(smoke: bool = False, rounds: int = 3, only: str = "") -> None:
     for model in models:
         own, hand, plan = child("sweeps", model, min(draws, 300), blocks, 20)
         lines.append(f"{model:13}{own:9.2f}{hand:9.2f}{own / hand:7.2f}{2:8}  {plan}")
+        rows.add("ms a sweep of Gibbs", f"{model}, {CHAINS} chains", own, theirs=hand, peer="by hand", target=0.5)
         if own > 2.0 * hand:
             missed.append(f"{model}: a sweep takes {own / hand:.1f} times that by hand, 2 at most. {WHY[model]}")
     lines += ["", *("Missed: " + line for line in missed)]
     lines.append("\nWorst |z| of the difference from the means of JAGS: " + ", ".join(checks) + ".")
     print("\n".join(lines))
-    if not smoke and not only:
-        (Path(__file__).parent / "results" / f"{Path(__file__).stem}.txt").write_text("\n".join(lines) + "\n")
+    rows.show()
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rows import Rows
 
+ROWS = Rows()
 CHAINS = (64, 4)
 Values = dict[str, np.ndarray]
 WHY = {
@@ -224,6 +225,9 @@ def table(draws: int, rounds: int, fits: int) -> list[str]:
                         peers = rates(found["numpyro"], state)[1]
                         line += f"{rate / peers:11.2f}{goal:8.1f}{rate / slow:9.0f}{beyond or '':>8}"
                         label = f"{model}, {NAMES[kind]}, {chains} chains, {state}"
+                        for name, other, target in (("NumPyro NUTS", peers, goal), ("Pyro NUTS, 1 chain", slow, beyond)):
+                            ROWS.add("least ESS a second", label, rate, theirs=other, peer=name, is_less_better=False,
+                                     target=target)  # fmt: skip
                         if rate < goal * peers:
                             missed.append(f"{label}: {rate / peers:.2f} of {goal} times NumPyro. {WHY[model]}")
                         if beyond and rate < beyond * slow:
@@ -251,9 +255,7 @@ def main(smoke: bool = False, rounds: int = 3) -> None:
         *table(draws, rounds, fits),
     ]
     print("\n".join(lines))
-    if not smoke:
-        path = Path(__file__).parent / "results" / f"{Path(__file__).stem}.txt"
-        path.write_text("\n".join(lines) + "\n")
+    ROWS.show()
 
 
 if __name__ == "__main__":

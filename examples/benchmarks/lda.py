@@ -1,6 +1,6 @@
 """Topics of the AP corpus: time and held-out perplexity beside tomotopy, scikit-learn and gensim, in one run.
 
-    PYRO_GENMODELS_DATA=FOLDER python examples/benchmarks/lda.py | tee examples/benchmarks/results/lda.txt
+    PYRO_GENMODELS_DATA=FOLDER python examples/benchmarks/run.py lda
 
 2,246 documents, K = 50, α = 0.1, β = 0.01; every tenth document is held out. Whoever found the topics, the shares of the
 held-out documents are fitted to one half of their tokens by the same code (``bags.folded``), and the perplexity is that of
@@ -27,6 +27,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from pyro.infer.autoguide import AutoDelta
+from rows import Rows
 from torch import Tensor
 
 from inference import EM, SVI, Gibbs
@@ -240,12 +241,20 @@ def main() -> None:
         f"Collapsed EM's 3 steps, median of {len(first)} starts: {found:.2f} s, {spent:.2f} s, {reached:.1f} (at most "
         f"{max(row[3] for row in first):.1f}): {share:.2f} of the seconds of the wall; at most 0.33: {verdict}."
     )
+    ours_now = Rows()
+    ours_now.add("seconds to the perplexity of the 400th sweep", "LDA, AP, EM collapsed, 3 steps", found, theirs=wall,
+                 peer="tomotopy, 400 sweeps", target=3.0)  # fmt: skip
+    ours_now.add("perplexity there, the worst start", "LDA, AP, EM collapsed, 3 steps", max(row[3] for row in first),
+                 theirs=perplexity, peer="tomotopy, 400 sweeps", target=1.0)  # fmt: skip
     lowest = min(own, key=lambda row: row[3])
     print(f"Our lowest: {lowest[0]} ({lowest[1]}), {lowest[3]:.1f}; tomotopy's after 1,000 sweeps {longest[3]:.1f}.")
     for kind in dict.fromkeys(kind_of(row) for row in own):
         ends = min(row[3] for row in own if kind_of(row) == kind)
         verdict = "met" if ends <= 1.05 * longest[3] else "MISSED"
         print(f"{kind} ends at {ends:.1f}, {100 * (ends / longest[3] - 1):+.1f} % of that; at most +5 %: {verdict}.")
+        ours_now.add("held-out perplexity at the end", f"LDA, AP, {kind}", ends, theirs=longest[3],
+                     peer="tomotopy, 1,000 sweeps", target=1.0 / 1.05)  # fmt: skip
+    ours_now.show()
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from rows import Rows
 from torch import Tensor
 from torch.distributions import StickBreakingTransform
 from torch.func import grad_and_value, vmap
@@ -35,7 +35,6 @@ from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
 
 STATES = 5
-RESULTS = Path(__file__).parent / "results" / "long_loop.txt"
 
 
 def program(y: Tensor) -> None:
@@ -212,9 +211,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--longest", type=int, default=2000, help="of the runs that are only timed; 0 leaves them out")
     parser.add_argument("--chains", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    rows = Rows()
     lines = [
         f"python examples/benchmarks/long_loop.py --steps {options.steps} --chains {options.chains}",
         f"{datetime.date.today()}, {os.cpu_count()} CPUs, shared, one thread, Python {platform.python_version()}, "
@@ -224,12 +223,13 @@ def main() -> None:
     ]
     for name, ours, theirs in compared(simulated(options.steps), options.chains):
         lines.append(f"{name:32s} {ours:11.2f} {theirs:12.2f} {ours / theirs:6.2f}")
+        rows.add(f"ms of {name}", f"HMM as a loop of {options.steps} steps, {options.chains} chains", ours, theirs=theirs,
+                 peer="by hand", target=1 / 5)  # fmt: skip
     for steps in filter(None, (options.steps, options.longest)):
         lines += ["", f"whole runs of {steps} steps, s"]
         lines += [f"{name:32s} {seconds:11.1f}" for name, seconds in whole(simulated(steps), options.chains)]
-    text = "\n".join(lines)
-    print(text)
-    options.out.write_text(text + "\n")
+    print("\n".join(lines))
+    rows.show()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rows import Rows
 from torch import Tensor
 
 from inference import ELBO, IWELBO, SVI
@@ -167,7 +168,7 @@ def main() -> None:
     print(f"{len(test)} test pictures, {options.samples} samples; the paper's Table 1 is of all 10,000 and 3,280 epochs")
     titles = ("NLL", "± se", "paper", "active", "k-hat>0.7", "bound", "fit, s", "test, s")
     print(f"{'':20}", *(f"{title:>{width}}" for title, width in zip(titles, (7, 6, 7, 7, 10, 8, 8, 8), strict=True)))
-    rows = {}
+    rows, told = {}, Rows()
     for name in names:
         row = rows[name] = measured(name, options, x, test)
         se = float(row.log_p.std()) / math.sqrt(len(row.log_p))
@@ -176,6 +177,8 @@ def main() -> None:
             f"{-row.bound:8.2f} {row.fitting:8.0f} {row.testing:8.0f}",
             flush=True,
         )
+        told.add("NLL, nats", f"MNIST, {name}, {options.epochs} epochs, {len(test)} pictures", -float(row.log_p.mean()),
+                 theirs=PAPER[name], peer="the paper, 3,280 epochs", is_difference=True)  # fmt: skip
     if any({*pair} <= {*rows} for pair in PAIRS):
         print(f"\n{'better by, in nats, picture by picture':48} {'here':>7} {'± se':>6} {'paper':>7}")
     for worse, better in PAIRS:
@@ -184,6 +187,9 @@ def main() -> None:
             se, paper = float(gain.std()) / math.sqrt(len(gain)), PAPER[worse] - PAPER[better]
             verdict = "" if float(gain.mean()) > 0.0 else "   MISS: not better"
             print(f"{better + ', than ' + worse:48} {float(gain.mean()):7.2f} {se:6.2f} {paper:7.2f}{verdict}")
+            told.add("gain in log p(x), nats", f"MNIST, {better}, than {worse}", float(gain.mean()), theirs=paper,
+                     peer="the paper", is_less_better=False, is_difference=True)  # fmt: skip
+    told.show()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from rows import Rows
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import torch
@@ -75,6 +77,7 @@ def row(reference: Reference, name: str, program: Callable[..., None], smoke: bo
 def main(smoke: bool = False, only: str = "") -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    rows = Rows()
     chosen = [reference for reference in REFERENCES if only in reference.name]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "pyro-ppl", "arviz"))
     rung = os.environ.get("PYRO_GENMODELS_RUNG", "compiled")
@@ -85,10 +88,13 @@ def main(smoke: bool = False, only: str = "") -> None:
     for reference in chosen:
         found = score_test(reference.program, reference.values(), *reference.data())
         print(f"{reference.label:26}{len(found.names):12}{found.worst:11.2f}{found.p_value:8.2g}", flush=True)
+        rows.add("p of the score test, at least 1e-3", f"posteriordb, {reference.label}", float(found.p_value),
+                 is_less_better=False, target=1e-3)  # fmt: skip
     print(f"\n{'':46}{'chains x steps':>22}{'seconds':>9}{'z mean':>8}{'z sd':>8}{'R-hat':>8}{'ESS':>8}{'ESS / s':>9}  plan")
     for reference in chosen:
         for name, program in programs(reference):
             print(row(reference, name, program, smoke), flush=True)
+    rows.show()
 
 
 if __name__ == "__main__":

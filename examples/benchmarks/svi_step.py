@@ -30,6 +30,7 @@ import torch
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from rows import Rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -216,7 +217,7 @@ def seconds_of_draws(program: Any, data: tuple[Tensor, ...], draws: int) -> floa
 
 def main(smoke: bool = False) -> None:
     torch.set_num_threads(1)
-    blocks = 1 if smoke else 60
+    blocks, rows = 1 if smoke else 60, Rows()
     torch.manual_seed(0)
     x = (torch.rand(500 if smoke else 10_000, PIXELS) > 0.7).float()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "pyro-ppl"))
@@ -226,6 +227,8 @@ def main(smoke: bool = False) -> None:
     for size, block in ((128, 3), (16, 12)):
         hand, mine, pyros_own = autoencoder(x, size, 2 if smoke else block, blocks)
         print(f"{f'batch {size}':16}{hand:13.2f}{mine:10.2f}{mine / hand:11.2f}{pyros_own:14.2f}{pyros_own / hand:11.2f}")
+        for peer, theirs in (("by hand", hand), ("Pyro SVI", pyros_own)):
+            rows.add("ms a step of SVI", f"autoencoder, batch {size}", mine, theirs=theirs, peer=peer)
     eight = datasets.load("eight_schools").arrays
     sigma, effects = torch.as_tensor(eight["sigma"]), torch.as_tensor(eight["y"])
     design = torch.randn(100, 5, dtype=torch.float64)
@@ -234,6 +237,8 @@ def main(smoke: bool = False) -> None:
     for program, data in programs:
         staged, plain, peer, seconds = small(program, data, 5 if smoke else 20, blocks, 50 if smoke else 5000)
         print(f"{program.__name__:16}{staged:10.2f}{plain:14.2f}{peer:14.2f}{peer / staged:8.1f}{seconds:16.2f}")
+        rows.add("ms a step of SVI", f"AutoNormal, {program.__name__}", staged, theirs=peer, peer="Pyro SVI")
+    rows.show()
 
 
 if __name__ == "__main__":

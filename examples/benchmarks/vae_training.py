@@ -32,6 +32,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from rows import Rows
 from torch import Tensor, nn
 
 from inference import SVI
@@ -249,13 +250,18 @@ def main() -> None:
         speeds = " ".join(f"{one.speed:6.0f}" for one in found)
         speed, work, loss, first = (statistics.median(column) for column in zip(*found, strict=True))
         print(f"{name:24}{speed:10.0f}{speeds:>38}{work:14.0f}{first:13.2f}{loss:9.2f}")
+    rows = Rows()
     wanted = {"pythae, plain loop": OVER_PYTHAE, "pythae, BaseTrainer": OVER_PYTHAE, "Pyro, as its examples": OVER_PYRO}
     for name in [*runs][1:]:
         pairs = [*zip(rounds["SVI"], rounds[name], strict=True)]
         ratio = statistics.median(one.speed / other.speed for one, other in pairs)
         work = statistics.median(one.work / other.work for one, other in pairs)
+        speeds_of = [statistics.median(one.speed for one in rounds[which]) for which in ("SVI", name)]
+        rows.add("images a second", f"VAE, batches of MNIST, {options.threads} threads", speeds_of[0], theirs=speeds_of[1],
+                 peer=name, is_less_better=False, target=wanted.get(name))  # fmt: skip
         miss = f"   MISS: below {wanted[name]}" if ratio < wanted.get(name, 0.0) else ""
         print(f"SVI to {name}: {ratio:.2f} times, {work:.2f} in processor time{miss}")
+    rows.show()
     print("The loss, of the last 50 steps, is in nats an image; that of BaseTrainer is a mean over all its steps.")
 
 

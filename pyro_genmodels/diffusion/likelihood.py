@@ -26,8 +26,8 @@ from pyro_genmodels.diffusion.samplers import (
 )
 
 __all__ = [
-    "Bound", "Flow", "bits_per_dimension", "bridge", "flow_log_prob", "immse_log_prob", "link_cost", "path_bound", "prior_cost",
-    "probability_flow", "rademacher", "variational_bound",
+    "Bound", "Flow", "bits_per_dimension", "bridge", "flow_log_prob", "immse_log_prob", "link_cost", "path_bound",
+    "prior_cost", "probability_flow", "rademacher", "variational_bound",
 ]  # fmt: skip
 
 _LEAST_MASS = 1e-12  # of a bin of discrete data: what float32 makes of the difference of two nearby cdfs may be 0 or less
