@@ -39,7 +39,7 @@ def main(smoke: bool = False, folder: str = "runs/train_unet", data: str = "digi
     x, test = (part if part.dim() == 4 else part[:, None] for part in grey)
 
     def continuous(grey: Tensor) -> Tensor:
-        """From whole numbers to [−1, 1], with noise of one grey level, and at random from left to right if it is CIFAR."""
+        """From whole numbers to [−1, 1], with noise of one grey level; half of what is no digit and no shirt is mirrored."""
         mirrored = torch.rand(len(grey), 1, 1, 1, device=grey.device) < (0.5 if data == "cifar10" else 0.0)
         grey = torch.where(mirrored, grey.flip(-1), grey).float()
         return (grey + torch.rand_like(grey)) * (2.0 / levels) - 1.0
@@ -65,12 +65,10 @@ def main(smoke: bool = False, folder: str = "runs/train_unet", data: str = "digi
     with torch.no_grad():
         bits = bits_per_dimension(model().log_prob(new), new[0].numel(), levels)
     drawn, real = model.sample(few).clamp(-1.0, 1.0).cpu(), continuous(x).cpu()
-    others = frechet(real[:few], real[-few:])
+    others, mean, error = frechet(real[:few], real[-few:]), float(bits.mean()), float(bits.std()) / few**0.5
     print(f"{data}: {len(x)} pictures, {steps} steps of {rows}, {rate:.0f} pictures a second")
     print(f"loss                {float(history[-len(history) // 4 :].mean()):8.4f}, at first {float(history[0]):.4f}")
-    print(
-        f"bits per dimension  {float(bits.mean()):8.3f} ± {float(bits.std() / few**0.5):.3f}, of noise {math.log2(levels):.3f}"
-    )
+    print(f"bits per dimension  {mean:8.3f} ± {error:.3f}, of noise {math.log2(levels):.3f}")
     print(f"Fréchet distance    {frechet(real[:few], drawn):8.3f}, of {few} others {others:.3f}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     shown = {"data": real[:12], "drawn": drawn[:12], "drawn again": drawn[-12:]}

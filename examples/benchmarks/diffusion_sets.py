@@ -3,8 +3,8 @@
     python examples/benchmarks/diffusion_sets.py
 
 Divergence KL(shape ‖ model) from log p of rows that were not trained on, with its standard error; the mass of the model's
-density on a grid, which has to be 1; the energy distance of draws, and the value that two samples of the shape exceed in 5 of
-100. A divergence within two standard errors of 0 is in its null band, an energy distance below that value in its own.
+density on a grid, which has to be 1; the energy distance of draws, and what two samples of the shape exceed in 5 of 100. A
+divergence within two standard errors of 0 is in its null band, an energy distance below that value in its own.
 """
 
 from __future__ import annotations
