@@ -4,9 +4,8 @@
     PYRO_GENMODELS_DATA=FOLDER python examples/train_unet.py --data mnist
     PYRO_GENMODELS_DATA=FOLDER torchrun --nproc-per-node=8 examples/train_unet.py --data cifar10 --full
 
-Pictures are bytes where they are trained from: each batch is flipped if that changes nothing of what they show, and noise of
-one grey level makes them continuous. Bits per dimension are those of pictures that were not trained on, by the probability
-flow with one kept probe; the Fréchet distance is that of the pixels, beside what it is between two parts of the data.
+Batches of bytes get noise of one grey level, which makes them continuous. Bits per dimension are those of pictures that were
+not trained on, by the probability flow; the Fréchet distance is that of the pixels, beside that of two parts of the data.
 """
 
 from __future__ import annotations
@@ -39,16 +38,15 @@ def main(smoke: bool = False, folder: str = "runs/train_unet", data: str = "digi
     x, test = (part if part.dim() == 4 else part[:, None] for part in grey)
 
     def continuous(grey: Tensor) -> Tensor:
-        """From whole numbers to [−1, 1], with noise of one grey level; half of what is no digit and no shirt is mirrored."""
+        """From whole numbers to [−1, 1], with noise of one grey level; of CIFAR, half are mirrored."""
         mirrored = torch.rand(len(grey), 1, 1, 1, device=grey.device) < (0.5 if data == "cifar10" else 0.0)
         grey = torch.where(mirrored, grey.flip(-1), grey).float()
         return (grey + torch.rand_like(grey)) * (2.0 / levels) - 1.0
 
     torch.manual_seed(0)
-    shape = tuple(x.shape[1:])
     size = {"width": 128, "multiples": (1, 2, 2)} if full else {"width": 16, "multiples": (1, 2), "blocks": 1}
-    network = UNet(shape, **size).to(device, memory_format=torch.channels_last)
-    model = ScoreModel(Network(network, EDM(), "preconditioned"), shape, steps=4 if smoke else 16, probes=1)
+    network = UNet(x.shape[1:], **size).to(device, memory_format=torch.channels_last)
+    model = ScoreModel(Network(network, EDM(), "preconditioned"), x.shape[1:], steps=4 if smoke else 16, probes=1)
     steps, rows = (3, 8) if smoke else (60_000, 512) if full else (600, 64)
     fast = {} if device == "cpu" else {"autocast": torch.bfloat16, "compile": True}
     fit = Denoising(loss=SimpleLoss(EDMError(), LogNormal()), steps=steps, batch_size=rows, transform=continuous, **fast,
@@ -65,11 +63,10 @@ def main(smoke: bool = False, folder: str = "runs/train_unet", data: str = "digi
     with torch.no_grad():
         bits = bits_per_dimension(model().log_prob(new), new[0].numel(), levels)
     drawn, real = model.sample(few).clamp(-1.0, 1.0).cpu(), continuous(x).cpu()
-    others, mean, error = frechet(real[:few], real[-few:]), float(bits.mean()), float(bits.std()) / few**0.5
     print(f"{data}: {len(x)} pictures, {steps} steps of {rows}, {rate:.0f} pictures a second")
-    print(f"loss                {float(history[-len(history) // 4 :].mean()):8.4f}, at first {float(history[0]):.4f}")
-    print(f"bits per dimension  {mean:8.3f} ± {error:.3f}, of noise {math.log2(levels):.3f}")
-    print(f"Fréchet distance    {frechet(real[:few], drawn):8.3f}, of {few} others {others:.3f}")
+    print(f"loss                {history[-len(history) // 4 :].mean():8.4f}, at first {history[0]:.4f}")
+    print(f"bits per dimension  {bits.mean():8.3f} ± {bits.std() / few**0.5:.3f}, of noise {math.log2(levels):.3f}")
+    print(f"Fréchet distance    {frechet(real[:few], drawn):8.3f}, of others {frechet(real[:few], real[-few:]):.3f}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     shown = {"data": real[:12], "drawn": drawn[:12], "drawn again": drawn[-12:]}
     plots.images({name: 0.5 + 0.5 * part for name, part in shown.items()}).savefig(Path(folder) / "drawn.png")
