@@ -29,7 +29,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from inference import EM, HMC, NUTS, SVI, Backend, Draw, Gibbs, MetropolisHastings, Posterior, Prior, Until
+from inference import EM, HMC, NUTS, SVI, Backend, Denoising, Draw, Gibbs, MetropolisHastings, Posterior, Prior, Until
 from inference.distributed import ALONE, alone, processes
 from inference.fit import Sample
 from inference.program import Program
@@ -322,6 +322,49 @@ def chains_are_complete_and_in_order(folder: Path) -> None:
     assert torch.equal(still.draws["slope"], at["slope"].double()[:, None].expand(4, 3, 2))
     assert torch.equal(still.warmup_draws["slope"], at["slope"].double()[:, None].expand(4, 2, 2))
     assert torch.equal(Still(**QUIET, start=still).fit(line, X, Y).draws["slope"], still.draws["slope"])
+
+
+class Line(nn.Module):
+    """A module that is trained by a loss of its rows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+@dataclass(frozen=True)
+class Squares:
+    """(y − slope · x)², and noise of its own."""
+
+    noise: float = 0.0
+
+    def rows(self, module: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        return (context - x @ module.slope + self.noise * torch.randn(len(x), dtype=x.dtype)).square()
+
+
+@in_both
+def losses_of_rows_are_shared_out(folder: Path) -> None:
+    backend = Denoising(**QUIET, loss=Squares(), steps=20, average=0.9, clip_norm=1.0)
+    together = backend.fit(Line(rank()), X, Y)
+    same_everywhere(together)
+    with alone():
+        one = backend.fit(Line(0), X, Y)
+    assert distance(together, one, "weights") < 1e-10 and distance(together, one, "history") < 1e-10
+    # batches that two processes cannot share evenly: at weights that stay, a pass adds up to the loss of all rows
+    still = Denoising(**QUIET, loss=Squares(), steps=4, batch_size=9, learning_rate=1e-15)
+    losses, whole = still.fit(Line(0), X[:36], Y[:36]).history["loss"], Squares().rows(Line(0), X[:36], Y[:36])
+    assert abs(float((losses.mean() - whole.mean()).detach())) < 1e-10
+
+    def copy(step: int, info: Any) -> None:
+        if step == 15 and not rank():
+            shutil.copytree(folder / "losses", folder / "copied losses")
+
+    noisy = Denoising(**QUIET, loss=Squares(1.0), steps=30, batch_size=8, checkpoint_every=10, callbacks=(copy,))
+    whole = dataclasses.replace(noisy, checkpoint=folder / "losses").fit(Line(rank()), X, Y)
+    same_everywhere(whole)
+    resumed = dataclasses.replace(noisy, callbacks=()).resume(folder / "copied losses", Line(7), X, Y)
+    assert distance(resumed, whole, "weights") == 0.0 and distance(resumed, whole, "history") == 0.0
+    refused("A step of 1 rows cannot be shared out among 2", dataclasses.replace(noisy, batch_size=1), Line(0), X, Y)
 
 
 @in_both

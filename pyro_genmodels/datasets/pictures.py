@@ -1,4 +1,4 @@
-"""Pictures to train networks on: the bundled digits, MNIST and Fashion-MNIST from a folder of data, or a file."""
+"""Pictures to train networks on: the bundled digits, MNIST, Fashion-MNIST and CIFAR-10 from a folder of data, or a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_genmodels.datasets.bundled import digits
 
 __all__ = ["PICTURES", "Pictures", "pictures"]
 
-PICTURES = ("digits", "fashion_mnist", "mnist")
+PICTURES = ("cifar10", "digits", "fashion_mnist", "mnist")
 _FOLDER = "PYRO_GENMODELS_DATA"
 _TEST = 297  # of the digits, the last ones
 
@@ -45,10 +45,11 @@ def pictures(name: str) -> Pictures:
 
     "digits" come with the package. "mnist" and "fashion_mnist" are read from NAME.npz in the folder that the environment
     variable PYRO_GENMODELS_DATA names, with the arrays ``x_train`` and ``x_test``. So is any other .npz file, which may have
-    one array ``x`` instead; a .npy file is that array.
+    one array ``x`` instead; a .npy file is that array. "cifar10", (rows, 3, 32, 32), is read from cifar10_train_0.npz to
+    cifar10_train_4.npz and cifar10_test.npz, with the residuals ``res`` of a predictor.
 
     Args:
-        name: "digits", "mnist", "fashion_mnist", or a path.
+        name: "digits", "mnist", "fashion_mnist", "cifar10", or a path.
 
     Raises:
         FileNotFoundError: There is no such file; for a name, the message says where it was looked for.
@@ -61,15 +62,11 @@ def pictures(name: str) -> Pictures:
     if name == "digits":
         x = (digits().x / 16.0).float().reshape(-1, 8, 8)
         return Pictures(name, x[:-_TEST], x[-_TEST:])
-    path = Path(name)
-    if name in PICTURES:
-        path = Path(os.environ.get(_FOLDER, "")) / f"{name}.npz"
-        if _FOLDER not in os.environ or not path.is_file():
-            where = f"in '{path.parent}'" if _FOLDER in os.environ else f"as {_FOLDER} is not set"
-            raise FileNotFoundError(
-                f"{name} is read from {name}.npz in the folder that {_FOLDER} names, but there is none {where}. Put it "
-                "there, with the arrays x_train and x_test, or take digits, which come with the package."
-            )
+    if name == "cifar10":
+        parts = [f"{name}_{part}" for part in ("train_0", "train_1", "train_2", "train_3", "train_4", "test")]
+        x = torch.cat([_decoded(_found(part, "res")) for part in parts])
+        return Pictures(name, x[:-10000], x[-10000:])
+    path = _found(name, "x_train and x_test") if name in PICTURES else Path(name)
     if path.suffix.lower() not in (".npz", ".npy"):
         raise ValueError(f"There are no pictures '{name}'; there are {', '.join(PICTURES)}, or give a .npz or .npy file.")
     if not path.is_file():
@@ -85,6 +82,34 @@ def pictures(name: str) -> Pictures:
             f"{path.name} has rows of shape {tuple(x.shape[1:])} to train on, but {tuple(found.test.shape[1:])} in x_test."
         )
     return found
+
+
+def _found(name: str, arrays: str) -> Path:
+    """The file of a set in the folder of data."""
+    path = Path(os.environ.get(_FOLDER, "")) / f"{name}.npz"
+    if _FOLDER not in os.environ or not path.is_file():
+        where = f"in '{path.parent}'" if _FOLDER in os.environ else f"as {_FOLDER} is not set"
+        raise FileNotFoundError(
+            f"{name} is read from {name}.npz in the folder that {_FOLDER} names, but there is none {where}. Put it "
+            f"there, with the arrays {arrays}, or take digits, which come with the package."
+        )
+    return path
+
+
+def _decoded(path: Path) -> Tensor:
+    """(rows, 3, 32, 32) from 0 to 1, of residuals: of G, R − G and B − G, of the median-edge predictor of JPEG-LS.
+
+    References:
+        M. Weinberger, G. Seroussi, G. Sapiro, The LOCO-I lossless image compression algorithm (2000).
+    """
+    residuals = torch.from_numpy(np.load(path)["res"]).short()
+    planes = residuals.new_zeros(*residuals.shape[:2], residuals.shape[2] + 1, residuals.shape[3] + 1)
+    for i, j in np.ndindex(*residuals.shape[2:]):
+        left, upper, corner = planes[..., i + 1, j], planes[..., i, j + 1], planes[..., i, j]
+        predicted = (left + upper - corner).clamp(torch.minimum(left, upper), torch.maximum(left, upper))
+        planes[..., i + 1, j + 1] = (residuals[..., i, j] + predicted) % 256
+    green, red, blue = planes[..., 1:, 1:]
+    return torch.stack([(red + green - 128) % 256, green, (blue + green - 128) % 256], 1).float() / 255.0
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -96,24 +96,21 @@ def probability_flow(denoiser: Denoiser, x: Tensor, grid: Tensor, probes: Tensor
 def _slope_and_divergence(
     denoiser: Denoiser, z: Tensor, scaled: Tensor, t: Tensor | None, probes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    keeps_graph = torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in denoiser.parameters()))
-    with torch.enable_grad():
-        point = z if z.requires_grad else z.detach().requires_grad_()
-        slope = flow_slope(denoiser, point, scaled, t)
-        if probes is None:
-            size = z[0].numel()
-            flat = slope.flatten(1)
-            divergence = torch.zeros(len(z), dtype=torch.float64, device=z.device)
-            for i in range(size):
-                (row,) = torch.autograd.grad(flat[:, i].sum(), point, retain_graph=True, create_graph=keeps_graph)
-                divergence = divergence + row.flatten(1)[:, i].double()
-        else:
-            products = []
-            for probe in probes.to(z):
-                (row,) = torch.autograd.grad((slope * probe).sum(), point, retain_graph=True, create_graph=keeps_graph)
-                products.append((row * probe).flatten(1).double().sum(1))
-            divergence = torch.stack(products).mean(0)
-    return (slope, divergence) if keeps_graph else (slope.detach(), divergence.detach())
+    # torch.func, so that it composes with vmap and further derivatives, as samplers take them
+    slope, pull = torch.func.vjp(lambda point: flow_slope(denoiser, point, scaled, t), z)  # type: ignore[misc]
+    if probes is None:
+        divergence = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        for i in range(z[0].numel()):
+            basis = torch.zeros_like(z).flatten(1)
+            basis[:, i] = 1.0
+            divergence = divergence + pull(basis.reshape(z.shape))[0].flatten(1)[:, i].double()
+    else:
+        products = []
+        for probe in probes.to(z):
+            signs = probe.expand(z.shape)
+            products.append((pull(signs)[0] * signs).flatten(1).double().sum(1))
+        divergence = torch.stack(products).mean(0)
+    return slope, divergence
 
 
 def flow_log_prob(

@@ -116,11 +116,9 @@ class ScoreModel(StochasticModule):
 
     Called with a context or without, it is a distribution with ``sample``, ``rsample`` and ``log_prob``, for any program. It
     is trained by ``inference.Denoising``, whose losses see data in units of their own deviation. This ``prepare`` finds
-    before a fit looks: for each number of a row of numbers, for all pixels of an image together. As a program,
+    before a fit looks: for each number of a row of numbers, for all pixels of an image together. Its program is
 
         x_n ~ model(context_n)
-
-    it can also be trained by its likelihood, ``SVI``, which costs hundreds of calls of the denoiser a step.
 
     Site: ``x`` (rows, *shape). Plate: ``rows``.
 

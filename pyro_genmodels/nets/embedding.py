@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 __all__ = ["Conditioning", "Waves"]
 
-_SLOWEST, _FASTEST = 0.25, 16.0  # angular frequencies: levels λ/4 span about ten, and differ by hundredths in a long chain
+_SLOWEST, _FASTEST = 0.25, 4.0  # angular frequencies: levels λ/4 span about ten, and a flow is to be smooth along them
 
 
 class Waves(nn.Module):
