@@ -36,7 +36,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     torch.manual_seed(0)
     x, clean = train[torch.randperm(len(train))[: 500 if smoke else 60000]] @ BASIS, test[:: 200 if smoke else 8]
     seen, y = (part + NOISE * torch.randn_like(part) for part in (x, clean))  # ``seen`` is what empirical Bayes learns from
-    how = {"steps": 20 if smoke else 1600, "batch_size": 256, "average": 0.999, "seed": 0, "progress": False}
+    how = {"steps": 20 if smoke else 1300, "batch_size": 256, "average": 0.999, "seed": 0, "progress": False}
     rows, found = y @ BASIS, {"noisy": y @ BASIS}
     for data, kind, added in ((x, "clean", NOISE), (seen, "noisy", 0.0)):
         extra = added**2 * torch.eye(63, dtype=y.dtype)
