@@ -2,9 +2,9 @@
 
     pip install diffusers; python examples/benchmarks/conformance.py
 
-Each scheduler is given the levels of our grid as its own training steps (``conformance.from_diffusers``), so that what is seen
-is its solver and nothing else. Orders are those between 32 and 64 steps, as its tables are in float32: below errors of 1e-6
-they say nothing.
+Each scheduler is given the levels of our grid as its own training steps (``conformance.from_diffusers``), so that what is
+seen is its solver and nothing else. Orders are those between 32 and 64 steps, as its tables are in float32: below errors of
+1e-6 they say nothing.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(smoke: bool = False) -> None:
     print(f"Python {platform.python_version()}, {versions}")
     case, steps = paths(32 if smoke else 256), 8 if smoke else 32
     print(
-        f"\n{'median error of paths':26}{'diffusers':>10}{steps:>9} steps{2 * steps:>7}{'ours':>8}{steps:>9} steps{2 * steps:>7}"
+        f"\n{'errors of paths at':20}{f'diffusers: {steps}, {2 * steps} steps':>36}{f'ours: {steps}, {2 * steps} steps':>36}"
     )
     for name, (make, ours) in FLOWS.items():
         row = ""

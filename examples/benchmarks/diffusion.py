@@ -2,10 +2,10 @@
 
     python examples/benchmarks/diffusion.py
 
-Errors are medians over paths at the same number of calls of the denoiser, which is what a sampler costs; orders, of paths and
-of the law of Gaussian data, are seen between 128 and 256 steps (``conformance.certify``). The cost of a loop is that of all it does but for the calls: the network is a small convolutional
-one on 32 images of 28 by 28, called as often, alternating; seconds are those of the processor, which other processes
-of the machine do not take part in.
+Errors are medians over paths at the same number of calls of the denoiser, which is what a sampler costs; orders, of paths
+and of the law of Gaussian data, are seen between 128 and 256 steps (``conformance.certify``). The cost of a loop is that of
+all it does but for the calls: the network is a small convolutional one on 32 images of 28 by 28, called as often,
+alternating; seconds are those of the processor, which other processes of the machine do not take part in.
 """
 
 from __future__ import annotations
