@@ -71,7 +71,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     axis.imshow(tiles.reshape(10 * len(pictures), -1).numpy(), cmap="gray", vmin=0.0, vmax=1.0)
     axis.set(xticks=[], yticks=[10 * i + 4.5 for i in range(len(pictures))], yticklabels=["clean", *found], frame_on=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "patches.png", dpi=150)
+    figure.savefig(Path(folder) / "patches.png", dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":
