@@ -34,15 +34,15 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     with np.load(Path(os.environ.get("PYRO_GENMODELS_DATA", "")) / "bsds300_patches.npz") as file:
         train, test = (torch.from_numpy(file[part].reshape(-1, 64) / 255.0) for part in ("train", "test"))
     torch.manual_seed(0)
-    x, clean = train[torch.randperm(len(train))[: 500 if smoke else 60000]] @ BASIS, test[:: 200 if smoke else 8]
+    x, clean = train[torch.randperm(len(train))[: 500 if smoke else 60000]] @ BASIS, test[:: 200 if smoke else 10]
     seen, y = (part + NOISE * torch.randn_like(part) for part in (x, clean))  # ``seen`` is what empirical Bayes learns from
-    how = {"steps": 20 if smoke else 1600, "batch_size": 256, "average": 0.999, "seed": 0, "progress": False}
+    how = {"steps": 20 if smoke else 1100, "batch_size": 256, "average": 0.999, "seed": 0, "progress": False}
     rows, found = y @ BASIS, {"noisy": y @ BASIS}
     for data, kind, added in ((x, "clean", NOISE), (seen, "noisy", 0.0)):
         extra = added**2 * torch.eye(63, dtype=y.dtype)
         normal = dist.MultivariateNormal(data.mean(0), data.T.cov() + extra)
         found[f"normal (Wiener), {kind}"] = tweedie(rows, score_of(normal.log_prob), NOISE)
-        model, few = GMM(2 if smoke else 10), data[:15000]
+        model, few = GMM(2 if smoke else 10), data[:12000]
         backend = EM(steps=10, start=model.start(few), tolerance=1e-3, standard_errors=False, seed=0, progress=False)
         at = {site: value[0, 0] for site, value in backend.fit(model, few).draws.items()}
         parts = dist.MultivariateNormal(at["means"], at["covariances"] + extra)
@@ -71,7 +71,7 @@ def main(smoke: bool = False, folder: str = "runs/tweedie_denoising") -> None:
     axis.imshow(tiles.reshape(10 * len(pictures), -1).numpy(), cmap="gray", vmin=0.0, vmax=1.0)
     axis.set(xticks=[], yticks=[10 * i + 4.5 for i in range(len(pictures))], yticklabels=["clean", *found], frame_on=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / "patches.png", dpi=150)
+    figure.savefig(Path(folder) / "patches.png", dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

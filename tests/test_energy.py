@@ -229,6 +229,22 @@ def test_draws_have_the_density_but_for_its_constant() -> None:
     assert torch.allclose(log_p - log_p[0], weights.log() - weights[0].log(), atol=1e-8)
 
 
+def test_a_network_that_says_nothing_leaves_the_wide_normal() -> None:
+    """Of the mean of data and noise, and of w times their deviation; a number that hardly varies has a tenth of all."""
+    x = torch.randn(500, 3).double() * f64(1.0, 4.0, 1e-6) + f64(5.0, 0.0, 2.0)
+    model = EnergyModel((3,), spread=1.5, noise=0.5, hidden=(4,)).double()
+    for weight in model.parameters():
+        nn.init.zeros_(weight)
+    model.prepare(x)
+    deviation = 1.5 * (x.var(0, correction=0) + 0.25).sqrt()
+    log_p = dist.Normal(x.mean(0), deviation).to_event(1).log_prob(x)
+    found = model().log_prob(x)
+    assert torch.allclose(found - found[0], log_p - log_p[0], atol=1e-9)
+    still = EnergyModel((2,), hidden=(4,))
+    still.prepare(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+    assert torch.allclose(still.deviation, torch.tensor([0.1 * 0.5**0.5, 1.0]))
+
+
 @pytest.mark.parametrize(
     "backend",
     [

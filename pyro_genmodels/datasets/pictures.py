@@ -1,4 +1,4 @@
-"""Pictures to train networks on: the bundled digits, MNIST and Fashion-MNIST from a folder of data, or a file."""
+"""Pictures to train networks on: the bundled digits, MNIST, Fashion-MNIST and CIFAR-10 from a folder of data, or a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_genmodels.datasets.bundled import digits
 
 __all__ = ["PICTURES", "Pictures", "pictures"]
 
-PICTURES = ("digits", "fashion_mnist", "mnist")
+PICTURES = ("cifar10", "digits", "fashion_mnist", "mnist")
 _FOLDER = "PYRO_GENMODELS_DATA"
 _TEST = 297  # of the digits, the last ones
 
@@ -46,10 +46,12 @@ def pictures(name: str) -> Pictures:
 
     "digits" come with the package. "mnist" and "fashion_mnist" are read from NAME.npz, with the arrays ``x_train`` and
     ``x_test``, in the folder that the environment variable PYRO_GENMODELS_DATA names, or where ``download`` puts them
-    without it. So is any other .npz file, which may have one array ``x`` instead; a .npy file is that array.
+    without it. So is any other .npz file, which may have one array ``x`` instead; a .npy file is that array. "cifar10",
+    (rows, 3, 32, 32), is read from cifar10_train_0.npz to cifar10_train_4.npz and cifar10_test.npz in that folder, with the
+    residuals ``res`` of a predictor.
 
     Args:
-        name: "digits", "mnist", "fashion_mnist", or a path.
+        name: "digits", "mnist", "fashion_mnist", "cifar10", or a path.
 
     Raises:
         FileNotFoundError: There is no such file; for a name, the message says where it was looked for.
@@ -62,15 +64,11 @@ def pictures(name: str) -> Pictures:
     if name == "digits":
         x = (digits().x / 16.0).float().reshape(-1, 8, 8)
         return Pictures(name, x[:-_TEST], x[-_TEST:])
-    path = Path(name)
-    if name in PICTURES:
-        path = remote.folder() / f"{name}.npz"
-        if not path.is_file():
-            unset = "" if _FOLDER in os.environ else f", as {_FOLDER} is not set"
-            raise FileNotFoundError(
-                f"{name} is read from {name}.npz, but there is none in '{path.parent}'{unset}. "
-                f"pyro_genmodels.datasets.download('{name}') puts it there; digits come with the package."
-            )
+    if name == "cifar10":
+        parts = [f"{name}_{part}" for part in ("train_0", "train_1", "train_2", "train_3", "train_4", "test")]
+        x = torch.cat([_decoded(_found(part)) for part in parts])
+        return Pictures(name, x[:-10000], x[-10000:])
+    path = _found(name) if name in PICTURES else Path(name)
     if path.suffix.lower() not in (".npz", ".npy"):
         raise ValueError(f"There are no pictures '{name}'; there are {', '.join(PICTURES)}, or give a .npz or .npy file.")
     if not path.is_file():
@@ -86,6 +84,36 @@ def pictures(name: str) -> Pictures:
             f"{path.name} has rows of shape {tuple(x.shape[1:])} to train on, but {tuple(found.test.shape[1:])} in x_test."
         )
     return found
+
+
+def _found(name: str) -> Path:
+    """The file of a set in the folder of data."""
+    path = remote.folder() / f"{name}.npz"
+    if path.is_file():
+        return path
+    unset = "" if _FOLDER in os.environ else f", as {_FOLDER} is not set"
+    remedy = f"pyro_genmodels.datasets.download('{name}') puts it there"
+    if name not in remote.SOURCES:
+        remedy = "Put it there, with the residuals 'res'"
+    raise FileNotFoundError(
+        f"{name} is read from {name}.npz, but there is none in '{path.parent}'{unset}. {remedy}; digits come with the package."
+    )
+
+
+def _decoded(path: Path) -> Tensor:
+    """(rows, 3, 32, 32) from 0 to 1, of residuals: of G, R − G and B − G, of the median-edge predictor of JPEG-LS.
+
+    References:
+        M. Weinberger, G. Seroussi, G. Sapiro, The LOCO-I lossless image compression algorithm (2000).
+    """
+    residuals = torch.from_numpy(read_arrays(path, ("res",))[0]["res"]).short()
+    planes = residuals.new_zeros(*residuals.shape[:2], residuals.shape[2] + 1, residuals.shape[3] + 1)
+    for i, j in np.ndindex(*residuals.shape[2:]):
+        left, upper, corner = planes[..., i + 1, j], planes[..., i, j + 1], planes[..., i, j]
+        predicted = (left + upper - corner).clamp(torch.minimum(left, upper), torch.maximum(left, upper))
+        planes[..., i + 1, j + 1] = (residuals[..., i, j] + predicted) % 256
+    green, red, blue = planes[..., 1:, 1:]
+    return torch.stack([(red + green - 128) % 256, green, (blue + green - 128) % 256], 1).float() / 255.0
 
 
 def _rows(array: np.ndarray, name: str) -> Tensor:
