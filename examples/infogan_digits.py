@@ -36,22 +36,22 @@ class Blurred(nn.Sequential):
         return super().forward(x + BLUR * torch.randn_like(x) if self.training else x)
 
 
-def trained(x: Tensor, steps: int = 1500, seed: int = 0) -> tuple[InfoGAN, float]:
+def trained(x: Tensor, steps: int = 2000, seed: int = 0) -> tuple[InfoGAN, float]:
     """The model, and the bound on the information in its category at the end."""
     torch.manual_seed(seed)
     recogniser, critic = Blurred(MLP(64, 10, (128,), nn.LeakyReLU)), Blurred(Critic((8, 8), hidden=(256, 256)))
     model = InfoGAN((8, 8), FEATURES, network=Drawer(FEATURES + 10, 64, (128, 128)), recogniser=recogniser)
-    options = {"zero_penalty": 1.0, "information": 0.3, "batch_size": 128, "learning_rate": 1e-3, "average": 0.99}
+    options = {"zero_penalty": 3.0, "information": 0.3, "batch_size": 128, "learning_rate": 1e-3, "average": 0.99}
     fit = Adversarial(critic=critic, objective=NonSaturating(), steps=steps, seed=seed, progress=False, **options)
     information = fit.fit(model, x).history["information"][-50:].mean()
     return model.eval(), float(information)
 
 
 def main(smoke: bool = False, folder: str = "runs/infogan_digits") -> None:
-    """Trains, prints a table and saves ``digits.png``, draws by category, and ``walks.png``, from one noise to another."""
+    """Trains, prints a table and saves ``digits.png``, draws by category, and ``walks.png``, from noise to its opposite."""
     data, labels, network = datasets.pictures("digits"), datasets.load("digits")["y"], images.feature_network("digits")
     x, new, y, truth = data.train, data.test, *labels.split([len(data.train), len(data.test)])
-    model, information = trained(x, 20 if smoke else 1500)
+    model, information = trained(x, 20 if smoke else 2000)
     found, told = (model.categories_of(rows).argmax(-1) for rows in (x, new))
     print(f"information in the category {information:.3f} nats, of log 10 = {torch.tensor(10.0).log():.3f}")
     print(f"it is the digit: {clustering.accuracy(y, found):.3f}, of others {clustering.accuracy(truth, told):.3f}")
@@ -62,7 +62,7 @@ def main(smoke: bool = False, folder: str = "runs/infogan_digits") -> None:
         print(f"{name:24}" + "".join(f"{n:9.3f}" for n in (*numbers, held.precision, held.recall, held.coverage)))
 
     ends, drawn, walks = torch.randn(2, FEATURES), {}, {}
-    angles = torch.linspace(0.0, torch.pi / 2, 12)[:, None]  # an arc: as far from the middle as noise is
+    angles = torch.linspace(0.0, torch.pi, 12)[:, None]  # an arc: as far from the middle as noise is
     for category, one in enumerate(torch.eye(10).unsqueeze(1).expand(10, 12, 10)):
         digits = y[found == category].bincount(minlength=10)
         name = f"category {category}:\n{digits.max() / digits.sum().clamp(min=1):.0%} are {digits.argmax()}"

@@ -31,7 +31,7 @@ from pyro_genmodels.metrics.images import FeatureNetwork
 FOLDER = Path(pyro_genmodels.__file__).parent / "metrics" / "files"
 SETTINGS = {  # name: channels, features, steps
     "digits": ((16, 32), 32, 3000),
-    "mnist": ((8, 16, 32), 32, 6000),
+    "mnist": ((8, 16, 32), 32, 2500),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from posteriordb import FOLDER
 from pyro_genmodels import datasets
 from pyro_genmodels.metrics import images
 from pyro_genmodels.metrics.divergences import frechet, null_band
@@ -47,12 +49,23 @@ def test_features_say_what_they_are(name: str) -> None:
     torch.testing.assert_close(network.classify(x), network.network(x))
 
 
-def test_the_digits_are_told_as_well_as_is_said() -> None:
-    network = feature_network("digits")
-    assert DIGITS.test is not None
-    found = network.classify(DIGITS.test).argmax(-1)
-    share = float(found.eq(LABELS[-len(found) :]).double().mean())
-    assert f"{share:.3f} on {len(found)} others" in network.about
+@pytest.mark.parametrize("name", network_names())
+def test_digits_are_told_as_well_as_is_said(name: str) -> None:
+    network = feature_network(name)
+    if name == "digits":
+        x, y = DIGITS.test, LABELS[len(DIGITS.train) :]
+    else:
+        path = FOLDER / f"{name}.npz"
+        if not path.exists():
+            pytest.skip(f"There is no {path}: set PYRO_GENMODELS_DATA.")
+        with np.load(path) as arrays:
+            x, y = (torch.from_numpy(arrays[key].astype(np.float32)) for key in ("x_test", "y_test"))
+        x = x / 255.0
+    assert x is not None
+    found = torch.cat([network.classify(part).argmax(-1) for part in x.split(1000)])
+    share = float(found.eq(y).double().mean())
+    said = re.search(r"([\d.]+) on (\d+) others", network.about)
+    assert said is not None and int(said[2]) == len(x) and abs(float(said[1]) - share) < 1e-3
 
 
 def test_distances_are_those_of_features_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +178,7 @@ def test_a_name_is_no_network() -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: feature_network("inception"), "no features 'inception'; there are digits"),
+        (lambda: feature_network("inception"), "no features 'inception'; there are digits, mnist, or give"),
         (lambda: feature_network()(torch.zeros(5, 28, 28)), r"pictures \(rows, 8, 8\), but came \(5, 28, 28\)"),
         (lambda: feature_network()(torch.zeros(0, 8, 8)), r"but came \(0, 8, 8\)"),
         (lambda: feature_network()(torch.full((1, 8, 8), 16)), "go from 16 to 16. Divide them by the largest"),

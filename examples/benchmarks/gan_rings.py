@@ -13,7 +13,8 @@ that it spans what the ring does.
 Networks have three layers of 64 here (those of PacGAN up to four of 400), batches 128 rows, and steps are few (theirs are
 400,000 of batches of 100). In the last third of the steps the learning rates are lower; the weights are averaged. Settings
 of WGAN-GP were chosen among a dozen on the grid with seed 0, those of the others are the first or second that were tried;
-the seeds of the table are 1, 2 ... Rows of the papers are their means, quoted and not run here.
+the seeds of the table are 1, 2 ... Rows of the papers are means over 5 and 10 runs, quoted and not run here: look them up
+before you cite them.
 
 References:
     A. Srivastava et al., VEEGAN: reducing mode collapse in GANs using implicit variational learning (2017), table 1.
@@ -137,7 +138,9 @@ def main() -> None:
     games, seeds, steps = (
         ({WGAN_GP: GAMES[WGAN_GP]}, 2, given.steps // 3) if given.quick else (GAMES, given.seeds, given.steps)
     )
-    print(f"python examples/benchmarks/gan_rings.py{' --quick' if given.quick else f' --seeds {seeds} --steps {steps}'}")
+    print(
+        f"python examples/benchmarks/gan_rings.py{' --quick' if given.quick else f' --seeds {seeds}'} --steps {given.steps}"
+    )
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(
         f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared; medians of {seeds} seeds, processor seconds"
