@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inference import AdversarialVI, Independence, MetropolisHastings
+from inference import SVI, AdversarialVI, Independence, MetropolisHastings, Unsupported
 from inference.handlers import isolated
 from inference.program import Program
 from pyro_genmodels.implicit import Critic, Generator, ImplicitDistribution
@@ -241,6 +241,14 @@ def test_its_draws_are_what_independence_proposes_from() -> None:
     posterior = play(Quadratic(2), guide=Implicit(EYE, ZERO), learning_rate=None, steps=2).fit(regression)
     chains = MetropolisHastings(proposal=Independence(posterior), chains=8, warmup=50, draws=50, seed=0, progress=False)
     assert chains.fit(regression).draws["z"].shape == (8, 50, 2)
+
+
+@pytest.mark.parametrize(
+    "fit", [SVI(progress=False, guide=Implicit(A, B)), MetropolisHastings(proposal=Independence(Implicit(A, B)))]
+)
+def test_back_ends_that_need_the_density_of_the_guide_name_one_that_does_not(fit: Any) -> None:
+    with pytest.raises(Unsupported, match=r"^Site 'z' of the guide of regression: .* no log_prob.*AdversarialVI\(critic\)"):
+        fit.fit(regression)
 
 
 def discrete() -> None:
