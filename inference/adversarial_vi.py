@@ -185,10 +185,12 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
 
     def _guide(self, program: Program) -> Guide:
         chosen = self.guide if self.guide is not None else program.guide
-        if chosen is None or inspect.isclass(chosen):
+        if inspect.isclass(chosen):
+            raise TypeError(f"guide= must be a Pyro guide, but is the class {chosen.__name__}. Give one that is made.")
+        if chosen is None:
             raise Unsupported(
-                f"AdversarialVI trains a guide of your own, but guide= is {chosen!r} and {program.name} brings "
-                f"{'none' if program.guide is None else 'one'}. SVI() makes an automatic one, with a density."
+                f"AdversarialVI trains a guide of your own, but guide= is None and {program.name} brings none. SVI() makes "
+                "an automatic one, with a density."
             )
         return Guide(chosen)
 
@@ -217,6 +219,18 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
             )
             raise Unsupported(f"The critic compares the latent sites of a row, or of all rows together; {why}. Use SVI().")
         values = {name: trace.nodes[name]["value"][None] for name in sites}
+        for name in sites:
+            site, value = program.latents[name], trace.nodes[name]["value"]
+            event, drawn = site.shape[len(site.batch_shape) :], value.shape[value.dim() - site.event_dim :]
+            if drawn != event:
+                raise ValueError(
+                    f"The guide draws '{name}' of shape {tuple(drawn)}, but in {program.name} it is {tuple(event)}."
+                )
+            if not bool(site.support.check(value).all()):
+                raise ValueError(
+                    f"The guide draws values of '{name}' that are NaN or lie outside its support {site.support}. Push them "
+                    "there, such as by exp() to positive ones."
+                )
         like, _ = _positions(program, values, bool(local))
         return _Contrast(program, sites, bool(local), like)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from inference.contract import Unsupported
 from inference.density import Unconstrained
 from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, quiet
-from inference.program import Program
+from inference.program import Program, evaluate
 
 __all__ = ["Guide", "GuideReference", "batched", "is_drawn", "is_plain", "log_prob", "mapped"]
 
@@ -100,7 +100,7 @@ class Guide:
             with beside:
                 trace = tracer.get_trace(*args, **kwargs)
             if evaluated:
-                trace.compute_log_prob()
+                evaluate(trace, f"the guide of {program.name}")
         return trace
 
     def weights(self) -> dict[str, Tensor]:

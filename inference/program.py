@@ -247,6 +247,21 @@ def is_statement(node: Mapping[str, Any]) -> bool:
     return node["type"] == "sample" and not poutine.util.site_is_subsample(node)
 
 
+def evaluate(trace: poutine.Trace, owner: str) -> None:
+    """Computes the log-probabilities of a trace.
+
+    Raises:
+        Unsupported: If a distribution says that it has none.
+    """
+    try:
+        trace.compute_log_prob()
+    except ValueError as error:  # in which Pyro wraps what a distribution says
+        if not isinstance(error.__cause__, Unsupported):
+            raise
+        silent = [name for name, node in trace.nodes.items() if is_statement(node) and "log_prob" not in node]
+        raise Unsupported(f"Site '{silent[0]}' of {owner}: {error.__cause__}") from None
+
+
 def kind_of(node: Mapping[str, Any]) -> str:
     """What a statement is: "latent", "observed", "deterministic" or "factor"."""
     is_masked = getattr(node["fn"], "_mask", None) is False
@@ -560,15 +575,7 @@ class Program:
         with quiet(), self._arithmetic(values):
             trace = poutine.trace(handled if handler is None else handler(handled)).get_trace(*args, **kwargs)
             if evaluated and not resampled:
-                try:
-                    trace.compute_log_prob()
-                except ValueError as error:  # in which Pyro wraps what a distribution says
-                    if isinstance(error.__cause__, Unsupported):
-                        silent = [
-                            name for name, node in trace.nodes.items() if is_statement(node) and "log_prob" not in node
-                        ]
-                        raise Unsupported(f"Site '{silent[0]}' of {self.name}: {error.__cause__}") from None
-                    raise
+                evaluate(trace, self.name)
         return trace
 
     def simulated(self, data: list[Tensor] | None = None) -> dict[str, Tensor]:

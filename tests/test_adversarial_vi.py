@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inference import AdversarialVI, Independence, MetropolisHastings
+from inference import SVI, AdversarialVI, Independence, MetropolisHastings, Unsupported
 from inference.handlers import isolated
 from inference.program import Program
 from pyro_genmodels.implicit import Critic, Generator, ImplicitDistribution
@@ -93,8 +93,8 @@ def regression() -> None:
 @pytest.mark.parametrize("make", [Implicit, Auxiliary])
 def test_the_bound_without_data_is_the_divergence_of_guide_and_prior(make: Any) -> None:
     """E_q[log p(z) − log q(z)] = −KL(N(b, A Aᵀ) ‖ prior), log q by the critic's word."""
-    fit = play(Quadratic(2), guide=make(A, B), learning_rate=None, critic_learning_rate=0.02, average=0.99)
-    posterior = fit.__class__(**{**vars(fit), "steps": 400, "draws": 2000}).fit(prior)
+    settings = {"learning_rate": None, "critic_learning_rate": 0.02, "average": 0.99, "steps": 400, "draws": 2000}
+    posterior = play(Quadratic(2), guide=make(A, B), **settings).fit(prior)
     weight = posterior.stats["lp"] - posterior.stats["log_q"]
     exact = -float(torch.distributions.kl_divergence(dist.MultivariateNormal(B, A @ A.T), PRIOR))
     # three standard errors: false alarm 3e-3, of a seed that is fixed
@@ -108,9 +108,9 @@ CRITICS = [Quadratic(2), pytest.param(Critic((2,), hidden=(32, 32)).double(), ma
 
 @pytest.mark.parametrize("critic", CRITICS, ids=["quadratic", "network"])
 def test_an_implicit_guide_is_fitted_to_the_posterior_and_its_bound_to_the_evidence(critic: nn.Module) -> None:
-    fit = play(critic, guide=Implicit(EYE, ZERO), steps=500, critic_steps=2, average=0.99, particles=128)
     rates = {"learning_rate": 0.005, "critic_learning_rate": 0.01}
-    posterior = AdversarialVI(**vars(fit) | rates).fit(regression)
+    fit = play(critic, guide=Implicit(EYE, ZERO), steps=500, critic_steps=2, average=0.99, particles=128, **rates)
+    posterior = fit.fit(regression)
     covariance = torch.linalg.inv(EYE + H.T @ H / 0.25)
     mean, z = covariance @ H.T @ Y / 0.25, posterior.draws["z"][0]
     # of 1000 draws, and a game that circles around its optimum by a few per cent
@@ -243,9 +243,25 @@ def test_its_draws_are_what_independence_proposes_from() -> None:
     assert chains.fit(regression).draws["z"].shape == (8, 50, 2)
 
 
+@pytest.mark.parametrize(
+    "fit", [SVI(progress=False, guide=Implicit(A, B)), MetropolisHastings(proposal=Independence(Implicit(A, B)))]
+)
+def test_back_ends_that_need_the_density_of_the_guide_name_one_that_does_not(fit: Any) -> None:
+    with pytest.raises(Unsupported, match=r"^Site 'z' of the guide of regression: .* no log_prob.*AdversarialVI\(critic\)"):
+        fit.fit(regression)
+
+
 def discrete() -> None:
     pyro.sample("k", dist.Bernoulli(0.5))
     pyro.sample("z", dist.Normal(ZERO, 1.0).to_event(1))
+
+
+def wide() -> None:
+    pyro.sample("z", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+
+
+def positive() -> None:
+    pyro.sample("z", dist.Gamma(EYE[0] + 1.0, 1.0).to_event(1))
 
 
 class Coin(Implicit):
@@ -293,6 +309,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sites of rows and of all": (
         lambda: play(Quadratic(2)).fit(Mixed(), X),
         "'z' is drawn for every row, but 'shared' once",
+    ),
+    "a class": (lambda: play(Quadratic(2), guide=Implicit).fit(regression), "is the class Implicit"),
+    "draws of another shape": (
+        lambda: play(Quadratic(2), guide=Implicit(A, B)).fit(wide),
+        r"draws 'z' of shape \(2,\), but in wide it is \(3,\)",
+    ),
+    "draws outside the support": (
+        lambda: play(Quadratic(2), guide=Implicit(A, B - 9.0)).fit(positive),
+        r"'z' that are NaN or lie outside its support .* exp\(\)",
     ),
     "a guide that lacks a site": (lambda: play(Quadratic(2), guide=lambda: None).fit(regression), "does not sample 'z'"),
     "nothing to train": (lambda: play(Quadratic(2), guide=Still()).fit(regression), "Neither the guide nor regression"),

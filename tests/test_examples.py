@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The rows of the table of an example that does not compare back-ends.
 ROWS = {
+    "critic_driven": ("data", "generator", "with its critic", "with its critic, height about 0"),
+    "gan_inverse_problem": ("upper half", "blurred"),
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
     "infogan_digits": ("information", "training digits", "draws"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),

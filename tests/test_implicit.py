@@ -10,9 +10,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy.stats import kstest
 from torch import Tensor, nn
 
-from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Unsupported
+from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Unsupported, arviz
 from inference.handlers import isolated
 from pyro_genmodels import GAN, InfoGAN
 from pyro_genmodels.implicit import ConvCritic, Critic, Generator, ImplicitDistribution, NoiseReparam
@@ -145,6 +146,38 @@ def test_the_noise_of_a_hidden_draw_has_its_exact_posterior(sampler: Any) -> Non
     # of at least 1000 independent draws; five standard errors, false alarm 1e-6 each
     assert ((x.mean(0) - mean).abs() / (covariance.diagonal() / 1000).sqrt()).max() < 5
     assert (x.T.cov() - covariance).abs().max() < 5 * covariance.max() * (2 / 1000) ** 0.5
+
+
+def completed(y: Tensor) -> None:
+    """The upper half of images 4 x 4, seen with noise."""
+    with pyro.plate("rows", len(y)):
+        x = pyro.sample("x", IMAGES())
+        pyro.sample("y", dist.Normal(x[..., :2, :], 0.3).to_event(2), obs=y)
+
+
+with isolated(2):
+    IMAGES = Generator((4, 4), 3, network=nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16))).double()
+
+
+def test_completions_of_half_an_image_agree_and_are_calibrated() -> None:
+    """Of images that the generator made: chains agree, ranks of what is hidden are uniform, the export is whole."""
+    with isolated(1):
+        truth = IMAGES().sample((40,)).detach()
+        y = truth[:, :2] + 0.3 * torch.randn(40, 2, 4, dtype=torch.float64)
+    sampler = HMC(chains=8, warmup=250, draws=800, seed=0, progress=False)
+    posterior = sampler.fit(poutine.reparam(completed, config={"x": NoiseReparam()}), y)
+    hidden = posterior.draws["x"][..., 2:, :].mean((-1, -2))
+    assert arviz.rhat(hidden.numpy()).max() < 1.01
+    ranks = (hidden.flatten(0, 1) < truth[:, 2:].mean((-1, -2))).double().mean(0)
+    assert kstest(ranks.numpy(), "uniform").pvalue > 1e-3  # the false-alarm rate
+    pixels = posterior.draws["x"][..., 2:, :].flatten(0, 1)
+    low, high = (pixels.quantile(level, 0) for level in (0.05, 0.95))
+    inside = ((low <= truth[:, 2:]) & (truth[:, 2:] <= high)).double().mean((-1, -2))
+    # five standard errors over independent images; false alarm 1e-6
+    assert float(inside.mean()) == pytest.approx(0.9, abs=5 * float(inside.std()) / 40**0.5)
+    exported = posterior.to_arviz()
+    assert exported.posterior["x"].shape == (8, 800, 40, 4, 4) and exported.posterior["x_noise"].shape == (8, 800, 40, 3)
+    assert exported.observed_data["y"].shape == (40, 2, 4)
 
 
 def test_the_noise_of_what_is_observed_is_refused() -> None:

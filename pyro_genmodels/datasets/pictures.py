@@ -96,7 +96,7 @@ def _found(name: str) -> Path:
     if name not in remote.SOURCES:
         remedy = "Put it there, with the residuals 'res'"
     raise FileNotFoundError(
-        f"{name} is read from {name}.npz, but there is none in '{path.parent}'{unset}. {remedy}; digits come with the package."
+        f"{name} is read from {name}.npz, but there is none in '{path.parent}'{unset}. {remedy}; the digits come along."
     )
 
 

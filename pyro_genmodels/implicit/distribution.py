@@ -77,9 +77,10 @@ class ImplicitDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> NoReturn:
         """Raises ``Unsupported``: there is none."""
         raise Unsupported(
-            "ImplicitDistribution has draws, but no log_prob. Train it against data by Adversarial(critic). Infer it as a "
-            "hidden site through its noise: poutine.reparam(program, config={site: NoiseReparam()}). For data that are "
-            "seen through it, give the program noise and an observation model: z ~ Normal, y ~ Normal(generator.push(z), s)."
+            "ImplicitDistribution has draws, but no log_prob. Train it against data by Adversarial(critic), in a guide by "
+            "AdversarialVI(critic). Infer it as a hidden site through its noise: poutine.reparam(program, config={site: "
+            "NoiseReparam()}). For data that are seen through it, give the program noise and an observation model: "
+            "z ~ Normal, y ~ Normal(generator.push(z), s)."
         )
 
 
