@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The rows of the table of an example that does not compare back-ends.
 ROWS = {
+    "diffusion_moons": ("moons", "EDM", "DDPM, noise", "flow matching"),
+    "train_unet": ("loss", "bits per dimension", "Fréchet distance"),
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
