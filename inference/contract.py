@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Prepared",
-    "Programmed", "Started", "Stepped", "Tempered", "Unsupported",
+    "Programmed", "Started", "Stepped", "Surrogate", "Tempered", "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -188,6 +188,18 @@ class Linked(Protocol):
 
     def links(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the first state (K,), and of each state after the one before it, (T − 1, K, K)."""
+
+
+@runtime_checkable
+class Surrogate(Protocol):
+    """A distribution of which ∇ log p is known and log p is not, such as one by a score network: it refuses ``log_prob``.
+
+    A back-end that needs gradients alone asks for ``gradients``, and reports no value that comes of it; any other is refused
+    before its first step.
+    """
+
+    def gradients(self) -> Any:
+        """The same distribution with a ``log_prob`` whose gradient in x is ∇ log p, and whose value means nothing."""
 
 
 @runtime_checkable

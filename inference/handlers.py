@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
 from torch.overrides import TorchFunctionMode
 
-from inference.contract import Unsupported
+from inference.contract import Surrogate, Unsupported
 
 __all__ = [
     "Arithmetic",
     "Drawing",
+    "Gradients",
     "Rescale",
     "Substitute",
     "Weights",
@@ -97,6 +98,14 @@ class Substitute(Messenger):
             msg["value"], msg["done"] = self.values[name], True
         elif isinstance(base(msg["fn"]), ImproperUniform):
             msg["value"], msg["done"] = start_flat(msg["fn"]), True
+
+
+class Gradients(Messenger):
+    """Lets distributions of which only the gradient is known stand for themselves, by a surrogate."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], Surrogate):
+            msg["fn"] = msg["fn"].gradients()
 
 
 class Table(dict[str, Tensor]):

@@ -331,7 +331,8 @@ def _rebuild(
 
     floating = [t.dtype for name in ("draws", "observed") for t in saved[name].values() if t.is_floating_point()]
     is_fixed = info.get("structure") != "changing"
-    program = Program(model, args, kwargs, dtype=floating[0] if floating else None, is_fixed=is_fixed)
+    dtype = floating[0] if floating else None
+    program = Program(model, args, kwargs, dtype=dtype, is_fixed=is_fixed, takes_surrogates=True)
     if program.observed.keys() != saved["observed"].keys():
         raise ValueError(f"The model observes {sorted(program.observed)}, but the saved one {sorted(saved['observed'])}.")
     for site, data in saved["observed"].items():

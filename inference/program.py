@@ -21,10 +21,10 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
-from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Stepped, Unsupported
+from inference.contract import Augmented, Blocked, Guided, Linked, Prepared, Programmed, Stepped, Surrogate, Unsupported
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
-from inference.handlers import Arithmetic, Substitute, Table, Weights, base, isolated, quiet, reproducible
+from inference.handlers import Arithmetic, Gradients, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.rows import Known
 from inference.stacking import Stack, log_probs
 from inference.transforms import bijection
@@ -306,6 +306,7 @@ class Program:
         transform: Applied to the first tensor of every batch, such as ``torch.bernoulli``; may draw.
         is_simulated: Whether it is known through draws of its observed sites alone: no density is looked at, and its weights
             are those that the draws depend on.
+        takes_surrogates: Whether gradients of the density are enough; see ``inference.contract.Surrogate``.
         is_run: Whether it is run at all. One that is not has no sites; its weights are all of its module's, its rows those
             of its first tensor: for losses of the module itself, where a draw or a density would be dear.
 
@@ -313,6 +314,7 @@ class Program:
         latents: Name to site, in the order of the program.
         observed: Name to value of the sites that are data.
         factors: Names of ``pyro.factor`` statements.
+        surrogates: Names of sites of which only the gradient is known; where there are any, so it is of the density.
         deterministic: Names of ``pyro.deterministic`` statements.
         weights: Trainable leaves that the density depends on.
         nesting: Batch dimensions that plates or batch shapes take up.
@@ -344,6 +346,7 @@ class Program:
         batch_size: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         is_simulated: bool = False,
+        takes_surrogates: bool = False,
         is_run: bool = True,
     ) -> None:
         if not callable(model) and not isinstance(model, Programmed):
@@ -373,7 +376,7 @@ class Program:
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
         self._is_fixed, self.is_changing = is_fixed, False
-        self.is_simulated, self.is_run = is_simulated, is_run
+        self.is_simulated, self.is_run, self._takes_surrogates = is_simulated, is_run, takes_surrogates
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
         self.groups = 1
@@ -482,7 +485,8 @@ class Program:
 
     def handled(self, values: Mapping[str, Tensor], resampled: Collection[str] = ()) -> Callable[..., Any]:
         """The program at given values, its weights kept out of Pyro's store; see ``trace``."""
-        return Weights(self._table)(Substitute(values, resampled)(self.call))
+        handled = Substitute(values, resampled)(self.call)
+        return Weights(self._table)(Gradients()(handled) if self._takes_surrogates else handled)
 
     def trace(
         self,
@@ -661,6 +665,13 @@ class Program:
             self.observed_sites = {name: site for name, site in sites.items() if kinds[name] == "observed"}
             self.observed = {name: nodes[name]["value"].detach() for name in self.observed_sites}
             self.augmented = tuple(name for name in self.observed_sites if isinstance(nodes[name]["fn"], Augmented))
+            self.surrogates = tuple(name for name in sites if isinstance(base(nodes[name]["fn"]), Surrogate))
+            if self.surrogates and not self._takes_surrogates:
+                raise Unsupported(
+                    f"Site '{self.surrogates[0]}' of {self.name} has a score, ∇ log p, but no log-density, as needed "
+                    "here. Take SVI() with a guide whose draws have gradients, such as AutoNormal, or another prior: by "
+                    "a flow has a density, and under TransformReparam suits HMC."
+                )
             self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
             self.deterministic = {
                 name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"

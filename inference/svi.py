@@ -209,7 +209,7 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     @property
     def view(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "transform": self.transform}
+        return {"batch_size": self.batch_size, "transform": self.transform, "takes_surrogates": True}
 
     def _has_waited(self, info: SVIInfo) -> bool:
         assert self.patience is not None
@@ -261,6 +261,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         beta = self._beta(program, zero)
         coupled = weigher.couples() if self.bound.order != 1.0 or weigher.has_scores else None
         self._check_bound(program, weigher, beta, coupled)
+        self._check_surrogates(program, guide, weigher)
         _ = self.bound.draws == 1 or weigher.is_wide  # found out now, and not while a graph is recorded
         is_whole = self._is_plain(beta) and (coupled is not None or not (program.weights and weigher.has_rows))
         path = self.bound.path and guide.has_path(trace, program) and (self.bound.order == 1.0 or not weigher.has_scores)
@@ -320,6 +321,23 @@ class SVI(Backend[SVIState, SVIInfo]):
             )
         if coupled is not None and not self._is_plain(beta):
             raise Unsupported(f"{name} weighs the draws of every element by themselves, but {coupled}. Use ELBO().")
+
+    def _check_surrogates(self, program: Program, guide: Guide, weigher: Weigher) -> None:
+        if not program.surrogates:
+            return
+        reasons = {
+            "of another bound than ELBO() weighs particles by its value": self.bound.order != 1.0 or bool(self.bound.floor),
+            "of draws without a path (no rsample) is weighed by its value": weigher.has_scores,
+            "sums finite sites out by its value": bool(weigher.enumerated),
+            "of AutoLaplaceApproximation needs its curvature": isinstance(guide.call, AutoLaplaceApproximation),
+            "is not what validation= can compare": self.validation is not None,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise Unsupported(
+                    f"Site '{program.surrogates[0]}' of {program.name} has a gradient, but no log-density, and the gradient "
+                    f"{reason}. Use SVI(bound=ELBO()) with a guide whose draws have gradients, such as AutoNormal."
+                )
 
     def _networks(self, program: Program, guide: Guide) -> list[nn.Module]:
         owners = [program.owner, None if guide.owner is None else guide.owner.module]
@@ -402,6 +420,8 @@ class SVI(Backend[SVIState, SVIInfo]):
 
     def _best_start(self, program: Program) -> dict[str, Tensor]:
         """The given start, or the best of a few."""
+        if program.surrogates:  # which is best cannot be told
+            return {name: value[0] for name, value in starting_values(program, 1, self.start, most=1).items()}
         values = starting_values(program, _STARTS, self.start, is_split=True)
         if self.start is None:
             values = ascended(program, values, is_split=True)
@@ -432,6 +452,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             follow(state.averaged, state.objective.weights, self.average, int(state.step))
         if int(state.step) % NOT_FINITE == 0 and state.streak >= NOT_FINITE:
             self._give_up(state, program, data)
+        if program.surrogates:  # a loss that would mean nothing
+            loss = loss * math.nan
         rows = None if program.rows is None else min(self.batch_size or program.rows, program.rows)
         if self.validation is None:
             return state, SVIInfo(loss, rate, distortion, rows=rows)
@@ -609,6 +631,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             lp = log_normalizer(program, {}, ()).expand(count)
             return state, Draw({}, {"lp": lp[None], "log_q": log_q[None]})
         is_amortised = bool(program.weights) and state.weigher.has_rows and self.batch_size is not None
+        if program.surrogates:
+            return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})
         if is_amortised and not enumerated:  # a pass of the decoder over all rows for every draw would tell little
             return state, Draw({n: values[n].detach()[None] for n in program.latents}, {"log_q": log_q[None]})
         if program.weights:

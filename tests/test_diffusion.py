@@ -415,7 +415,7 @@ def test_tweedie_says_what_is_wrong() -> None:
         score_of(torch.distributions.Normal(0.0, 1.0).log_prob)(y)
 
 
-@pytest.mark.parametrize("name", ["schedule", "oracle", "scores", "likelihood"])
+@pytest.mark.parametrize("name", ["schedule", "oracle", "scores", "likelihood", "posterior", "flow", "surrogate", "plated"])
 def test_examples_of_the_documentation_hold(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"pyro_genmodels.diffusion.{name}"))
     assert found.attempted and not found.failed

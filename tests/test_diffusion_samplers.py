@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from pyro_genmodels.diffusion import (
     samplers,
     score_of,
 )
+from pyro_genmodels.diffusion.conformance import Paths, law, median_error, paths, wasserstein
 from pyro_genmodels.diffusion.langevin import annealed_langevin, mala, ula
 
 FLOWS: dict[str, tuple[Callable[..., Tensor], float, float]] = {
@@ -57,34 +57,20 @@ def f64(*values: float) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def mixture() -> tuple[Oracle, Tensor, Tensor]:
+def mixture() -> Paths:
     """A mixture with noise from 10 to 0.02, starts, and where the flow takes them: by scipy, to 1e-10."""
-    torch.manual_seed(0)
-    oracle = Oracle.ring(5, EDM(0.02, 10.0))
-    start = oracle.distribution(f64(10.0)[0]).sample((128,))
-
-    def slope(t: float, x: np.ndarray) -> np.ndarray:
-        return (-t * oracle.score(torch.as_tensor(x).reshape(-1, 2), f64(t)[0])).numpy().ravel()
-
-    end = solve_ivp(slope, (10.0, 0.02), start.numpy().ravel(), method="DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
-    return oracle, start, torch.as_tensor(end).reshape(-1, 2)
-
-
-def median_error(sampler: Callable[..., Tensor], case: tuple[Oracle, Tensor, Tensor], steps: int, spacing: Any) -> float:
-    """Of the paths: a few of them pass near the border of two basins, and their errors say nothing of the order."""
-    oracle, start, end = case
-    return (sampler(oracle, start, oracle.schedule.grid(steps, spacing)) - end).norm(dim=1).median().item()
+    return paths()
 
 
 @pytest.mark.parametrize("spacing", ["karras", "log_snr"])
 @pytest.mark.parametrize("name", FLOWS)
-def test_a_sampler_of_the_flow_has_its_order(name: str, spacing: str, mixture: tuple[Oracle, Tensor, Tensor]) -> None:
+def test_a_sampler_of_the_flow_has_its_order(name: str, spacing: str, mixture: Paths) -> None:
     sampler, least, most = FLOWS[name]
     order = math.log2(median_error(sampler, mixture, 128, spacing) / median_error(sampler, mixture, 256, spacing))
     assert least < order < most
 
 
-def test_the_third_order_solver_as_published_is_of_order_two(mixture: tuple[Oracle, Tensor, Tensor]) -> None:
+def test_the_third_order_solver_as_published_is_of_order_two(mixture: Paths) -> None:
     def published(*args: Any) -> Tensor:
         return samplers.dpm_solver_pp_3m(*args, is_corrected=False)
 
@@ -147,28 +133,8 @@ def test_a_grid_may_end_without_noise(name: str, schedule: Schedule) -> None:
 # Random samplers: on Gaussian data all are linear, so that the law of what they make is Gaussian, and known exactly.
 
 
-def law(sampler: Callable[..., Tensor], oracle: Oracle, grid: Tensor, **kwargs: Any) -> tuple[float, float]:
-    """Mean and variance of a sampler's output in one dimension, from its answers to unit vectors of start and noise."""
-    steps = len(grid) - 1
-    start = oracle.distribution(grid[0])
-    mean, scale = start.mean.item(), start.stddev.item()
-    x = torch.full((steps + 2, 1), mean, dtype=torch.float64)
-    x[1] += scale
-    noise = torch.zeros(steps, steps + 2, 1, dtype=torch.float64)
-    noise[torch.arange(steps), torch.arange(2, steps + 2)] = 1.0
-    out = sampler(oracle, x, grid, noise=noise, **kwargs)[:, 0]
-    return out[0].item(), (out[1:] - out[0]).square().sum().item()
-
-
 def normal(schedule: Schedule, mean: float = 0.7, variance: float = 0.25) -> Oracle:
     return Oracle(f64(1.0), f64(mean)[:, None], variance**0.5, schedule)
-
-
-def distance(oracle: Oracle, found: tuple[float, float], t: Tensor) -> float:
-    """Wasserstein distance to the law of x_t."""
-    alpha, sigma = oracle.schedule.alpha(t).item(), oracle.schedule.sigma(t).item()
-    scale = math.sqrt(alpha**2 * 0.25 + sigma**2)
-    return math.hypot(found[0] - alpha * 0.7, math.sqrt(found[1]) - scale)
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -178,7 +144,7 @@ def test_a_random_sampler_has_its_weak_order(name: str, schedule: Schedule) -> N
     errors = []
     for steps in (200, 400):
         grid = schedule.grid(steps, start=schedule.time(f64(6.0)).item(), stop=schedule.time(f64(-6.0)).item())
-        errors.append(distance(oracle, law(NEW[name], oracle, grid), grid[-1]))
+        errors.append(wasserstein(oracle, law(NEW[name], oracle, grid), grid[-1]))
     order = 2.0 if "2m" in name else 1.0
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1
 
@@ -190,7 +156,7 @@ def test_steps_of_the_optimal_variance_have_no_error_on_gaussian_data(variance: 
     for steps in (1, 2, 7, 40):
         grid = schedule.grid(steps, "time")
         found = law(samplers.ancestral, oracle, grid, variance=variance)
-        assert distance(oracle, found, grid[-1]) < 1e-10
+        assert wasserstein(oracle, found, grid[-1]) < 1e-10
 
 
 def test_the_published_steps_have_the_errors_of_their_recursion() -> None:

@@ -2,19 +2,19 @@
 
     python examples/benchmarks/diffusion.py
 
-Errors are medians over paths at the same number of calls of the denoiser, which is what a sampler costs; the order is seen
-between 128 and 256 steps. The cost of a loop is that of all it does but for the calls: the network is a small convolutional
-one on 32 images of 28 by 28, called as often, alternating; seconds are those of the processor, which other processes
-of the machine do not take part in.
+Errors are medians over paths at the same number of calls of the denoiser, which is what a sampler costs; orders, of paths
+and of the law of Gaussian data, are seen between 128 and 256 steps (``conformance.certify``). The cost of a loop is that of
+all it does but for the calls: the network is a small convolutional one on 32 images of 28 by 28, called as often,
+alternating; seconds are those of the processor, which other processes of the machine do not take part in.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import itertools
-import math
 import platform
 import statistics
 import time
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_genmodels.diffusion import EDM, Network, Oracle, samplers
+from pyro_genmodels.diffusion import EDM, Network, samplers
+from pyro_genmodels.diffusion.conformance import certify, median_error, paths
 
 FLOWS: dict[str, tuple[Callable[..., Tensor], float]] = {  # calls a step
     "euler = ddim": (samplers.euler, 1),
@@ -36,6 +37,15 @@ FLOWS: dict[str, tuple[Callable[..., Tensor], float]] = {  # calls a step
     "unipc(2)": (lambda *args: samplers.unipc(*args, order=2), 1),
     "unipc(3)": (samplers.unipc, 1),
     "rk4": (samplers.rk4, 4),
+}
+RANDOM: dict[str, Callable[..., Tensor]] = {
+    "ancestral, upper": functools.partial(samplers.ancestral, variance="upper"),
+    "ancestral, lower": samplers.ancestral,
+    "ancestral, optimal": functools.partial(samplers.ancestral, variance="optimal"),
+    "ancestral, full": functools.partial(samplers.ancestral, variance="full"),
+    "ddim, eta 0.5": functools.partial(samplers.ddim, eta=0.5),
+    "euler_maruyama": samplers.euler_maruyama,
+    "dpm_solver_pp_2m_sde": samplers.dpm_solver_pp_2m_sde,
 }
 
 
@@ -54,21 +64,18 @@ class Convolutions(nn.Module):
         return self.layers(torch.cat([x, level[:, None, None, None].expand_as(x)], 1))
 
 
-def errors(paths: int) -> None:
-    torch.manual_seed(0)
-    oracle = Oracle.ring(5, EDM(0.02, 10.0))
-    schedule = oracle.schedule
-    start = oracle.distribution(torch.tensor(10.0, dtype=torch.float64)).sample((paths,))
-    end = samplers.rk4(oracle, start, schedule.grid(1024, "karras"))
-    budgets = (8, 16, 32, 64)
-    print(f"\n{'median error of paths at calls':32}" + "".join(f"{n:>10}" for n in budgets) + f"{'order':>8}")
+def errors(count: int) -> None:
+    case, budgets = paths(count), (8, 16, 32, 64)
+    print(f"\n{'median error of paths at calls':32}" + "".join(f"{n:>10}" for n in budgets) + f"{'order':>8}{'of law':>8}")
     for name, (sampler, calls) in FLOWS.items():
-        found = {}
-        for steps in {int(n // calls) for n in budgets} | {128, 256}:
-            out = sampler(oracle, start, schedule.grid(steps, "karras"))
-            found[steps] = (out - end).norm(dim=1).median().item()
-        row = "".join(f"{found[int(n // calls)]:10.1e}" for n in budgets)
-        print(f"{name:32}{row}{math.log2(found[128] / found[256]):8.2f}")
+        row = "".join(f"{median_error(sampler, case, int(n // calls)):10.1e}" for n in budgets)
+        found = certify(sampler, case=case)
+        print(f"{name:32}{row}{found.order:8.2f}{found.weak_order:8.2f}")
+    print(f"\n{'noise: bias at steps':32}{128:>10}{256:>10}{'of law':>8}{'gap of the bound at 100 steps, nats':>38}")
+    for name, sampler in RANDOM.items():
+        found = certify(sampler, is_random=True, case=case)
+        bias = "".join(f"{value:10.1e}" for value in found.bias)
+        print(f"{name:32}{bias}{found.weak_order:8.2f}{found.gap:27.3f} ± {found.gap_error:.3f}")
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from pyro_genmodels.diffusion.samplers import (
     Step,
     StepPosterior,
     Variance,
+    both_ways,
     flow_slope,
     noises,
     path,
@@ -72,19 +73,11 @@ def probability_flow(denoiser: Denoiser, x: Tensor, grid: Tensor, probes: Tensor
         Y. Song, J. Sohl-Dickstein, D. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based Generative Modeling through
         Stochastic Differential Equations (2021).
     """
-    is_rising = grid.ndim == 1 and len(grid) > 1 and bool(grid[-1] > grid[0])
-    steps = path(denoiser, x, grid.flip(0) if is_rising else grid)
-    if steps[-1].is_last:
-        raise ValueError(
-            f"The flow has no density without noise, but at t = {steps[-1].earlier:g} there is none. Let the grid end "
-            "earlier, as by Schedule.grid(steps, start=...): the density is that of x at its end."
-        )
+    steps = both_ways(denoiser, x, grid)
     if probes is not None and (probes.ndim != x.ndim + 1 or torch.broadcast_shapes(probes.shape[1:], x.shape) != x.shape):
         raise ValueError(
             f"probes are (M, {', '.join(map(str, x.shape))}) or (M, 1, …), but have the shape {tuple(probes.shape)}."
         )
-    if is_rising:
-        steps = [Step(s.earlier, s.t, s.next_alpha, s.next_sigma, s.alpha, s.sigma) for s in reversed(steps)]
     log_det = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for step in steps:
         before, after = step.scaled
@@ -214,10 +207,10 @@ def variational_bound(
         noisy = step.alpha * x + step.sigma * draw
         if step.is_last:
             known = step_posterior(denoiser, noisy, step, "upper" if variance == "lower" else variance)
-            decoder = _log_normal(x, known) if levels is None else _log_mass(x, known, levels)
+            decoder = known.log_prob(x) if levels is None else _log_mass(x, known, levels)
         else:
             truth = bridge(step, x, noisy)
-            terms.append(_divergence(*truth, step_posterior(denoiser, noisy, step, variance)))
+            terms.append(step_posterior(denoiser, noisy, step, variance).divergence(*truth))
     return Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(x)), decoder)
 
 
@@ -248,15 +241,15 @@ def path_bound(
     noisy = steps[0].alpha * x + steps[0].sigma * start
     base = terminal(denoiser, grid, x).log_prob if prior is None else None
     value = base(noisy).flatten(1).double().sum(1) if base is not None else prior(noisy).double()  # type: ignore[misc]
-    value = value - _log_normal(noisy, StepPosterior(steps[0].alpha * x, steps[0].sigma, False))
+    value = value - StepPosterior(steps[0].alpha * x, steps[0].sigma, False).log_prob(noisy)
     for step in steps:
         if step.is_last:
             known = step_posterior(denoiser, noisy, step, "upper" if variance == "lower" else variance)
-            return value + _log_normal(x, known)
+            return value + known.log_prob(x)
         known = step_posterior(denoiser, noisy, step, variance)
         mean, scale = bridge(step, x, noisy)
         noisy = mean + scale * next(draws)
-        value = value + _log_normal(noisy, known) - _log_normal(noisy, StepPosterior(mean, scale, False))
+        value = value + known.log_prob(noisy) - StepPosterior(mean, scale, False).log_prob(noisy)
     return value
 
 
@@ -286,48 +279,15 @@ def link_cost(known: Denoised, x: Tensor, noisy: Tensor, step: Step, variance: V
         variance: Of the reverse steps, "upper", "lower" or "optimal".
     """
     is_last = ~(step.next_sigma > 0)
-
-    def told(*_: Tensor) -> Denoised:
-        return known
-
-    link = step_posterior(told, noisy, step, variance)  # type: ignore[arg-type]
+    link = step_posterior(None, noisy, step, variance, known)
     if variance == "lower":  # the last link has the upper one
-        upper = step_posterior(told, noisy, step, "upper")  # type: ignore[arg-type]
+        upper = step_posterior(None, noisy, step, "upper", known)
         link = link._replace(root=torch.where(is_last, upper.root, link.root))
     mean, scale = bridge(step, x, noisy)
-    apart = _divergence(mean, torch.where(is_last, 1.0, scale), link)
+    apart = link.divergence(mean, torch.where(is_last, 1.0, scale))
     root = torch.as_tensor(link.root).expand(x.shape).flatten(1).double()
     decoder = torch.distributions.Normal(link.mean.flatten(1).double(), root).log_prob(x.flatten(1).double()).sum(1)
     return torch.where(is_last.expand(x.shape).flatten(1)[:, 0], -decoder, apart)
-
-
-def _divergence(mean: Tensor, scale: Tensor, known: StepPosterior) -> Tensor:
-    """KL(N(mean, scale²) ‖ known), (rows,)."""
-    gap = (mean - known.mean).flatten(1).double()
-    if not known.is_full:
-        ratio = (scale / known.root).square().double().expand(mean.shape).flatten(1)
-        apart = (gap / torch.as_tensor(known.root).double().expand(mean.shape).flatten(1)).square()
-        return 0.5 * (ratio - 1.0 - ratio.log() + apart).sum(1)
-    size = gap.shape[1]
-    root = torch.linalg.cholesky((known.root @ known.root.mT).double())
-    apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
-    whitened = scale * torch.linalg.solve_triangular(
-        root, torch.eye(size, dtype=root.dtype, device=root.device), upper=False
-    )
-    log_det = 2.0 * root.diagonal(dim1=1, dim2=2).log().sum(1) - 2.0 * size * scale.log()
-    return 0.5 * (whitened.square().sum((1, 2)) - size + log_det + apart)
-
-
-def _log_normal(x: Tensor, known: StepPosterior) -> Tensor:
-    """Log-density of rows, (rows,)."""
-    gap = (x - known.mean).flatten(1).double()
-    constant = 0.5 * gap.shape[1] * math.log(2.0 * math.pi)
-    if not known.is_full:
-        root = torch.as_tensor(known.root).double().expand(x.shape).flatten(1)
-        return -0.5 * (gap / root).square().sum(1) - root.log().sum(1) - constant
-    root = torch.linalg.cholesky((known.root @ known.root.mT).double())
-    apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
-    return -0.5 * apart - root.diagonal(dim1=1, dim2=2).log().sum(1) - constant
 
 
 def _log_mass(x: Tensor, known: StepPosterior, levels: int) -> Tensor:

@@ -31,13 +31,13 @@ Orders of the flow are those of the end points of paths, weak ones those of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_genmodels.diffusion.denoiser import Denoiser
+from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
 from pyro_genmodels.diffusion.scores import jacobian
 
 __all__ = [
@@ -69,6 +69,11 @@ class Step(NamedTuple):
         """h = log s_t − log s_s."""
         before, after = self.scaled
         return before.log() - after.log()
+
+    @property
+    def between(self) -> Tensor:
+        """σ_{t|s}² = σ_t² − α_t²/α_s² σ_s², the variance of x_t given x_s."""
+        return self.sigma.square() * -torch.expm1(-2.0 * self.width)
 
     @property
     def is_last(self) -> bool:
@@ -117,6 +122,20 @@ def path(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
     if not x.is_floating_point():
         raise ValueError(f"x is a state of noise and data, floating-point numbers, but is {x.dtype}.")
     return [Step(*args) for args in zip(times[:-1], times[1:], alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:])]
+
+
+def both_ways(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
+    """The steps of a grid that falls, from noise to data, or rises, from data to noise, with noise at all of its times."""
+    is_rising = grid.ndim == 1 and len(grid) > 1 and bool(grid[-1] > grid[0])
+    steps = path(denoiser, x, grid.flip(0) if is_rising else grid)
+    if steps[-1].is_last:
+        raise ValueError(
+            f"The flow has no density without noise, but at t = {steps[-1].earlier:g} there is none. Let the grid end "
+            "earlier, as by Schedule.grid(steps, start=...): the density is that of x at its end."
+        )
+    if not is_rising:
+        return steps
+    return [Step(s.earlier, s.t, s.next_alpha, s.next_sigma, s.alpha, s.sigma) for s in reversed(steps)]
 
 
 def terminal(denoiser: Denoiser, grid: Tensor, like: Tensor) -> torch.distributions.Normal:
@@ -184,7 +203,7 @@ def ddim(denoiser: Denoiser, x: Tensor, grid: Tensor, eta: float = 0.0, noise: T
     for step in steps:
         mean = denoiser(x, step.t).mean
         eps = (x - step.alpha * mean) / step.sigma
-        fresh = eta * step.next_sigma / step.sigma * _step_variance(step).sqrt()
+        fresh = eta * step.next_sigma / step.sigma * step.between.sqrt()
         x = step.next_alpha * mean + (step.next_sigma.square() - fresh.square()).clamp(min=0.0).sqrt() * eps
         if draws is not None:
             x = x + fresh * next(draws)
@@ -224,10 +243,16 @@ def heun(denoiser: Denoiser, x: Tensor, grid: Tensor) -> Tensor:
 
 def rk4(denoiser: Denoiser, x: Tensor, grid: Tensor) -> Tensor:
     """The classical Runge-Kutta method on dz/ds = (z − x̂_0)/s; a last step to no noise is Euler's."""
-    for step in path(denoiser, x, grid):
-        if step.is_last:
-            x = _blend(step, x, denoiser(x, step.t).mean)
-            continue
+    steps = path(denoiser, x, grid)
+    if not steps[-1].is_last:
+        return runge_kutta(denoiser, x, steps)
+    x = runge_kutta(denoiser, x, steps[:-1])
+    return _blend(steps[-1], x, denoiser(x, steps[-1].t).mean)
+
+
+def runge_kutta(denoiser: Denoiser, x: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Steps of ``rk4``, noise at the ends of all of them, in either direction; nothing is decided by values of tensors."""
+    for step in steps:
         before, after = step.scaled
         width, middle = after - before, 0.5 * (before + after)
         z = x / step.alpha
@@ -392,11 +417,6 @@ def _polynomial(step: Step, x: Tensor, known: list[tuple[Tensor, Tensor]]) -> Te
     return step.next_sigma / step.sigma * x + step.next_alpha * blended
 
 
-def _step_variance(step: Step) -> Tensor:
-    """σ_{t|s}² = σ_t² − α_t²/α_s² σ_s², the variance of x_t given x_s."""
-    return step.sigma.square() * -torch.expm1(-2.0 * step.width)
-
-
 class StepPosterior(NamedTuple):
     """The law of x_s given x_t that a sampler takes: Gaussian.
 
@@ -410,12 +430,56 @@ class StepPosterior(NamedTuple):
     root: Tensor
     is_full: bool
 
+    def at(self, draw: Tensor) -> Tensor:
+        """Where a standard normal ``draw`` leads, of its shape."""
+        if not self.is_full:
+            return self.mean + self.root * draw
+        return self.mean + (self.root @ draw.flatten(1)[..., None]).reshape(draw.shape)
 
-def step_posterior(denoiser: Denoiser, x: Tensor, step: Step, variance: Variance) -> StepPosterior:
-    """N(mean, variance) of x_s given x_t, as ``ancestral`` takes it."""
-    known = denoiser(x, step.t)
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of rows, (rows,), in float64."""
+        gap = (x - self.mean).flatten(1).double()
+        constant = 0.5 * gap.shape[1] * math.log(2.0 * math.pi)
+        if not self.is_full:
+            root = torch.as_tensor(self.root).double().expand(x.shape).flatten(1)
+            return -0.5 * (gap / root).square().sum(1) - root.log().sum(1) - constant
+        root = torch.linalg.cholesky((self.root @ self.root.mT).double())
+        apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
+        return -0.5 * apart - root.diagonal(dim1=1, dim2=2).log().sum(1) - constant
+
+    def divergence(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """KL(N(mean, scale²) ‖ this law), (rows,), in float64."""
+        gap = (mean - self.mean).flatten(1).double()
+        if not self.is_full:
+            ratio = (scale / self.root).square().double().expand(mean.shape).flatten(1)
+            apart = (gap / torch.as_tensor(self.root).double().expand(mean.shape).flatten(1)).square()
+            return 0.5 * (ratio - 1.0 - ratio.log() + apart).sum(1)
+        size = gap.shape[1]
+        root = torch.linalg.cholesky((self.root @ self.root.mT).double())
+        apart = torch.linalg.solve_triangular(root, gap[..., None], upper=False).square().sum((1, 2))
+        unit = torch.eye(size, dtype=root.dtype, device=root.device)
+        whitened = scale * torch.linalg.solve_triangular(root, unit, upper=False)
+        log_det = 2.0 * root.diagonal(dim1=1, dim2=2).log().sum(1) - 2.0 * size * scale.log()
+        return 0.5 * (whitened.square().sum((1, 2)) - size + log_det + apart)
+
+
+def step_posterior(
+    denoiser: Denoiser | None, x: Tensor, step: Step, variance: Variance, known: Denoised | None = None
+) -> StepPosterior:
+    """N(mean, variance) of x_s given x_t, as ``ancestral`` takes it.
+
+    Args:
+        denoiser: None will do where ``known`` is given, but for variance "full", which takes its derivatives.
+        x: x_t, (rows, …).
+        step: From t to s.
+        variance: As in ``ancestral``.
+        known: What the denoiser says of ``x``; None asks it.
+    """
+    if known is None:
+        assert denoiser is not None
+        known = denoiser(x, step.t)
     ratio = step.alpha / step.next_alpha
-    between = _step_variance(step)
+    between = step.between
     keep, gain = ratio * (step.next_sigma / step.sigma).square(), step.next_alpha * between / step.sigma.square()
     mean = keep * x + gain * known.mean
     lower = between * (step.next_sigma / step.sigma).square()
@@ -432,6 +496,7 @@ def step_posterior(denoiser: Denoiser, x: Tensor, step: Step, variance: Variance
                 )
             return StepPosterior(mean, (lower + gain.square() * known.variance).sqrt(), False)
         case "full":
+            assert denoiser is not None
             covariance = gain.square() * _covariance(denoiser, x, step)
             size = covariance.shape[-1]
             covariance = covariance + lower * torch.eye(size, dtype=x.dtype, device=x.device)
@@ -469,13 +534,8 @@ def ancestral(
     """
     steps = path(denoiser, x, grid)
     for step, draw in zip(steps, noises(noise, x, len(steps))):
-        mean, root, is_full = step_posterior(denoiser, x, step, variance)
-        if is_full:
-            x = mean + (root @ draw.flatten(1)[..., None]).reshape(x.shape)
-        elif step.is_last and variance in ("upper", "lower"):
-            x = mean
-        else:
-            x = mean + root * draw
+        known = step_posterior(denoiser, x, step, variance)
+        x = known.mean if step.is_last and variance in ("upper", "lower") else known.at(draw)
     return x
 
 
