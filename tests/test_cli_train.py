@@ -188,7 +188,7 @@ def test_a_grid_is_a_picture_and_the_same_for_the_same_seed(done: tuple[Path, st
         (["--layers", "2"], r"vae has one layer"),
         (["--prior", "sphere", "--features", "1"], r"Sphere needs at least 2 features"),
         (["--prior", "vamp"], r"pseudo-inputs start from as many rows"),
-        (["--data", "cats"], r"no pictures 'cats'; there are digits, fashion_mnist, mnist, or give"),
+        (["--data", "cats"], r"no pictures 'cats'; there are cifar10, digits, fashion_mnist, mnist, or give"),
         (["--data", "cats.npz"], r"There is no file cats.npz"),
         (["--resume"], r"holds no run to go on with.*Leave --resume out"),
     ],
