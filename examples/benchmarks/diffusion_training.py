@@ -132,7 +132,8 @@ def main() -> None:
         import diffusers
 
         extra = f", diffusers {diffusers.__version__}"
-    print(f"python examples/benchmarks/diffusion_training.py --steps {options.steps} --rounds {options.rounds}")
+    beside = " --diffusers" if options.diffusers else ""
+    print(f"python examples/benchmarks/diffusion_training.py --steps {options.steps} --rounds {options.rounds}{beside}")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}{extra}"
     print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared, one thread; processor time")
     print(f"\nsteps a second, medians of {options.rounds} runs of each in turn; a step of ours in steps of the others")
