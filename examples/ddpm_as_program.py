@@ -2,9 +2,9 @@
 
     python examples/ddpm_as_program.py
 
-A chain of 40 links is trained on Old Faithful by SVI, which sees 4 links of each row in a step. The bound of the trained chain
-is then estimated by the chain as a program, path by path, with every divergence in closed form, and from a plate of links: all
-agree in the mean, and differ in what a run costs and how far it is off.
+A chain of 40 links is trained on Old Faithful by SVI, which sees 4 links of each row in a step. The bound of the trained
+chain is then estimated by the chain as a program, path by path, with every divergence in closed form, and from a plate of
+links: all agree in the mean, and differ in what a run costs and how far it is off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(smoke: bool = False, folder: str = "runs/ddpm_as_program") -> None:
     x = (x - x.mean(0)) / x.std(0)
     schedule = Betas.cosine(STEPS)
     chain = DDPM(Network(PointNetwork(2, width=64), schedule, "velocity"), (2,), STEPS)
-    steps, runs = (20, 5) if smoke else (2500, 100)
+    steps, runs = (20, 5) if smoke else (1000, 30)
     SVI(steps=steps, learning_rate=2e-3, draws=1, seed=0, progress=False).fit(PlatedDDPM(chain, 4), x)
 
     programs = {

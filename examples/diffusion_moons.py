@@ -34,7 +34,7 @@ def main(smoke: bool = False, folder: str = "runs/diffusion_moons") -> None:
     torch.manual_seed(0)
     moons = planar("moons")
     x, new, few = moons.sample((4000,)), moons.sample((100 if smoke else 1000,)), 5 if smoke else 100
-    step = 0.5 if smoke else 0.15
+    step = 0.5 if smoke else 0.1
     axes = torch.meshgrid(torch.arange(-3.5, 3.5, step), torch.arange(-2.5, 2.5, step), indexing="ij")
     grid = torch.stack(axes, -1).reshape(-1, 2)
     fit = Denoising(steps=20 if smoke else 1200, batch_size=256, learning_rate=2e-3, average=PowerAverage(), seed=0)
@@ -57,7 +57,7 @@ def main(smoke: bool = False, folder: str = "runs/diffusion_moons") -> None:
     figure, panels = plt.subplots(2, 4, figsize=(12, 5), sharex=True, sharey=True, layout="constrained")
     for (upper, lower), (name, (points, density)) in zip(panels.T, pictures.items(), strict=True):
         upper.scatter(*points.T, s=2, alpha=0.4)
-        lower.pcolormesh(*axes, density.exp().reshape(axes[0].shape), vmin=0.0)
+        lower.pcolormesh(*(a.numpy() for a in axes), density.exp().reshape(axes[0].shape).numpy(), vmin=0.0)
         upper.set(title=name, aspect="equal", xlim=(-3.5, 3.5), ylim=(-2.5, 2.5))
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "moons.png")

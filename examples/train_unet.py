@@ -62,7 +62,7 @@ def main(smoke: bool = False, folder: str = "runs/train_unet", data: str = "digi
     new = continuous(test[:few].to(device))
     with torch.no_grad():
         bits = bits_per_dimension(model().log_prob(new), new[0].numel(), levels)
-    drawn, real = model.sample(few).clamp(-1.0, 1.0).cpu(), continuous(x).cpu()
+    drawn, real = model.sample(few).clamp(-1.0, 1.0).cpu(), continuous(x[torch.randperm(len(x))]).cpu()
     print(f"{data}: {len(x)} pictures, {steps} steps of {rows}, {rate:.0f} pictures a second")
     print(f"loss                {history[-len(history) // 4 :].mean():8.4f}, at first {history[0]:.4f}")
     print(f"bits per dimension  {bits.mean():8.3f} ± {bits.std() / few**0.5:.3f}, of noise {math.log2(levels):.3f}")

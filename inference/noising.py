@@ -12,7 +12,8 @@ with D numbers in a row, which differ in how levels are drawn and how they count
     w = min(1, γ exp(−λ))     x_0, but by no more than γ: min-SNR
     w = 1 + exp(−λ) / d²      the target of a preconditioned network, of unit variance at every level: EDM
 
-The least that any denoiser can reach at a level is w exp(λ) tr Cov[x_0 | x_t] / D in the mean over x_t, and not 0.
+The least that any denoiser can reach at a level is w exp(λ) tr Cov[x_0 | x_t] / D in the mean over x_t, and not 0. Levels
+carry no gradient: a schedule that has weights is to be held fixed.
 
 References:
     J. Ho, A. Jain, P. Abbeel, Denoising diffusion probabilistic models (2020).
@@ -373,6 +374,11 @@ def noised(module: Any, x: Tensor, context: Tensor | None, times: Times) -> Nois
 
 def _span(module: Any, denoiser: Any) -> Span:
     curve = denoiser.schedule
+    if isinstance(curve, nn.Module) and any(weight.requires_grad for weight in curve.parameters()):
+        raise Unsupported(
+            f"{type(curve).__name__} has weights, in which losses of denoising are no bounds: they would choose the levels "
+            "that are easiest. Hold it fixed by denoiser.schedule.requires_grad_(False)."
+        )
     if isinstance(module, Chain):
         return Span(curve, module.grid[-1], module.grid[0])
     return Span(curve, curve.start, curve.stop)

@@ -24,7 +24,7 @@ from inference.noising import (
 )
 from inference.training import follow
 from pyro_genmodels import DDPM, ScoreModel
-from pyro_genmodels.diffusion import EDM, VP, Betas, Denoised, Denoiser, Network, Oracle, Schedule, Straight
+from pyro_genmodels.diffusion import EDM, VP, Betas, Denoised, Denoiser, Learned, Network, Oracle, Schedule, Straight
 from pyro_genmodels.diffusion.likelihood import variational_bound
 from pyro_genmodels.nets import PointNetwork
 
@@ -315,6 +315,14 @@ def test_a_context_reaches_the_network() -> None:
     assert abs(drawn[:50].mean()) < 1.0 and abs(drawn[50:].mean() - 4.0) < 1.0
 
 
+def test_a_schedule_with_weights_is_to_be_held_fixed() -> None:
+    model = a_score(Learned(hidden=4))
+    with pytest.raises(Unsupported, match="Hold it fixed by denoiser.schedule.requires_grad_"):
+        train().fit(model, X)
+    model.denoiser.schedule.requires_grad_(False)
+    assert not any("schedule" in name for name in train().fit(model, X).weights)
+
+
 def test_smaller_arithmetic_and_bytes_are_taken() -> None:
     grey = (255 * torch.rand(64, 2)).to(torch.uint8)
     fit = train(autocast=torch.bfloat16, transform=lambda b: b.float() / 127.5 - 1.0).fit(a_score(), grey)
@@ -383,6 +391,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: train(loss=HybridLoss()).fit(DDPM(Network(PointNetwork(2), Betas.cosine(5)), (2,), 5), X),
         Unsupported,
         "the denoiser tells none",
+    ),
+    "a chain that ends with noise": (
+        lambda: DDPM(Network(PointNetwork(2), Learned()), (2,), 5),
+        ValueError,
+        "A chain ends with data, but Learned has noise",
     ),
     "no loss": (lambda: train(loss="simple").fit(a_score(), X), TypeError, "rows\\(module, x, context\\)"),
     "a class for a loss": (lambda: train(loss=SimpleLoss).fit(a_score(), X), TypeError, "must be an object"),

@@ -20,6 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = {
     "critic_driven": ("data", "generator", "with its critic", "with its critic, height about 0"),
     "gan_inverse_problem": ("upper half", "blurred"),
+    "diffusion_moons": ("moons", "EDM", "DDPM, noise", "flow matching"),
+    "train_unet": ("loss", "bits per dimension", "Fréchet distance"),
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
     "infogan_digits": ("information", "training digits", "draws"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),

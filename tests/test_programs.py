@@ -18,9 +18,10 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference import EM, HMC, SVI, Backend, Gibbs, MetropolisHastings, Prior, Unsupported
+from inference.program import Program
 
 Y = torch.tensor([1.0, 2.5, -0.5, 2.0, 3.0, 0.5], dtype=torch.float64)
 SEEN = torch.tensor([True, True, False, True, False, True])
@@ -411,3 +412,26 @@ def test_a_plate_that_draws_its_rows_is_refused_with_what_to_use(backend: str) -
 
     with pytest.raises(Unsupported, match=r"takes 3 of 6 rows at random.*batch_size"):
         BACKENDS[backend]().fit(program, Y)
+
+
+def test_a_program_that_is_not_run_is_its_weights_and_rows() -> None:
+    """What a back-end of losses sees: no site, all weights, rows by their first dimension; predictions run it after all."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by, self.idle, self.runs = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3)), 0
+
+        def model(self, x: Tensor) -> None:
+            self.runs += 1
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(self.by, 1e-3).to_event(1), obs=x)
+
+    module, x = Shifted(), torch.arange(12.0).reshape(6, 2)
+    program = Program(module, (x,), is_run=False)
+    assert not module.runs and not program.latents and not program.observed
+    assert set(program.weights) == {"by", "idle"} and program.rows == 6 and program.dtype == torch.float32
+    assert torch.equal(program.minibatch(torch.tensor([4, 1]))[0], x[[4, 1]])
+    torch.testing.assert_close(program.predict({})["x"], torch.ones(1, 1, 6, 2), rtol=0.0, atol=0.01)
+    with pytest.raises(Unsupported, match="no method model"):
+        Program(nn.Linear(2, 2), (x,), is_run=False).predict({})

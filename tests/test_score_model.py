@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro.infer import Predictive
 from torch import Tensor, nn
+from torch.distributions.transforms import ComposeTransform
 from torch.func import jacrev, vmap
 
 from inference import HMC
@@ -31,7 +32,7 @@ def a_model(**settings: Any) -> ScoreModel:
     return model.double()
 
 
-@pytest.mark.parametrize("schedule", [EDM(), VP(), Straight()], ids=["EDM", "VP", "straight"])
+@pytest.mark.parametrize("schedule", [EDM(), Straight()], ids=["EDM", "straight"])
 def test_the_density_of_the_exact_denoiser_is_that_of_the_mixture(schedule: Any) -> None:
     """Within 5e-3 nats of the law at the end of the grid: what still shows of the variance of data in noise counts, too."""
     ring = Oracle.ring(5, schedule)
@@ -75,9 +76,10 @@ def test_what_is_drawn_has_the_density_that_is_told() -> None:
     gaps = []
     for steps in (16, 32):
         distribution = a_model(steps=steps)()
-        jacobian = vmap(jacrev(lambda z: distribution.pushed(z[None])[0]))(noise)  # noqa: B023
+        push = ComposeTransform(distribution.transforms)
+        jacobian = vmap(jacrev(push))(noise)
         base = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(1)
-        gap = distribution.log_prob(distribution.pushed(noise)) - (base - torch.linalg.slogdet(jacobian)[1])
+        gap = distribution.log_prob(push(noise)) - (base - torch.linalg.slogdet(jacobian)[1])
         gaps.append(gap.abs().max().item())
     assert gaps[1] < 2e-3 and gaps[0] > 12.0 * gaps[1]
 
@@ -200,7 +202,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "3 numbers a row",
     ),
     "a network for a denoiser": (lambda: ScoreModel(PointNetwork(2), (2,)), "Network\\(network, schedule\\)"),
-    "a value of another shape": (lambda: a_model(steps=2)().log_prob(torch.zeros(3, 4)), "A value has the shape"),
     "a schedule that does not reach its end": (
         lambda: ScoreModel(Oracle.ring(3, EDM(0.002, 1.0)), (2,))().sample(),
         "does not reach its end",

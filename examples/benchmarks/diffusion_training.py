@@ -37,7 +37,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, bool]] = {
 
 
 class Clock:
-    """When each step ended."""
+    """When each step ended, in processor time, which other processes on the machine do not change much."""
 
     is_passive = True
 
@@ -45,7 +45,7 @@ class Clock:
         self.times: list[float] = []
 
     def __call__(self, *_: object) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
 
     @property
     def rate(self) -> float:
@@ -132,9 +132,10 @@ def main() -> None:
         import diffusers
 
         extra = f", diffusers {diffusers.__version__}"
-    print(f"python examples/benchmarks/diffusion_training.py --steps {options.steps} --rounds {options.rounds}")
+    beside = " --diffusers" if options.diffusers else ""
+    print(f"python examples/benchmarks/diffusion_training.py --steps {options.steps} --rounds {options.rounds}{beside}")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}{extra}"
-    print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared, one thread")
+    print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared, one thread; processor time")
     print(f"\nsteps a second, medians of {options.rounds} runs of each in turn; a step of ours in steps of the others")
     others = [way for way in ways if way != "ours"]
     print(f"{'':40}" + "".join(f"{way:>11}" for way in ways) + "".join(f"{'/ ' + way:>14}" for way in others))

@@ -65,6 +65,12 @@ class DDPM(GenerativeModel):
         super().__init__()
         if variance not in ("upper", "lower", "optimal"):
             raise ValueError(f"variance is 'upper', 'lower' or 'optimal', not {variance!r}.")
+        least = float(denoiser.schedule.sigma(torch.zeros((), dtype=torch.float64)).detach())
+        if least > 0:
+            raise ValueError(
+                f"A chain ends with data, but {type(denoiser.schedule).__name__} has noise of {least:.3g} at time 0. Take "
+                "another schedule, such as Betas."
+            )
         self.denoiser, self.shape, self.variance = denoiser, tuple(shape), variance
         self.grid: Tensor
         self.register_buffer("grid", denoiser.schedule.grid(steps, "time", start=0.0), persistent=False)
@@ -118,15 +124,17 @@ class DDPM(GenerativeModel):
             noisy: x_t, with t the time ``index`` of the grid.
             index: Which link, from 0 at the noise, (rows,).
         """
-        snrs = self.denoiser.schedule.log_snr(self.grid)
-        levels = [level[at] for level in self.denoiser.schedule.levels(snrs) for at in (index, index + 1)]
+        with torch.no_grad():  # as x_t has no gradient in them, either
+            pairs = self.denoiser.schedule.levels(self.denoiser.schedule.log_snr(self.grid))
+        levels = [level[at] for level in pairs for at in (index, index + 1)]
         alpha, next_alpha, sigma, next_sigma = (per_row(level, x) for level in levels)
         step = Step(self.grid[index], self.grid[index + 1], alpha, sigma, next_alpha, next_sigma)
         return link_cost(known, x, noisy, step, self.variance)
 
     def prior_cost(self, x: Tensor) -> Tensor:
         """L_T in nats, (rows,)."""
-        alpha, sigma = self.denoiser.at(x, self.grid[0])
+        with torch.no_grad():
+            alpha, sigma = self.denoiser.at(x, self.grid[0])
         return prior_cost(x, alpha.to(x), sigma.to(x))
 
     def _rows(self, x: Tensor | None, size: int | None) -> tuple[int, Tensor]:

@@ -203,7 +203,7 @@ class Given(Denoiser):
 
     Args:
         denoiser: One that takes a context, such as a ``Network`` of a network that does.
-        context: One for each row that it will be given, (rows, …).
+        context: (rows, …); it is given again and again to more rows than that, which are whole repetitions of these.
     """
 
     def __init__(self, denoiser: Denoiser, context: Tensor) -> None:
@@ -211,5 +211,8 @@ class Given(Denoiser):
         self.denoiser, self.context = denoiser, context
 
     def forward(self, x: Tensor, t: Tensor) -> Denoised:
-        known: Denoised = self.denoiser(x, t, self.context)
+        times, left = divmod(len(x), len(self.context))
+        if left:
+            raise ValueError(f"The context has {len(self.context)} rows, and x has {len(x)}, which is no multiple of that.")
+        known: Denoised = self.denoiser(x, t, self.context.repeat(times, *(1,) * (self.context.dim() - 1)))
         return known

@@ -3,116 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions.transforms import AffineTransform
 
-from pyro_genmodels.autoencoders.ends import check_shape, like, rows_of
+from pyro_genmodels.autoencoders.ends import check_shape, rows_of
 from pyro_genmodels.base import StochasticModule
 from pyro_genmodels.diffusion.denoiser import Denoiser, Given
-from pyro_genmodels.diffusion.likelihood import flow_log_prob, rademacher
-from pyro_genmodels.diffusion.samplers import rk4, terminal
+from pyro_genmodels.diffusion.flow import ProbabilityFlow, leaf
+from pyro_genmodels.diffusion.likelihood import rademacher
+from pyro_genmodels.diffusion.samplers import terminal
 
-__all__ = ["FlowDistribution", "ScoreModel"]
+__all__ = ["ScoreModel"]
 
 _MOST_EXACT = 256  # numbers in a row up to which the divergence is taken exactly, by as many derivatives
-
-
-class FlowDistribution(TorchDistribution):
-    """What the probability flow of a denoiser makes of noise.
-
-        z_T ~ N(0, α_T² + σ_T²),  d(z/α)/ds = (z/α − ẑ_0(z)) / s along s = σ/α,  x = location + deviation · z
-
-    ``rsample`` and ``log_prob`` follow the same flow along the same grid, by Runge-Kutta of order 4, one way and the other;
-    the density is that of what is drawn, with the little noise in it that the grid ends with. Both can be differentiated.
-
-    Args:
-        denoiser: Of z; one that takes a context if there is one.
-        shape: Of one x.
-        grid: Falling times that end with noise, (N + 1,).
-        location: In a shape that adds to x.
-        deviation: In a shape that multiplies x, positive.
-        probes: For Hutchinson's estimate of the divergence, (M, 1, *shape); None takes it exactly.
-        context: (*batch, …), or None.
-        batch_shape: Without a context.
-
-    References:
-        Y. Song et al., Score-based generative modeling through stochastic differential equations (2021), section 4.3.
-    """
-
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch looks it up on the class)
-    has_rsample = True
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        shape: Sequence[int],
-        grid: Tensor,
-        location: Tensor,
-        deviation: Tensor,
-        probes: Tensor | None = None,
-        context: Tensor | None = None,
-        batch_shape: Sequence[int] = (),
-    ) -> None:
-        self.denoiser, self.grid, self.probes, self.context = denoiser, grid, probes, context
-        self.location, self.deviation = location, deviation
-        super().__init__(torch.Size(batch_shape), torch.Size(shape), validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
-        batch, context = torch.Size(batch_shape), self.context
-        if context is not None:
-            context = context.expand(*batch, *context.shape[len(self.batch_shape) :])
-        parts = (self.grid, self.location, self.deviation, self.probes, context, batch)
-        return FlowDistribution(self.denoiser, self.event_shape, *parts)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws (*sample, *batch, *event), with gradients in the weights of the denoiser."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        noise = torch.randn(shape + self.event_shape, dtype=self.location.dtype, device=self.location.device)
-        return self.pushed(terminal(self.denoiser, self.grid, noise).scale * noise)
-
-    def pushed(self, noise: Tensor) -> Tensor:
-        """Where the flow takes z_T, (*sample, *batch, *event)."""
-        lead = noise.shape[: noise.dim() - len(self.event_shape)]
-        rows = noise.reshape(-1, *self.event_shape)
-        found = rk4(self._at(lead), rows, self.grid)
-        return self.location + self.deviation * found.reshape(noise.shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density, (*sample, *batch)."""
-        count = len(self.event_shape)
-        if value.shape[value.dim() - count :] != self.event_shape:
-            raise ValueError(
-                f"A value has the shape {tuple(self.event_shape)}, or more dimensions before that, but came as "
-                f"{tuple(value.shape)}."
-            )
-        lead = torch.broadcast_shapes(value.shape[: value.dim() - count], self.batch_shape)
-        z = ((value - self.location) / self.deviation).expand(lead + self.event_shape)
-        log_p = flow_log_prob(self._at(lead), z.reshape(-1, *self.event_shape), self.grid, self.probes)
-        volume = self.deviation.log().expand(self.event_shape).sum()
-        found: Tensor = log_p.to(value.dtype).reshape(lead) - volume
-        return found
-
-    def _at(self, lead: torch.Size) -> Denoiser:
-        """The denoiser, at the context of as many rows as ``lead`` has elements."""
-        if self.context is None:
-            return self.denoiser
-        behind = self.context.shape[len(self.batch_shape) :]
-        return Given(self.denoiser, self.context.expand(lead + behind).reshape(-1, *behind))
 
 
 class ScoreModel(StochasticModule):
     """Noise-conditional score model: a denoiser at all levels of noise, and with it a distribution of data.
 
-        z_T ~ N(0, α_T² + σ_T²),  x ~ what the probability flow makes of z_T
+        ε ~ N(0, I),  z_T = √(α_T² + σ_T²) ε,  z = flow(z_T),  x = location + deviation · z
 
     Called with a context or without, it is a distribution with ``sample``, ``rsample`` and ``log_prob``, for any program. It
     is trained by ``inference.Denoising``, whose losses see data in units of their own deviation. This ``prepare`` finds
@@ -206,16 +120,25 @@ class ScoreModel(StochasticModule):
         """z, in the shape of ``x``."""
         return (x - self.location.to(x)) / self.deviation.to(x)
 
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The distribution of x, of batch shape () or (rows,).
 
         Args:
             context: (rows, …), for a denoiser that takes one.
         """
-        weight = like(self.location, self)
+        weight, events = leaf(self.denoiser), len(self.shape)
+        denoiser = self.denoiser if context is None else Given(self.denoiser, context)
         batch = () if context is None else context.shape[:1]
-        scale = (self.location.to(weight), self.deviation.to(weight))
-        return FlowDistribution(self.denoiser, self.shape, self.grid, *scale, self.probes, context, batch)
+        noise = dist.Normal(weight.new_zeros(*batch, *self.shape), weight.new_ones(())).to_event(events)
+        reached = terminal(denoiser, self.grid, weight).scale
+        # a scale of the whole shape: torch counts the volume by its numbers
+        location, deviation = (part.to(weight).expand(self.shape) for part in (self.location, self.deviation))
+        parts = [
+            AffineTransform(0.0, reached.expand(self.shape), event_dim=events),
+            ProbabilityFlow(denoiser, self.grid, self.shape, self.probes),
+            AffineTransform(location, deviation, event_dim=events),
+        ]
+        return dist.TransformedDistribution(noise, parts)
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None, size: int | None = None) -> Tensor:
         """The program: ``rows`` draws of the distribution, or data."""
