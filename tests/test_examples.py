@@ -22,6 +22,8 @@ ROWS = {
     "gan_inverse_problem": ("upper half", "blurred"),
     "diffusion_moons": ("moons", "EDM", "DDPM, noise", "flow matching"),
     "train_unet": ("loss", "bits per dimension", "Fréchet distance"),
+    "ddpm_as_program": ("Trace_ELBO", "TraceMeanField_ELBO", "plate of 4 links"),
+    "diffusion_prior": ("prior", "led", "led, weighed", "exact", "camera inferred"),
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
     "infogan_digits": ("information", "training digits", "draws"),
     "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
