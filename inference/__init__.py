@@ -79,3 +79,5 @@ __all__ = [
     "relabel",
     "sampling",
 ]
+
+__project__ = "pyro-genmodels"  # by which pyro_genmodels knows it from others of this name
