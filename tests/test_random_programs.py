@@ -177,9 +177,14 @@ def check_marginal(drawn: list[Statement], seed: int, careless: bool) -> str:
         if not finite or sum(value.numel() for value in finite.values()) > 6:
             return "left out"
         rest = {name: nodes[name]["value"] for name in looked.latents if name not in finite}
-        density, placed = Density(looked, rung="vmapped"), {name: value[None] for name, value in (rest | finite).items()}
+        density, placed = (
+            Density(looked, rung="vmapped"),
+            {name: torch.stack(32 * [value]) for name, value in (rest | finite).items()},
+        )
         try:
-            density.certify(looked.finite, placed, "")  # what every back-end asks before it sums out
+            # What every back-end asks before it sums out, at a draw for each chain; by chance a draw may be the one at which
+            # a wrong sum is right, so there are many chains.
+            density.certify(looked.finite, placed, "")
         except Unsupported as refusal:
             assert "coupled" in str(refusal), refusal
             return "refused"
@@ -202,13 +207,13 @@ def few(count: int) -> Any:
     return settings(max_examples=count, deadline=None, derandomize=True, phases=phases, suppress_health_check=quiet)
 
 
-@few(20)
+@few(14)
 @given(programs(FLOATING + FINITE), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
 def test_the_log_joint_is_that_of_pyro(drawn: list[Statement], dtype: torch.dtype, seed: int) -> None:
     check_joint(drawn, dtype, seed, "vmapped")
 
 
-@few(20)
+@few(14)
 @given(programs((*FINITE, "normal", "gamma"), scales=(1.0,)), st.integers(0, 99), st.booleans())
 def test_finite_sites_are_summed_out_as_one_by_one_or_not_at_all(drawn: list[Statement], seed: int, careless: bool) -> None:
     check_marginal(drawn, seed, careless)
@@ -267,7 +272,7 @@ def check_fit(name: str, table: np.ndarray, components: int) -> None:
 
 
 @pytest.mark.parametrize("name", FITS)
-@few(3)
+@few(2)
 @given(tables(), st.integers(1, 3))
 def test_a_table_that_nobody_measured_is_fitted_or_refused(name: str, table: np.ndarray, components: int) -> None:
     check_fit(name, table, components)
