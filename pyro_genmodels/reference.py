@@ -19,6 +19,8 @@ _PACKAGES = ("inference", "pyro_genmodels")
 _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|References|Example|Examples|Note|Notes):\s*")
 _LITERAL = re.compile(r"(``.+?``)")
 _MARKUP = re.compile(r"([*|`\\]|(?<=\w)_(?!\w))")  # what reStructuredText would take for its own
+_INITIAL = re.compile(r"^(\w)\.(?= )")
+_ROW = re.compile(r"\S+(?: \S+)* {3,}\S")
 _STARRED = re.compile(r"\s*\*{1,2}\w+:")
 
 
@@ -53,7 +55,7 @@ def build(folder: str | os.PathLike[str]) -> Path:
         )
         app.connect("autodoc-process-docstring", _escape, priority=100)  # before napoleon
         app.build(force_all=True)
-    if said := warnings.getvalue().strip():
+    if said := re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).strip():
         raise RuntimeError(f"sphinx has warnings:\n{said}")
     return target / "index.html"
 
@@ -101,26 +103,47 @@ def _pages(modules: list[ModuleType]) -> Iterator[tuple[str, str]]:
 def _escape(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Our docstrings are plain text with mathematics: symbols stay themselves, and formulas, indented, keep their lines."""
     escaped: list[str] = []
-    section = before = ""
-    for line in lines:
-        text, indent = line.strip(), len(line) - len(line.lstrip())
-        if indent == 0 and text:
-            section = text if _SECTION.fullmatch(text) else ""
-        is_code = text.startswith((">>>", "...")) or section.startswith("Example")
-        if not section and indent >= 4 and not before and text and not (escaped and escaped[-1].startswith(" ")):
-            if not _in_block(escaped):
-                escaped += ["::", ""]
-        is_formula = not section and indent >= 4
-        if is_code or is_formula or _STARRED.match(line):
+    section, is_block = "", False
+    for line in _indented_tables(lines):
+        text, is_indented = line.strip(), line.startswith("    ")
+        if text and not is_indented:
+            escaped += [""] if is_block and escaped[-1].strip() else []
+            section, is_block = text if _SECTION.fullmatch(text) else "", False
+        if not section and is_indented and not is_block and escaped and not escaped[-1].strip():
+            escaped += ["::", ""]
+            is_block = True
+        if is_block or text.startswith((">>>", "...")) or section.startswith("Example") or _STARRED.match(line):
             escaped.append(line)
+            continue
+        if section.startswith("References") and is_indented:
+            escaped += [""] if _INITIAL.match(text) else []  # a paragraph each, and no list that begins with the item M.
+            escaped.append("    " + _INITIAL.sub(r"\g<1>\\.", _plain(text)))
         else:
-            parts = _LITERAL.split(line)
-            escaped.append("".join(p if p.startswith("``") else _MARKUP.sub(r"\\\1", p) for p in parts))
-        before = text
+            escaped.append(_plain(line))
     lines[:] = escaped
 
 
-def _in_block(lines: list[str]) -> bool:
-    """Whether the last line that is not empty is of a formula: blocks in a row are one."""
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return last.startswith("    ")
+def _plain(line: str) -> str:
+    parts = _LITERAL.split(line)
+    for i, part in enumerate(parts):
+        if not part.startswith("``"):
+            parts[i] = _MARKUP.sub(r"\\\1", part)
+            if i and part[:1].isalnum():  # the plural of a literal
+                parts[i] = "\\ " + parts[i]
+    return "".join(parts)
+
+
+def _indented_tables(lines: list[str]) -> Iterator[str]:
+    """Rows such as "name     what it is", and what goes on below them, as blocks that keep their lines."""
+    if any(line.startswith("====") for line in lines):  # a table already
+        yield from lines
+        return
+    is_table, before = False, ""
+    for line in lines:
+        if line and not line.startswith(" "):
+            is_row = bool(_ROW.match(line))
+            if is_row and not is_table and before.strip():
+                yield ""
+            is_table = is_row
+        yield f"    {line}" if is_table and line.strip() else line
+        before = line
