@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pyro import poutine
 from torch import Tensor, nn
 
-from inference import EM, Unsupported
+from inference import EM, HMC, Unsupported
 from inference.density import Density
 from inference.program import Program
 from pyro_genmodels import GMM, Mixture, NaiveBayes, datasets
@@ -199,6 +199,20 @@ def check_marginal(drawn: list[Statement], seed: int, careless: bool) -> str:
                 terms.append(reference(model, values, data))
         close(ours[0], torch.stack(terms).logsumexp(0), torch.float64)
         return "summed out"
+
+
+@pytest.mark.parametrize("backend", [HMC(chains=2, draws=5, warmup=5, seed=0, progress=False), EM(progress=False)])
+@pytest.mark.parametrize("chance", [0.999, 0.001])
+def test_a_sum_that_is_wrong_at_rare_values_only_is_refused(backend: Any, chance: float) -> None:
+    """z.sum() sums over the values of an enumerated z, 0 + 1 = 1, which is right where z is 1, nearly always or never."""
+
+    def careless(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(chance)))
+        pyro.sample("y", dist.Normal(mean + 20.0 * (1.0 - z.sum()), 1.0), obs=y)
+
+    with pytest.raises(Unsupported, match="does not give the marginal of the program"):
+        backend.fit(careless, torch.tensor(20.0))
 
 
 def few(count: int) -> Any:
