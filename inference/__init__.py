@@ -95,3 +95,5 @@ __all__ = [
     "sampling",
     "score_matching",
 ]
+
+__project__ = "pyro-genmodels"  # by which pyro_genmodels knows it from others of this name

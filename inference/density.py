@@ -679,6 +679,8 @@ class Density:
     ) -> Tensor:
         """Holds the identity log Z = log p(z, rest) − log q(z | rest) of an enumeration at one draw for every chain.
 
+        And at the first and the last of all values: a wrong sum may be right at the values that it draws by itself.
+
         Args:
             sites: The finite sites that are summed out.
             values: Values of all latent sites, (chain, *site); those of ``sites`` are not looked at.
@@ -695,9 +697,12 @@ class Density:
         chains = len(next(iter(values.values())))
         if not others:  # nothing that a chain axis could come from
             return torch.zeros((), dtype=self.program.dtype, device=self.program.device)
-        drawn, log_q = self.draw(sites, evaluations)(others, self.uniforms(sites, chains))
-        joint = self.joint({**others, **drawn})
-        error = (joint - log_q - self.marginal(sites)(others)).abs()
+        uniforms, errors, joints = self.uniforms(sites, chains), [], []
+        for levels in (uniforms, torch.zeros_like(uniforms), torch.ones_like(uniforms)):
+            drawn, log_q = self.draw(sites, evaluations)(others, levels)
+            joints.append(self.joint({**others, **drawn}))
+            errors.append((joints[-1] - log_q - self.marginal(sites)(others)).abs())
+        joint, error = torch.stack(joints), torch.stack(errors)
         error = torch.where(joint.isfinite(), error, 0.0)
         precision = 1e-10 if self.program.dtype == torch.float64 else 1e-4
         if bool((error > precision * (100.0 + joint.abs())).any()):

@@ -1,5 +1,6 @@
 """A zoo of generative models, each a Pyro program that every back-end of ``inference`` can run."""
 
+from pyro_genmodels import companion  # noqa: F401 (first: it looks at what else is called inference)
 from pyro_genmodels.autoencoders import CVAE, IWAE, VAE, Autoencoder, SemiSupervisedVAE, VaDE
 from pyro_genmodels.base import GenerativeModel, StochasticModule
 from pyro_genmodels.classical import (

@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, metavar="FOLDER", help="what fit --out or Posterior.save wrote")
     cli_report.add(commands, _count)
     cli_train.add(commands, _count, _whole)
+
+    command = commands.add_parser("docs", help="the API reference, as pages of HTML; needs the extra docs")
+    command.set_defaults(command=_docs)
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the pages go")
     return parser
 
 
@@ -215,6 +219,16 @@ def _diagnose(args: argparse.Namespace) -> int:
     if long := [site for site in posterior.draws if site not in shown]:
         print(f"\nNot shown, with more than {_SHOWN} elements: {', '.join(long)}")
     print("\nFindings", *(posterior.diagnose() or ["none"]), sep="\n  ")
+    return 0
+
+
+def _docs(args: argparse.Namespace) -> int:
+    from pyro_genmodels import reference
+
+    try:
+        print(f"Built: {reference.build(args.out)}")
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
     return 0
 
 
