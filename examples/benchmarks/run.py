@@ -135,7 +135,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.smoke else RESULTS
         for name in names() if options.all else options.names:
-            text, failure = run(name, options.smoke, options.timeout)
+            try:
+                text, failure = run(name, options.smoke, options.timeout)
+            except KeyboardInterrupt:
+                failures[name] = "stopped by Ctrl-C, and the benchmarks after it"
+                break
             if failure is not None:
                 failures[name] = failure
                 print(f"{name} failed: {failure}\n", flush=True)
