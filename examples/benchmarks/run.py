@@ -92,8 +92,8 @@ def told(row: Row) -> list[str]:
         bound = "at most" if row.theirs is None and row.is_less_better else "at least"
         form = {"": ".4g", "+": "+.4g", "x": ".3g"}[sign]
         target = f"{bound} {row.target:{form}}{' x' * (sign == 'x')}"
-    theirs = "" if row.theirs is None else f"{row.theirs:.5g}"
-    return [row.measured, row.on, f"{row.ours:.5g}", theirs, row.peer, gain, target, row.verdict]
+    theirs = "" if row.theirs is None else f"{row.theirs:.8g}"
+    return [row.measured, row.on, f"{row.ours:.8g}", theirs, row.peer, gain, target, row.verdict]
 
 
 def table(folder: Path, failures: dict[str, str]) -> str:
