@@ -142,7 +142,7 @@ def _single(path: Path, model: Any) -> Page:
     name = str(posterior.info.get("backend", "posterior"))
     page = Page(f"{name} on {posterior.info.get('model', 'a program')}", _size(posterior))
     page.section("Findings")
-    page.findings(posterior.diagnose(), "No finding: nothing speaks against these draws.")
+    page.findings(posterior.diagnose(), f"No finding{': nothing speaks against these draws' * bool(posterior.draws)}.")
     _run(page, {name: posterior}, command)
     _sections(page, {name: posterior}, {name: why} if posterior.program is None else {})
     return page

@@ -76,7 +76,7 @@ def half(x: Tensor, numbers: list[int]) -> None:
         inside = float(((x >= drawn.quantile(0.05, 0)) & (x <= drawn.quantile(0.95, 0)))[is_gone].double().mean())
         verdict = "" if error <= _ERROR else f"   MISS: above {_ERROR}"
         ROWS.add("squared error of what was missing", f"{name}, breast cancer, half missing", error, theirs=peer,
-                 peer="scikit-learn KNNImputer")  # fmt: skip
+                 peer="scikit-learn KNNImputer", target=peer / _ERROR)  # fmt: skip
         print(f"{name + ', EM':28}{error:16.3f}{seconds:10.1f}{inside:8.3f}{verdict}", flush=True)
 
 

@@ -77,7 +77,7 @@ class Rows(list[Row]):
         print()
         for row in self:
             found = {
-                name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in _said(row).items()
+                name: float(f"{value:.12g}") if isinstance(value, float) else value for name, value in _said(row).items()
             }
             print(_MARK + json.dumps(found, ensure_ascii=False), flush=True)
 

@@ -92,8 +92,8 @@ def told(row: Row) -> list[str]:
         bound = "at most" if row.theirs is None and row.is_less_better else "at least"
         form = {"": ".4g", "+": "+.4g", "x": ".3g"}[sign]
         target = f"{bound} {row.target:{form}}{' x' * (sign == 'x')}"
-    theirs = "" if row.theirs is None else f"{row.theirs:.5g}"
-    return [row.measured, row.on, f"{row.ours:.5g}", theirs, row.peer, gain, target, row.verdict]
+    theirs = "" if row.theirs is None else f"{row.theirs:.8g}"
+    return [row.measured, row.on, f"{row.ours:.8g}", theirs, row.peer, gain, target, row.verdict]
 
 
 def table(folder: Path, failures: dict[str, str]) -> str:
@@ -135,7 +135,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.smoke else RESULTS
         for name in names() if options.all else options.names:
-            text, failure = run(name, options.smoke, options.timeout)
+            try:
+                text, failure = run(name, options.smoke, options.timeout)
+            except KeyboardInterrupt:
+                failures[name] = "stopped by Ctrl-C, and the benchmarks after it"
+                break
             if failure is not None:
                 failures[name] = failure
                 print(f"{name} failed: {failure}\n", flush=True)
