@@ -70,9 +70,9 @@ def main(smoke: bool = False) -> None:
         row(f"twisted {type(led).__name__}", found.x, found.weights, rest, begin)
     schedule, begin = EDM(0.02, 20.0), time.perf_counter()
     prior = FlowPrior(Oracle.ring(5, schedule), schedule.grid(6, "karras"), (2,))
-    seen, chains = poutine.reparam(program, config={"x": TransformReparam()}), 16 if smoke else 64
+    seen, chains = poutine.reparam(program, config={"x": TransformReparam()}), 16 if smoke else 512
     start = {"x_base": torch.randn(chains, 2, dtype=torch.float64)}
-    run = HMC(chains=chains, warmup=5 if smoke else 100, draws=2 if smoke else 60, seed=0, start=start, progress=False)
+    run = HMC(chains=chains, warmup=5 if smoke else 25, draws=2 if smoke else 8, seed=0, start=start, progress=False)
     row("HMC in noise", run.fit(seen, Y, prior()).draws["x"].flatten(0, 1), None, "", begin)
 
 
