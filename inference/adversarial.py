@@ -23,7 +23,7 @@ from inference.games import Game, NonSaturating
 from inference.guides import Guide, is_drawn
 from inference.program import Program
 
-__all__ = ["Adversarial", "AdversarialInfo"]
+__all__ = ["Adversarial", "AdversarialInfo", "Wiring"]
 
 
 class AdversarialInfo(NamedTuple):

@@ -215,7 +215,8 @@ class Unnormalised(Protocol):
     takes it.
     """
 
-    def log_prob(self, value: Tensor) -> Tensor: ...
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(x) + c, of the batch shape."""
 
     def rough_draw(self) -> Tensor:
         """One value, (*batch, *event), anywhere near where the mass is, at little cost: where a chain may start."""

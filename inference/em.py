@@ -56,7 +56,7 @@ from inference.plan import Plan, Update, assign
 from inference.program import Program, Site
 from inference.start import ASCENT, ascended, given_values, starting_values, suggested_values
 
-__all__ = ["EM", "EMInfo", "EMState"]
+__all__ = ["EM", "EMInfo", "EMState", "Roles"]
 
 _PILOTS, _PILOT_STEPS = 8, 5  # short runs, the best of which is continued: EM is only as good as its start
 _MOST_PILOTED = 100_000  # numbers in all latent sites, of which there are pilots though the start is given

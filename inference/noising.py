@@ -51,11 +51,14 @@ class Curve(Protocol):
     start: float
     stop: float
 
-    def log_snr(self, t: Tensor) -> Tensor: ...
+    def log_snr(self, t: Tensor) -> Tensor:
+        """λ_t = log(α_t² / σ_t²), of the shape of ``t``."""
 
-    def time(self, log_snr: Tensor) -> Tensor: ...
+    def time(self, log_snr: Tensor) -> Tensor:
+        """The time of a λ, its inverse."""
 
-    def levels(self, log_snr: Tensor) -> tuple[Tensor, Tensor]: ...
+    def levels(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """α and σ of a λ, both of its shape."""
 
 
 @runtime_checkable
@@ -66,7 +69,8 @@ class Denoises(Protocol):
     """
 
     @property
-    def denoiser(self) -> Any: ...
+    def denoiser(self) -> Any:
+        """The function."""
 
 
 @runtime_checkable

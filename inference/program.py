@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from inference.density import Density
     from inference.guides import Guide
 
-__all__ = ["Plate", "Program", "Shape", "Site", "is_statement", "kin", "kind_of", "loops"]
+__all__ = ["Plate", "Program", "Shape", "Site", "evaluate", "is_statement", "kin", "kind_of", "loops"]
 
 T = TypeVar("T")
 
@@ -104,6 +104,7 @@ class Site:
 
     @property
     def batch_shape(self) -> torch.Size:
+        """Shape of the independent events."""
         return self.shape[: len(self.shape) - self.event_dim]
 
     @cached_property
@@ -115,6 +116,7 @@ class Site:
 
     @property
     def is_continuous(self) -> bool:
+        """Whether its values are real numbers; infinitely many integers are neither this nor finite."""
         return self.choices is None and not self.support.is_discrete
 
     @cached_property
@@ -281,6 +283,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, traces: list[poutine.Trace]) -> Shape:
+        """What these runs have: each size that a plate had, and the latent sites that all of them had."""
         plates: dict[str, set[int]] = {}
         seen = []
         for trace in traces:

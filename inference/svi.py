@@ -54,7 +54,7 @@ from inference.training import (
     rows_of_step,
 )
 
-__all__ = ["SVI", "SVIInfo", "SVIState"]
+__all__ = ["SVI", "Beta", "SVIInfo", "SVIState"]
 
 _STARTS = 8  # of an automatic guide
 _CERTIFIED = 4  # settings at which the sum over finite sites is held against the joint

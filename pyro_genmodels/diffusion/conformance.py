@@ -24,8 +24,8 @@ from pyro_genmodels.diffusion.samplers import Step, StepPosterior, path
 from pyro_genmodels.diffusion.schedule import EDM, VP, Betas
 
 __all__ = [
-    "Certificate", "Paths", "bound_gap", "certify", "from_diffusers", "from_k_diffusion", "law", "median_error", "paths",
-    "wasserstein",
+    "Certificate", "Paths", "Scheduler", "bound_gap", "certify", "from_diffusers", "from_k_diffusion", "law",
+    "median_error", "paths", "wasserstein",
 ]  # fmt: skip
 
 Sampler = Callable[..., Tensor]
@@ -284,7 +284,7 @@ def from_k_diffusion(function: Callable[..., Tensor], **kwargs: Any) -> Sampler:
 
     Args:
         function: The sampler.
-        kwargs: What it takes besides.
+        **kwargs: What it takes besides.
 
     Returns:
         A function of (denoiser, x, grid, noise=None).
@@ -313,9 +313,11 @@ class Scheduler(Protocol):
     timesteps: Any
     alphas_cumprod: Tensor
 
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """What its network is to be given."""
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any: ...
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        """One step; what comes has ``prev_sample``."""
 
 
 def from_diffusers(make: Callable[[np.ndarray, int], Scheduler], noise: str | None = None) -> Sampler:

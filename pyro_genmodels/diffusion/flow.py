@@ -22,7 +22,7 @@ from pyro_genmodels.diffusion.denoiser import Denoiser
 from pyro_genmodels.diffusion.likelihood import probability_flow
 from pyro_genmodels.diffusion.samplers import both_ways, path, runge_kutta, terminal
 
-__all__ = ["FlowPrior", "ProbabilityFlow"]
+__all__ = ["FlowPrior", "ProbabilityFlow", "leaf"]
 
 
 def leaf(denoiser: Denoiser) -> Tensor:
@@ -61,10 +61,12 @@ class ProbabilityFlow(Transform):
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """Real numbers."""
         return constraints.independent(constraints.real, len(self.shape))
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """Real numbers."""
         return self.domain
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
 
-__all__ = ["ClassifierFree", "ClassifierGuided", "LedDenoiser", "Tilt"]
+__all__ = ["ClassifierFree", "ClassifierGuided", "LedDenoiser", "Tilt", "detached", "slope"]
 
 
 class Tilt(NamedTuple):

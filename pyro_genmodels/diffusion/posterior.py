@@ -58,9 +58,9 @@ class Likelihood:
 
     Args:
         program: A Pyro program with one hidden site.
-        args: Its arguments.
+        *args: Its arguments.
         site: Name of the hidden site.
-        kwargs: Its keyword arguments.
+        **kwargs: Its keyword arguments.
 
     Raises:
         Unsupported: Other hidden sites, x in a plate, or nothing observed.

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from inference.contract import Unsupported
 
-__all__ = ["ImplicitDistribution", "NoiseReparam"]
+__all__ = ["ImplicitDistribution", "NoiseReparam", "row_scores"]
 
 
 class ImplicitDistribution(TorchDistribution):
