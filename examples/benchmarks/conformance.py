@@ -20,6 +20,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from rows import Rows
 
 from pyro_genmodels.diffusion import samplers
 from pyro_genmodels.diffusion.conformance import certify, from_diffusers, paths
@@ -72,6 +73,7 @@ def main(smoke: bool = False) -> None:
     names = ("torch", "pyro-ppl", "diffusers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     print(f"Python {platform.python_version()}, {versions}")
+    rows = Rows()
     case, steps = paths(32 if smoke else 256), 8 if smoke else 32
     print(
         f"\n{'errors of paths at':20}{f'diffusers: {steps}, {2 * steps} steps':>36}{f'ours: {steps}, {2 * steps} steps':>36}"
@@ -84,6 +86,10 @@ def main(smoke: bool = False) -> None:
             except ValueError as error:
                 row += f"  {str(error)[:60]}"
                 continue
+            who = "diffusers" if sampler is not ours else "ours"
+            rows.add(
+                f"observed order of a sampler of {who}", f"{name}, exact Gaussian mixture", found.order, is_less_better=False
+            )
             row += f"{'order':>8}{found.order:6.2f}{found.errors[0]:11.1e}{found.errors[1]:11.1e}"
         print(f"{name:22}{row}")
     print(f"\n{'bias of Gaussian data':26}")
@@ -93,6 +99,7 @@ def main(smoke: bool = False) -> None:
             found = certify(sampler, True, steps=steps, case=case, has_bound=False)
             row += f"{'order':>8}{found.weak_order:6.2f}{found.bias[0]:11.1e}{found.bias[1]:11.1e}"
         print(f"{name:22}{row}")
+    rows.show()
 
 
 if __name__ == "__main__":

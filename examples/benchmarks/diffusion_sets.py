@@ -16,6 +16,7 @@ import platform
 import time
 
 import torch
+from rows import Rows
 
 from inference import Denoising, PowerAverage, SimpleLoss
 from inference.noising import EDMError, LogNormal
@@ -37,6 +38,7 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared, one thread; processor time\n")
     print("                KL in nats (se)   in its band    mass   energy distance   95 of 100   in its band   seconds")
+    rows = Rows()
     for name in PLANAR:
         torch.manual_seed(0)
         shape = planar(name)
@@ -52,11 +54,14 @@ def main() -> None:
         gap = kullback_leibler(shape.log_prob, model().log_prob, new)
         band = null_band(energy_distance, new, other, 100).quantile()
         apart = energy_distance(new, model.sample(given.rows))
+        rows.add("divergence from the truth, nats", f"{name}, score model", gap.value, target=2.0 * gap.se)
+        rows.add("energy distance", f"{name}, score model", apart, target=band)
         print(
             f"{name:14} {gap.value:8.4f} ({gap.se:.4f}) {'yes' if abs(gap.value) < 2 * gap.se else 'no':>10} {mass:10.4f}"
             f" {apart:13.4f} {band:13.4f} {'yes' if apart < band else 'no':>10} {seconds:11.0f}",
             flush=True,
         )
+    rows.show()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from rows import Rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,6 +140,7 @@ def main() -> None:
     print(f"\nsteps a second, medians of {options.rounds} runs of each in turn; a step of ours in steps of the others")
     others = [way for way in ways if way != "ours"]
     print(f"{'':40}" + "".join(f"{way:>11}" for way in ways) + "".join(f"{'/ ' + way:>14}" for way in others))
+    table = Rows()
     for name, (build, shape, rows, is_weighted) in CASES.items():
         x = torch.randn(4096, *shape, generator=torch.Generator().manual_seed(0))
         rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -148,6 +150,10 @@ def main() -> None:
         shown = "".join(f"{statistics.median(rates[way]):11.0f}" for way in ways)
         ratios = [statistics.median(b / a for a, b in zip(rates["ours"], rates[way], strict=True)) for way in others]
         print(f"{name:40}{shown}" + "".join(f"{ratio:14.2f}" for ratio in ratios), flush=True)
+        for way, ratio in zip(others, ratios, strict=True):
+            target = 1.03 if way == "by hand" else None
+            table.add(f"a training step in steps of {way}", name, ratio, target=target)
+    table.show()
 
 
 if __name__ == "__main__":

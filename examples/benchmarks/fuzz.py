@@ -25,6 +25,7 @@ os.environ.setdefault("PYRO_GENMODELS_RUNG", "vmapped")  # graphs take longer to
 
 import numpy as np
 import safetensors
+from rows import Rows
 
 from fuzzing import CASES, fuzz
 
@@ -52,10 +53,13 @@ def main(smoke: bool = False, count: int = 2000, seed: int = 1) -> int:
         defects += bad
         sentences[case.name] = next((o.sentence for o in reversed(outcomes) if o.kind == "refused"), "")
     print(f"{'all':40}{each * len(CASES):7}{total['value']:7}{total['refused']:9}{len(defects):9}\n")
+    rows = Rows()
+    rows.add("defects of loaders", f"{each * len(CASES):,} damaged files", float(len(defects)), target=0.0)
     print("Defects", *(defects or ["none"]), sep="\n  ")
     print("\nOne sentence of each kind")
     for name, sentence in sentences.items():
         print(textwrap.fill(f"{name}: {ascii(sentence)[1:-1]}", 120, initial_indent="  ", subsequent_indent="    ")[:600])
+    rows.show()
     return len(defects)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import sklearn
 import torch
+from rows import Rows
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -72,8 +73,17 @@ def main() -> None:
     print(f"    accuracy {middle[0]:.3f} in the median (asked for: 0.70)")
     means = [KMeans(10, n_init=1, random_state=FIRST + i).fit(x.flatten(1).numpy()) for i in range(given.seeds)]
     pairs = [[accuracy(t, fit.predict(rows.flatten(1).numpy())) for rows, t in ((x, y), (new, truth))] for fit in means]
-    row("k-means, median", [statistics.median(values) for values in zip(*pairs, strict=True)])
-    print(f"{'training digits':16}{'':30}" + "".join(f"{number:10.3f}" for number in apart(x)))
+    theirs = [statistics.median(values) for values in zip(*pairs, strict=True)]
+    row("k-means, median", theirs)
+    floor = apart(x)
+    print(f"{'training digits':16}{'':30}" + "".join(f"{number:10.3f}" for number in floor))
+    rows, setting = Rows(), f"InfoGAN, 8x8 digits, median of {given.seeds} seeds"
+    rows.add("accuracy of the category, training digits", setting, middle[0], is_less_better=False, target=0.70)
+    for i, which in enumerate(("training", "held-out")):
+        rows.add(f"accuracy of clusters, {which} digits", setting, middle[i], theirs=theirs[i], peer="k-means",
+                 is_less_better=False, is_difference=True)  # fmt: skip
+    rows.add("Fréchet distance to held-out digits", setting, middle[3], theirs=floor[0], peer="training digits")
+    rows.show()
 
 
 if __name__ == "__main__":

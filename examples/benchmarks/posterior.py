@@ -21,6 +21,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.reparam import TransformReparam
+from rows import Rows
 from torch import Tensor
 
 from inference import HMC
@@ -49,11 +50,15 @@ def main(smoke: bool = False) -> None:
     log_joint = oracle.log_weights + dist.Normal(oracle.means @ OPERATOR, spread).log_prob(Y)
     exact, evidence = log_joint.softmax(0), log_joint.logsumexp(0)
 
+    rows = Rows()
+
     def row(name: str, x: Tensor, weights: Tensor | None, rest: str, begin: float) -> None:
         nearest = torch.nn.functional.one_hot((x[:, None] - oracle.means).norm(dim=-1).argmin(1), 5).double()
         found = nearest.mean(0) if weights is None else weights @ nearest
         shown = " ".join(f"{w:6.3f}" for w in found.tolist())
         error = (found - exact).abs().max()
+        target = 0.03 if name.startswith(("twisted", "HMC")) else None
+        rows.add("error of the weights of modes", f"ring of 5, {name}", float(error), target=target)
         miss = "   MISS: above 0.03" if name.startswith(("twisted", "HMC")) and error > 0.03 else ""
         print(f"{name:18} {shown} {error:8.3f} {rest:28}{time.perf_counter() - begin:8.1f}{miss}", flush=True)
 
@@ -74,6 +79,7 @@ def main(smoke: bool = False) -> None:
     start = {"x_base": torch.randn(chains, 2, dtype=torch.float64)}
     run = HMC(chains=chains, warmup=5 if smoke else 25, draws=2 if smoke else 8, seed=0, start=start, progress=False)
     row("HMC in noise", run.fit(seen, Y, prior()).draws["x"].flatten(0, 1), None, "", begin)
+    rows.show()
 
 
 if __name__ == "__main__":
