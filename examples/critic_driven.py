@@ -66,6 +66,7 @@ def main(smoke: bool = False, folder: str = "runs/critic_driven") -> None:
         axis.set(title=name, aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6))
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "ring.png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def main(smoke: bool = False, folder: str = "runs/ddpm_as_program") -> None:
     axes[0].set_ylabel("waiting")
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "chain.png", dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

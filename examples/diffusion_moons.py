@@ -61,6 +61,7 @@ def main(smoke: bool = False, folder: str = "runs/diffusion_moons") -> None:
         upper.set(title=name, aspect="equal", xlim=(-3.5, 3.5), ylim=(-2.5, 2.5))
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "moons.png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

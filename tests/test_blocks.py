@@ -859,6 +859,7 @@ def drawn_totals(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(parts, 1.0).to_event(1), obs=y[:3])
 
 
+@pytest.mark.slow
 def test_events_of_counts_are_drawn_from_their_prior() -> None:
     posterior = fitted(drawn_totals, array(1.0, 2.0, 1.0), draws=100, thin=3)
     assert posterior.plan is not None and posterior.plan["parts"].update == "Prior"

@@ -171,6 +171,7 @@ def test_samplers_agree_on_what_does_not_depend_on_labels() -> None:
         assert (np.abs(one - two) < 4.5 * np.hypot(first, second)).all(), (one, two)
 
 
+@pytest.mark.slow
 def test_svi_finds_the_rates() -> None:
     x = series("poisson", 200)
     sampled = Gibbs(chains=4, warmup=50, draws=100, **QUIET).fit(HMM(2, "poisson"), x).draws["rates"].sort(-1).values

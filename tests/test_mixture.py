@@ -273,6 +273,7 @@ def test_samplers_agree_on_gappy_rows(covariance: str) -> None:
         assert bool(((found[name][0] - found["Gibbs"][0]).abs() < 5.0 * error).all()), name
 
 
+@pytest.mark.slow
 def test_gibbs_draws_missing_entries_from_their_conditional(device: torch.device) -> None:
     """Two ways to one posterior: entries integrated out, and drawn. Means of the component and of the entries in one
     column, within 5 standard errors from 16 chains: some twenty numbers, a false alarm in 3e2 runs (t, 15 degrees)."""

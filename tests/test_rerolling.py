@@ -294,6 +294,7 @@ def test_a_graph_does_not_grow_with_a_loop(program: Callable[[Tensor], None], de
     assert long[0] > 2 * short[0] and long[1] <= 1.05 * short[1]
 
 
+@pytest.mark.slow
 def test_a_chain_of_states_grows_with_its_logarithm(device: torch.device) -> None:
     counts = [sizes(hidden_chain, steps, device)[1] for steps in (32, 128, 512)]
     assert counts[2] - counts[1] < 1.2 * (counts[1] - counts[0])

@@ -146,6 +146,7 @@ def test_an_optional_site_is_there_as_often_as_it_should_be(optional_fit: Poster
     assert torch.equal(draws["twice"], torch.where(there, 2.0 * draws["mu"], 4.0))
 
 
+@pytest.mark.slow
 def test_a_loop_of_unknown_length_has_its_posterior() -> None:
     """P(n | y) by enumeration, and its mean: seven checks of ``assert_agrees``."""
     y = tensor(2.3)
@@ -162,6 +163,7 @@ def test_a_loop_of_unknown_length_has_its_posterior() -> None:
         assert torch.equal(posterior.draws[f"flip_{n}"].isnan(), posterior.draws[f"flip_{n - 1}"] != 1.0)
 
 
+@pytest.mark.slow
 def test_a_plate_of_unknown_size_has_its_posterior() -> None:
     """y | k ~ N(k + 1, k + 1 + ¼) in closed form, and E[Σ m | y]: six checks of ``assert_agrees``."""
     y = tensor(3.5)

@@ -138,8 +138,8 @@ def test_a_support_that_follows_the_rows_is_asked_of_the_program() -> None:
         def model(self, x: Tensor | None = None, limits: Tensor | None = None) -> None:  # type: ignore[override]
             assert x is not None and limits is not None
             with pyro.plate("rows", len(x)):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
-                pyro.sample("x", dist.Uniform(-1.0 - limits, self.decoder(z).sum(-1).exp() + limits), obs=x)
+                pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                pyro.sample("x", dist.Uniform(-1.0 - limits, 1.0 + limits), obs=x)
 
     x, limits = torch.ones(ROWS), torch.full((ROWS,), 2.0)
     Program(Limited(), (x, limits), follow=True, batch_size=10)
