@@ -67,8 +67,7 @@ def main(smoke: bool = False, folder: str = "runs/gan_ring") -> None:
         where = backend.fit(seen, torch.tensor(0.0, dtype=torch.float64)).draws["where"].flatten(0, 1)
         print(f"{type(backend).__name__:24} {float((where[:, 0] < 0).double().mean()):.3f}")
     pictures["HMC: height 0 is seen"] = where
-    figure = Figure((11, 5.8), layout="constrained")
-    axes = figure.subplots(2, 4, sharex=True, sharey=True)
+    axes = (figure := Figure((11, 5.8), layout="constrained")).subplots(2, 4, sharex=True, sharey=True)
     for axis, (name, points) in zip(axes.flat, pictures.items(), strict=True):
         axis.scatter(*points.T, s=2, alpha=0.4)
         axis.set(title=name, aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6))
