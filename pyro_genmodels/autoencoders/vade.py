@@ -21,7 +21,7 @@ from pyro_genmodels.classical.seeding import apart
 
 __all__ = ["VaDE"]
 
-_STARTS, _SWEEPS = 10, 100  # of the mixture that start_from fits to codes
+_STARTS, _SWEEPS, _FEW = 10, 100, 5_000  # of the mixture that start_from fits to codes: runs, their steps, their rows
 _FLOOR = 1e-2  # least share of the variance of all codes that a cluster has, where the mixture starts
 
 
@@ -147,8 +147,14 @@ class VaDE(LatentModel):
             )
         if len(codes) < self.clusters:
             raise ValueError(f"codes has {len(codes)} rows, but there are {self.clusters} clusters.")
-        runs = [_mixture_of(codes.double(), self.clusters, self.mixing is not None) for _ in range(_STARTS)]
-        _, shares, means, factors = max(runs, key=lambda run: run[0])
+        codes, is_full = codes.double(), self.mixing is not None
+        some = codes[torch.randperm(len(codes), device=codes.device)[:_FEW]]
+        scale = some.std(0, unbiased=False).clamp(min=torch.finfo(torch.float32).tiny)
+        firsts = [one_hot(apart(some / scale, self.clusters), self.clusters, codes.dtype) for _ in range(_STARTS)]
+        best = max((_mixture_of(some, first, is_full) for first in firsts), key=lambda run: run[0])
+        if len(some) < len(codes):
+            best = _mixture_of(codes, _log_joint(codes, *best[1:]).softmax(-1), is_full)
+        _, shares, means, factors = best
         self.logits.copy_(shares.log())
         self.means.copy_(means)
         self.log_scales.copy_(factors.diagonal(dim1=-2, dim2=-1).log())
@@ -194,27 +200,37 @@ class _Code(nn.Module):
         return mean
 
 
-def _mixture_of(codes: Tensor, clusters: int, is_full: bool) -> tuple[float, Tensor, Tensor, Tensor]:
-    """Mean log-likelihood, shares (K,), means (K, D) and factors of covariances (K, D, D) of a mixture, by EM."""
+def _log_joint(codes: Tensor, shares: Tensor, means: Tensor, factors: Tensor) -> Tensor:
+    """log p(code, cluster), (rows, K)."""
+    white = torch.linalg.solve_triangular(factors, (codes - means.unsqueeze(1)).mT, upper=False)
+    within = -0.5 * (white.square() + math.log(2.0 * math.pi)).sum(1)  # (K, rows)
+    return (within - factors.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)).mT + shares.log()
+
+
+def _mixture_of(codes: Tensor, weights: Tensor, is_full: bool) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Mean log-likelihood, shares (K,), means (K, D) and factors of covariances (K, D, D) of a mixture, by EM.
+
+    Args:
+        codes: (rows, D).
+        weights: Probabilities of clusters to begin with, (rows, K).
+        is_full: Whether clusters have full covariances.
+    """
     floor = _FLOOR * codes.var(0, unbiased=False).clamp(min=torch.finfo(torch.float32).tiny)
-    weights = one_hot(apart(codes / floor.sqrt(), clusters), clusters, codes.dtype)
     log_likelihood = -math.inf
     for _ in range(_SWEEPS):
         sizes = weights.sum(0) + 1e-6
         means = weights.mT @ codes / sizes[:, None]
-        gaps = codes - means.unsqueeze(1)  # (K, rows, features)
+        gaps = codes - means.unsqueeze(1)  # (K, rows, D)
         if is_full:
-            factors = torch.linalg.cholesky(
-                (weights.mT.unsqueeze(-1) * gaps).mT @ gaps / sizes[:, None, None] + floor.diag()
-            )
+            scatter = (weights.mT.unsqueeze(-1) * gaps).mT @ gaps
+            factors = torch.linalg.cholesky(scatter / sizes[:, None, None] + floor.diag())
         else:
-            factors = torch.diag_embed(
-                ((weights.mT.unsqueeze(1) @ gaps.square()).squeeze(1) / sizes[:, None] + floor).sqrt()
-            )
+            squares = (weights.mT.unsqueeze(1) @ gaps.square()).squeeze(1)
+            factors = torch.diag_embed((squares / sizes[:, None] + floor).sqrt())
         shares = sizes / sizes.sum()
-        joint = dist.MultivariateNormal(means, scale_tril=factors).log_prob(codes.unsqueeze(1)) + shares.log()
-        evidence, before = joint.logsumexp(-1), log_likelihood
-        weights, log_likelihood = (joint - evidence[:, None]).exp(), float(evidence.mean())
+        joint = _log_joint(codes, shares, means, factors)
+        before, log_likelihood = log_likelihood, float(joint.logsumexp(-1).mean())
+        weights = joint.softmax(-1)
         if log_likelihood - before < 1e-5:
             break
     return log_likelihood, shares, means, factors
