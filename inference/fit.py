@@ -253,7 +253,8 @@ class _Run:
         if self.is_split:
             self.backend = self._split(self.backend)
         self.schedule = self.backend.schedule
-        self.history: list[dict[str, Tensor]] = []
+        self.history: list[dict[str, Any]] = []  # of every step, tensors or numbers
+        self.kinds: dict[str, torch.dtype] = {}
         self.findings: list[str] = []  # of the run, wherever it is gone on with
         self.notes: list[str] = []  # of this call
         buffer = RaggedBuffer if program.is_changing else Buffer
@@ -526,7 +527,10 @@ class _Run:
     def _stacked(self, first: int) -> dict[str, Tensor]:
         """The history from a step on, name to (step, …)."""
         rows = self.history[first:]
-        return {name: torch.stack([row[name].cpu() for row in rows]) for name in (rows[0] if rows else {})}
+        return {name: torch.stack([self._told(name, row[name]) for row in rows]) for name in (rows[0] if rows else {})}
+
+    def _told(self, name: str, value: Any) -> Tensor:
+        return value.cpu() if isinstance(value, Tensor) else torch.tensor(value, dtype=self.kinds[name])
 
     # ------------------------------------------------------------------------------------------- the two phases
     def _improve(self, state: Any) -> Any:
@@ -672,7 +676,11 @@ class _Run:
         fields = {name: value.detach() for name, value in info._asdict().items() if isinstance(value, Tensor)}
         if isinstance(self.schedule, Sample):
             fields = {name: value.cpu() for name, value in fields.items() if name == "lp"}
-        self.history.append(fields)  # a loss stays where it is: a copy would wait for the GPU at every step
+        # A loss stays where it is: a copy would wait for the GPU at every step. One that is here becomes a number: thousands
+        # of small tensors between the large ones of the steps keep the heap from closing up, and memory grows without end.
+        self.kinds |= {name: value.dtype for name, value in fields.items() if name not in self.kinds}
+        is_here = {name: value.device.type == "cpu" and not value.dim() for name, value in fields.items()}
+        self.history.append({name: value.item() if is_here[name] else value for name, value in fields.items()})
 
     def _with_deterministics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.program.deterministic or self.program.is_changing:  # which a changing structure brings along
