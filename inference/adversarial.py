@@ -78,8 +78,8 @@ class Adversarial(Duel[AdversarialInfo]):
         batch_size: Rows per step, and as many draws; None takes all.
         zero_penalty: γ of R1, γ/2 E_data ‖∇D‖², added to the critic's loss; 0 leaves it out.
         information: Weight of the bound on the information; None is 1 where there is a guide for hidden sites, else 0.
-        average: Decay of an exponential moving average, such as 0.999, of the program's weights, or of the critic's where
-            that is trained alone; it takes their place at the end. None keeps the last ones.
+        average: Decay of an exponential moving average, such as 0.999, or a ``PowerAverage``, of the program's weights, or
+            of the critic's where that is trained alone; it takes their place at the end. None keeps the last ones.
         autocast: Type of the arithmetic of networks, such as ``torch.bfloat16``.
         compile: Whether recorded steps are compiled by ``torch.compile``; pays on a GPU.
 

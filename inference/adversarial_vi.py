@@ -123,8 +123,9 @@ class AdversarialVI(Duel[AdversarialVIInfo]):
         betas: Of Adam, for both. Little momentum: the other player moves, too.
         batch_size: Rows per step; None takes all.
         zero_penalty: γ of R1, γ/2 E_q ‖∇T‖², added to the critic's loss; 0 leaves it out.
-        average: Decay of an exponential moving average, such as 0.999, of the weights of guide and program, or of the
-            critic's where that is trained alone; it takes their place at the end. None keeps the last ones.
+        average: Decay of an exponential moving average, such as 0.999, or a ``PowerAverage``, of the weights of guide and
+            program, or of the critic's where that is trained alone; it takes their place at the end. None keeps the last
+            ones.
         autocast: Type of the arithmetic of networks, such as ``torch.bfloat16``.
         compile: Whether recorded steps are compiled by ``torch.compile``; pays on a GPU.
 

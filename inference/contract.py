@@ -306,6 +306,11 @@ class Backend(abc.ABC, Generic[S, I]):
         return None
 
     @property
+    def is_watched(self) -> bool:
+        """Whether a callback may write into what a run works with, so that recorded steps are looked at again after it."""
+        return any(not getattr(callback, "is_passive", False) for callback in self.callbacks)
+
+    @property
     def takes_unnormalised(self) -> bool:
         """Whether it can do without the constant of a log-density; see ``Unnormalised``."""
         return False

@@ -30,7 +30,7 @@ from inference.training import (
     NOT_FINITE,
     PowerAverage,
     adam,
-    check_average,
+    check_settings,
     descend,
     falling,
     follow,
@@ -163,17 +163,9 @@ class Denoising(Backend[DenoisingState, DenoisingInfo]):
                 "loss= must be an object with the method rows(module, x, context), such as SimpleLoss(), but is "
                 f"{self.loss!r}."
             )
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value!r}, but must be positive.")
-        check_average(self.average)
-        if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is {self.autocast!r}, but must be torch.bfloat16 or torch.float16.")
+        check_settings(self, program, "learning_rate", "clip_norm")
         if self.start is not None:
             raise Unsupported("Denoising starts from the weights that the model has: leave start= out.")
-        if self.batch_size is not None and self.batch_size > (program.rows or 0):
-            raise ValueError(f"batch_size is {self.batch_size}, but {program.name} has {program.rows} rows.")
 
     def _check_data(self, program: Program) -> None:
         if not isinstance(program.owner, nn.Module):
@@ -226,7 +218,7 @@ class Denoising(Backend[DenoisingState, DenoisingInfo]):
             weights,
             [program.owner, program.call, *_memories(loss).values()],
             name=program.name,
-            is_watched=any(not getattr(callback, "is_passive", False) for callback in self.callbacks),
+            is_watched=self.is_watched,
             is_compiled=self.compile,
         )
         self._try(program, copy.deepcopy(loss))

@@ -25,7 +25,7 @@ from inference.handlers import refill
 from inference.networks import first_not_finite
 from inference.objective import Objective
 from inference.program import Program
-from inference.training import NOT_FINITE, follow, in_networks, put, rows_of_step
+from inference.training import NOT_FINITE, PowerAverage, check_settings, follow, in_networks, put, rows_of_step
 
 __all__ = ["Duel", "DuelState"]
 
@@ -74,7 +74,7 @@ class Duel(Backend[DuelState, I]):
     betas: tuple[float, float] = (0.5, 0.9)
     batch_size: int | None = None
     zero_penalty: float = 0.0
-    average: float | None = None
+    average: float | PowerAverage | None = None
     autocast: torch.dtype | None = None
     compile: bool = False
 
@@ -118,22 +118,13 @@ class Duel(Backend[DuelState, I]):
                 f"critic_steps is {self.critic_steps!r}, but must be an integer of at least 1: a critic that is not trained "
                 "tells nothing."
             )
-        for setting in ("learning_rate", "critic_learning_rate"):
-            value = getattr(self, setting)
-            if value is not None and not value > 0:
-                raise ValueError(f"{setting} is {value!r}, but must be positive.")
-        if not self.zero_penalty >= 0:
-            raise ValueError(f"zero_penalty is {self.zero_penalty!r}, but must not be negative.")
-        if self.average is not None and not 0.0 < self.average < 1.0:
-            raise ValueError(f"average is {self.average!r}, but a decay lies between 0 and 1, such as 0.999.")
-        if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is {self.autocast!r}, but must be torch.bfloat16 or torch.float16.")
-        if self.start is not None:
-            raise Unsupported(f"{name} starts from the weights that program and critic have: leave start= out.")
         if self.batch_size is not None:
             program.check_rows("batch_size")
-            if self.batch_size > (program.rows or 0):
-                raise ValueError(f"batch_size is {self.batch_size}, but {program.name} has {program.rows} rows.")
+        check_settings(self, program, "learning_rate", "critic_learning_rate")
+        if not self.zero_penalty >= 0:
+            raise ValueError(f"zero_penalty is {self.zero_penalty!r}, but must not be negative.")
+        if self.start is not None:
+            raise Unsupported(f"{name} starts from the weights that program and critic have: leave start= out.")
         if program.processes.size > 1:
             raise Unsupported(f"{name} runs in one process (inference.distributed.alone).")
 
@@ -166,7 +157,7 @@ class Duel(Backend[DuelState, I]):
             weights=[*leaves, *own],
             owners=[program.owner, program.call, critic, None if guide is None else guide.call, held],
             name=program.name,
-            is_watched=any(not getattr(callback, "is_passive", False) for callback in self.callbacks),
+            is_watched=self.is_watched,
             is_compiled=self.compile,
         )
         owners = [program.owner, None if guide is None or guide.owner is None else guide.owner.module]
@@ -348,11 +339,5 @@ class Duel(Backend[DuelState, I]):
 
     def weights(self, state: DuelState, program: Program) -> dict[str, Tensor]:
         critic = {f"critic.{name}": weight.detach().clone() for name, weight in self.critic.named_parameters()}
-        seen: dict[str, Tensor] = {}
-        if state.guide is not None:
-            is_own = state.guide.owner is not None and state.guide.owner.module is program.owner
-            table = state.guide.table
-            seen = {
-                ("" if is_own else "guide.") + n: table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()
-            }
+        seen = {} if state.guide is None else state.guide.seen(program)
         return seen | program.weight_values() | critic

@@ -53,7 +53,8 @@ from inference.maximisation import FEW, Adam, climb, grow, is_growing, stroll
 from inference.messages import Family, candidates, kind_of
 from inference.metropolis import MetropolisHastings
 from inference.plan import Plan, Update, assign
-from inference.program import Program, Site
+from inference.program import Program
+from inference.sites import Site
 from inference.start import ASCENT, ascended, given_values, starting_values, suggested_values
 
 __all__ = ["EM", "EMInfo", "EMState", "Roles"]

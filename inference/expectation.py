@@ -46,7 +46,8 @@ from inference.density import Density, Unconstrained
 from inference.distributed import ALONE, Processes
 from inference.enumeration import Factor, Part, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
-from inference.program import Program, Site
+from inference.program import Program
+from inference.sites import Site
 
 __all__ = [
     "ALL",

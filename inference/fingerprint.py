@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from inference.handlers import isolated
-from inference.program import Program, is_statement
+from inference.program import Program
+from inference.sites import is_statement
 
 if TYPE_CHECKING:
     from inference.contract import Backend

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from inference.contract import Unsupported
 from inference.density import Unconstrained
 from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, quiet
-from inference.program import Program, evaluate
+from inference.program import Program
+from inference.sites import evaluate
 
 __all__ = ["Guide", "GuideReference", "batched", "is_drawn", "is_plain", "log_prob", "mapped"]
 
@@ -107,6 +108,12 @@ class Guide:
         """Name to trainable leaf."""
         owned = {} if self.owner is None else {n.removeprefix("module."): w for n, w in self.owner.named_parameters()}
         return owned | self.table
+
+    def seen(self, program: Program) -> dict[str, Tensor]:
+        """Copies of the weights as a program sees them, under names that those of the program do not have."""
+        is_own = self.owner is not None and self.owner.module is program.owner
+        prefix = "" if is_own else "guide."
+        return {prefix + name: self.table.seen(name, w).detach().clone() for name, w in self.weights().items()}
 
     @property
     def leaves(self) -> dict[str, Tensor]:

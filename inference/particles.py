@@ -21,7 +21,8 @@ from inference.contract import Unsupported
 from inference.enumeration import Factor, eliminate, plates_of, run
 from inference.guides import PARTICLES, Guide, is_drawn, mapped
 from inference.handlers import isolated
-from inference.program import Program, is_statement
+from inference.program import Program
+from inference.sites import is_statement
 
 __all__ = ["Draws", "Ways", "Weigher"]
 

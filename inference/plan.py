@@ -308,7 +308,7 @@ class _Ladder:
         """Exact draws of the sites of each long loop, all at once; the others of them are not tried one by one."""
         from inference.blocks import Conjugate, GaussianChain
         from inference.chains import FEWEST
-        from inference.program import loops
+        from inference.sites import loops
 
         for group in loops([name for name in self.left if self.program.latents[name].is_continuous], FEWEST):
             is_real = len(self._real(group)) == len(group)

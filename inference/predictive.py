@@ -15,7 +15,8 @@ from inference.contract import Unsupported
 from inference.density import Density
 from inference.enumeration import Factor, eliminate, factors, place, plates_of
 from inference.handlers import isolated, quiet, reproducible
-from inference.program import Program, Shape, is_statement, kin, kind_of
+from inference.program import Program
+from inference.sites import Shape, is_statement, kin, kind_of
 
 __all__ = ["Anew", "log_likelihood", "posterior_predictive", "prior_predictive"]
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform, Unit
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import inference.transforms  # noqa: F401  (registers bijections)
@@ -25,26 +22,41 @@ from inference.contract import (
     Augmented,
     Blocked,
     Guided,
-    Linked,
     Prepared,
     Programmed,
     Stepped,
     Surrogate,
-    Unnormalised,
     Unsupported,
 )
 from inference.dependence import Followed
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Gradients, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.rows import Known
+from inference.screening import check_data, check_support
+from inference.sites import (
+    Plate,
+    Shape,
+    Site,
+    batch_shape_of,
+    evaluate,
+    frames_of,
+    is_constant,
+    is_statement,
+    kin,
+    kind_of,
+    largest,
+    moving,
+    resized,
+    shape_of,
+    site_of,
+)
 from inference.stacking import Stack, log_probs
-from inference.transforms import bijection
 
 if TYPE_CHECKING:
     from inference.density import Density
     from inference.guides import Guide
 
-__all__ = ["Plate", "Program", "Shape", "Site", "evaluate", "is_statement", "kin", "kind_of", "loops"]
+__all__ = ["Program"]
 
 T = TypeVar("T")
 
@@ -57,131 +69,6 @@ _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less o
 _FEW = 12  # numbers of a value that an error spells out
 
 
-@dataclass(frozen=True)
-class Plate:
-    """A ``pyro.plate`` around a site: its name, its dimension (negative, counted in the batch shape) and its size."""
-
-    name: str
-    dim: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """What is known of one ``pyro.sample`` statement.
-
-    Attributes:
-        name: Its name.
-        family: Class of its distribution without wrappers, such as "Normal".
-        support: Constraint of its values.
-        shape: Shape of one value, batch dimensions first.
-        event_dim: How many of the last dimensions belong to one event.
-        plates: The plates around it.
-        dtype: Type of its values.
-        choices: For a finite discrete site all values of one event, (K, *event); else None.
-        is_flat: Whether its prior is improper.
-        is_linked: Whether it is a sequence of states, each of which depends on the one before: its elements are those of a
-            batch, but not independent.
-        is_unnormalised: Whether nobody knows the constant of its log-density; see ``inference.contract.Unnormalised``.
-    """
-
-    name: str
-    family: str
-    support: Any
-    shape: torch.Size
-    event_dim: int
-    plates: tuple[Plate, ...]
-    dtype: torch.dtype
-    choices: Tensor | None
-    is_flat: bool
-    is_linked: bool = False
-    is_unnormalised: bool = False
-
-    @property
-    def flaw(self) -> str:
-        """Why no exact draws of its prior can be had, to follow "a prior that is"; empty if they can."""
-        return "improper" if self.is_flat else "known without its constant" if self.is_unnormalised else ""
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Shape of the independent events."""
-        return self.shape[: len(self.shape) - self.event_dim]
-
-    @cached_property
-    def is_indexed(self) -> bool:
-        """Whether the choices of a finite site are 0, 1, …, K − 1, so that a value is its own index."""
-        if self.choices is None or self.event_dim:
-            return False
-        return torch.equal(self.choices.long(), torch.arange(len(self.choices), device=self.choices.device))
-
-    @property
-    def is_continuous(self) -> bool:
-        """Whether its values are real numbers; infinitely many integers are neither this nor finite."""
-        return self.choices is None and not self.support.is_discrete
-
-    @cached_property
-    def is_constant(self) -> bool:
-        """Whether the support is a single point, such as the simplex of one element."""
-        return self.is_continuous and not self.transform.inverse_shape(self.shape).numel()
-
-    @cached_property
-    def transform(self) -> Any:
-        """Bijection from unconstrained values to the support."""
-        try:
-            return bijection(self.support)
-        except NotImplementedError:
-            raise Unsupported(
-                f"Site '{self.name}' is {self.family}, whose support {self.support} has no unconstrained coordinates. "
-                "Sample what it is made of and compute it, or rewrite the site with one of pyro.infer.reparam."
-            ) from None
-
-
-def _shape(node: Mapping[str, Any]) -> torch.Size:
-    distribution, value = node["fn"], node["value"]
-    own = distribution.batch_shape + distribution.event_shape
-    try:
-        return torch.Size(torch.broadcast_shapes(value.shape, own))
-    except RuntimeError:
-        raise ValueError(
-            f"Site '{node['name']}' is {type(base(distribution)).__name__} of shape {tuple(own)}, which does not fit its "
-            f"{'data' if node['is_observed'] else 'value'} of shape {tuple(value.shape)}."
-        ) from None
-
-
-def _site(name: str, node: Mapping[str, Any]) -> Site:
-    distribution: Any = node["fn"]
-    value = node["value"]
-    choices = None
-    if not node["is_observed"] and distribution.has_enumerate_support:
-        try:
-            choices = distribution.enumerate_support(expand=False)
-            choices = choices.reshape(choices.shape[:1] + distribution.event_shape)
-        except NotImplementedError:
-            choices = None
-    plates = [Plate(frame.name, frame.dim, frame.size) for frame in node["cond_indep_stack"] if frame.vectorized]
-    inner = base(distribution)
-    if not node["is_observed"] and isinstance(base(distribution), Linked):
-        if not isinstance(distribution, Linked) or node["fn"].batch_shape:
-            raise Unsupported(
-                f"Site '{name}' is {type(base(distribution)).__name__} in a plate, masked or with a batch of parameters, "
-                "but one site is one sequence of states. Sample each in a Python loop, and mask what depends on it."
-            )
-        family, states = type(distribution).__name__, torch.arange(len(distribution.links()[0]), device=value.device)
-        return Site(name, family, node["fn"].support, _shape(node), 0, (), value.dtype, states, False, True)
-    return Site(
-        name=name,
-        family=type(inner).__name__,
-        support=distribution.support,
-        shape=_shape(node),
-        event_dim=distribution.event_dim,
-        plates=tuple(sorted(plates, key=lambda plate: plate.dim)),
-        dtype=value.dtype,
-        choices=choices,
-        is_flat=isinstance(inner, ImproperUniform),
-        is_unnormalised=isinstance(inner, Unnormalised),
-    )
-
-
 def _tensor(leaf: Any) -> Any:
     """A numpy array as a tensor, in its memory or on its disk: nothing is written to data."""
     if not isinstance(leaf, np.ndarray):
@@ -189,143 +76,6 @@ def _tensor(leaf: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.as_tensor(leaf)
-
-
-def _largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:
-    """Statement to its node in the first of those runs in which its value is largest."""
-    nodes: dict[str, Mapping[str, Any]] = {}
-    for trace in traces:
-        for name, node in trace.nodes.items():
-            if is_statement(node) and (name not in nodes or _extent(node) > _extent(nodes[name])):
-                nodes[name] = node
-    return nodes
-
-
-def _resized(traces: list[poutine.Trace]) -> set[str]:
-    """Names of the plates that have not the same size in all runs."""
-    frames = [frame for trace in traces for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
-    sizes = {(frame.name, frame.size) for frame in frames}
-    return {name for name, size in sizes if any(name == other and size != its for other, its in sizes)}
-
-
-def _extent(node: Mapping[str, Any]) -> tuple[int, int]:
-    return node["value"].dim(), node["value"].numel()
-
-
-def _batch_shape(node: Mapping[str, Any]) -> torch.Size:
-    """The batch shape of a statement; data without a plate may be wider than their distribution."""
-    own, value = node["fn"].batch_shape, node["value"]
-    if not node["is_observed"] and isinstance(node["fn"], Linked):
-        return torch.Size(value.shape)
-    if not node["is_observed"] or not isinstance(value, Tensor):
-        return own
-    return torch.broadcast_shapes(own, value.shape[: value.dim() - node["fn"].event_dim])
-
-
-def _frames(node: Mapping[str, Any]) -> dict[str, int]:
-    """The plates around a statement to their dimensions."""
-    return {frame.name: frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
-
-
-def _bounds(support: Any) -> list[Tensor]:
-    """The numbers that a constraint is made of."""
-    found = []
-    for _, value in sorted(vars(support).items()):
-        if isinstance(value, (int, float, Tensor)):
-            found.append(torch.as_tensor(value))
-        elif isinstance(value, Constraint):
-            found += _bounds(value)
-    return found
-
-
-def _is_constant(support: Any) -> bool:
-    """Whether a constraint is made of numbers alone, and so is the same wherever it is asked."""
-    parts = vars(support).values()
-    return all(_is_constant(p) if isinstance(p, Constraint) else isinstance(p, (bool, int, float, str)) for p in parts)
-
-
-def is_statement(node: Mapping[str, Any]) -> bool:
-    """Whether a node of a Pyro trace is a statement of the program, and no sub-sample of a plate."""
-    return node["type"] == "sample" and not poutine.util.site_is_subsample(node)
-
-
-def evaluate(trace: poutine.Trace, owner: str) -> None:
-    """Computes the log-probabilities of a trace.
-
-    Raises:
-        Unsupported: If a distribution says that it has none.
-    """
-    try:
-        trace.compute_log_prob()
-    except ValueError as error:  # in which Pyro wraps what a distribution says
-        if not isinstance(error.__cause__, Unsupported):
-            raise
-        silent = [name for name, node in trace.nodes.items() if is_statement(node) and "log_prob" not in node]
-        raise Unsupported(f"Site '{silent[0]}' of {owner}: {error.__cause__}") from None
-
-
-def kind_of(node: Mapping[str, Any]) -> str:
-    """What a statement is: "latent", "observed", "deterministic" or "factor"."""
-    is_masked = getattr(node["fn"], "_mask", None) is False
-    is_computed = node["is_observed"] and is_masked and isinstance(base(node["fn"]), Delta)  # what a reparam leaves behind
-    if node["infer"].get("_deterministic") or is_computed:
-        return "deterministic"
-    if isinstance(base(node["fn"]), Unit):
-        return "factor"
-    return "observed" if node["is_observed"] else "latent"
-
-
-class Shape(NamedTuple):
-    """What a run of a program has: the sizes of its plates, and its latent sites; those of all runs, if there are more."""
-
-    plates: dict[str, set[int]]
-    latents: set[str]
-
-    @classmethod
-    def of(cls, traces: list[poutine.Trace]) -> Shape:
-        """What these runs have: each size that a plate had, and the latent sites that all of them had."""
-        plates: dict[str, set[int]] = {}
-        seen = []
-        for trace in traces:
-            nodes = {name: node for name, node in trace.nodes.items() if is_statement(node)}
-            seen.append({name for name, node in nodes.items() if kind_of(node) == "latent"})
-            for frame in itertools.chain.from_iterable(node["cond_indep_stack"] for node in nodes.values()):
-                if frame.vectorized:
-                    plates.setdefault(frame.name, set()).add(frame.size)
-        return cls(plates, set.intersection(*seen))
-
-
-def _said(value: Tensor) -> str:
-    """A value in words: its numbers if they are few, else how many there are and how far they reach."""
-    if value.numel() <= _FEW:
-        return str(value.tolist())
-    known = value[~value.isnan()] if value.is_floating_point() else value.flatten()
-    return f"{value.numel()} numbers from {known.min().item():g} to {known.max().item():g}"
-
-
-def _patterns(name: str) -> set[str]:
-    return {f"{name[: found.start()]}#{name[found.end() :]}" for found in re.finditer(r"\d+", name)}
-
-
-def kin(names: Collection[str], others: Collection[str]) -> set[str]:
-    """Those of ``names`` that are one of ``others`` up to one number, as z_1 is z_7: statements of one Python loop."""
-    known = set().union(*(_patterns(name) for name in others))
-    return {name for name in names if known & _patterns(name)}
-
-
-def loops(names: Collection[str], fewest: int) -> list[list[str]]:
-    """Groups of at least ``fewest`` names that are the same up to one number, such as x_0, x_1, …, in their order."""
-    members: dict[str, list[str]] = {}
-    for name in names:
-        for pattern in sorted(_patterns(name)):
-            members.setdefault(pattern, []).append(name)
-    groups, taken = [], set[str]()
-    for group in sorted(members.values(), key=len, reverse=True):
-        left = [name for name in group if name not in taken]
-        if len(left) >= fewest:
-            groups.append(left)
-            taken.update(left)
-    return groups
 
 
 class Program:
@@ -702,16 +452,17 @@ class Program:
                 looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
                 traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
                 self._check_structure(traces)
-            nodes = _largest(traces)
+            nodes = largest(traces)
             self._take_down(nodes, traces)
             self._check_supports(traces)
-            self._following = {name for name in self.observed_sites if self._follows(name, traces)}
-            self._check_data(traces, self.observed)
+            supports = {n: [t.nodes[n]["fn"].support for t in traces if n in t.nodes] for n in self.observed_sites}
+            self.moving = {name: moving(found) for name, found in supports.items()}
+            check_data(self, traces, self.observed)
             self._leaf_of = self._leaves_observed(traces)
             self._check_randomness(traces)
             if not self._is_fixed and not self.is_changing:
                 self.is_changing = self._is_read(traces[0])
-            self._resized = _resized(traces) if self.is_changing else set()
+            self._resized = resized(traces) if self.is_changing else set()
             statements = [name for name in nodes if name not in self.deterministic]
             is_followed = self.finite and not self.is_changing and not self.is_simulated
             self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
@@ -721,10 +472,10 @@ class Program:
     def _take_down(self, nodes: Mapping[str, Mapping[str, Any]], traces: list[poutine.Trace]) -> None:
         """Notes what sites there are, and of what shape, from the nodes of a program's statements."""
         kinds = {name: kind_of(node) for name, node in nodes.items()}
-        sites = {name: _site(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
+        sites = {name: site_of(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
         for name, site in sites.items():  # choices that follow another latent, such as a binomial of a latent total
             if site.choices is not None:
-                others = [_site(name, trace.nodes[name]).choices for trace in traces if name in trace.nodes]
+                others = [site_of(name, trace.nodes[name]).choices for trace in traces if name in trace.nodes]
                 if any(choices is None or not torch.equal(choices, site.choices) for choices in others):
                     sites[name] = replace(site, choices=None)
         self.latents = {name: site for name, site in sites.items() if kinds[name] == "latent"}
@@ -741,8 +492,8 @@ class Program:
             )
         self.factors = tuple(name for name, kind in kinds.items() if kind == "factor")
         self.deterministic = {name: nodes[name]["value"].shape for name, kind in kinds.items() if kind == "deterministic"}
-        self.batch_shapes = {name: _batch_shape(node) for name, node in nodes.items()}
-        self.frames = {name: _frames(node) for name, node in nodes.items()}
+        self.batch_shapes = {name: batch_shape_of(node) for name, node in nodes.items()}
+        self.frames = {name: frames_of(node) for name, node in nodes.items()}
         self.nesting = max(map(len, self.batch_shapes.values()), default=0)
 
     def _confirm(self) -> bool:
@@ -756,7 +507,7 @@ class Program:
         free = [name for name, site in self.latents.items() if site.choices is None]
         with isolated(0, self.device), reproducible(self.dtype, self.device):
             trace = self.trace({}, evaluated=False)
-            self._take_down(_largest([trace]), [trace])
+            self._take_down(largest([trace]), [trace])
             for name in set(free) & self.latents.keys():
                 self.latents[name] = replace(self.latents[name], choices=None)
             sizes = {plate.name: plate.size for site in self._sites for plate in site.plates}
@@ -767,7 +518,7 @@ class Program:
                 and not any(site.is_linked for site in self.latents.values())
             )
             if is_same:
-                self._check_data([trace], self.observed)
+                check_data(self, [trace], self.observed)
                 self._leaf_of = self._leaves_observed([trace])
                 self._check_randomness([trace])
         return is_same
@@ -815,7 +566,9 @@ class Program:
                     f"Site '{name}' appears only in some runs of {self.name}, but this back-end needs each site on every "
                     "run. Use MetropolisHastings(proposal=Prior()). Or sample it always, and choose with torch.where."
                 )
-            shapes = {_shape(t.nodes[name]) for t in traces if name in t.nodes} if kinds[0] in ("latent", "observed") else ()
+            shapes = (
+                {shape_of(t.nodes[name]) for t in traces if name in t.nodes} if kinds[0] in ("latent", "observed") else ()
+            )
             if len(shapes) > 1:
                 one, other, *_ = sorted(shapes)
                 self._refuse(
@@ -873,19 +626,13 @@ class Program:
             raise Unsupported(sentence)
         self.is_changing = True
 
-    @staticmethod
-    def _follows(name: str, traces: list[poutine.Trace]) -> bool:
-        """Whether the support of a site changes from run to run, as that of Uniform(0, θ) does."""
-        first, *others = [_bounds(trace.nodes[name]["fn"].support) for trace in traces if name in trace.nodes]
-        return any(not torch.equal(a, b) for bounds in others for a, b in zip(first, bounds, strict=True))
-
     def _check_supports(self, traces: list[poutine.Trace]) -> None:
         for name, site in self.latents.items():
             if self.is_changing or (self._is_fixed and not site.is_continuous):
                 continue
             if site.is_continuous:
                 _ = site.transform  # raises if there is none
-            if self._follows(name, traces):
+            if moving([trace.nodes[name]["fn"].support for trace in traces]):
                 self._refuse(
                     f"The support of '{name}' depends on other latent sites. Use MetropolisHastings(proposal=Prior()). Or "
                     "sample it on a fixed support and scale it: u ~ Uniform(0, 1), x = low + (high - low) * u."
@@ -925,7 +672,7 @@ class Program:
         for name in self.observed_sites:
             nodes = [trace.nodes[name] for trace in traces if name in trace.nodes]
             places = [i for i, leaf in enumerate(self.data) if all(node["value"] is leaf for node in nodes)]
-            is_plain = all(node["mask"] is None and _is_constant(node["fn"].support) for node in nodes)
+            is_plain = all(node["mask"] is None and is_constant(node["fn"].support) for node in nodes)
             if places and is_plain and len(nodes) == len(traces):
                 found[name] = places[0]
         return found
@@ -941,11 +688,11 @@ class Program:
                 if data is not None and self._leaf_of.keys() == self.observed.keys() == set(names):
                     seen = {name: data[place] for name, place in self._leaf_of.items()}
                     for name, value in seen.items():
-                        self._check_support(name, value, self.observed_sites[name].support.check(value), None, first)
+                        check_support(self, name, value, self.observed_sites[name].support.check(value), None, first)
                 else:
                     trace = self.trace({}, data=data, evaluated=False)
                     seen = {name: trace.nodes[name]["value"].detach() for name in self.observed if name in trace.nodes}
-                    self._check_data([trace], seen, first)
+                    check_data(self, [trace], seen, first)
                 for name in names if is_kept else ():
                     found[name].append(seen[name])
         self.observed = {name: value for name, value in self.observed.items() if name not in names}
@@ -963,67 +710,6 @@ class Program:
         site = self.observed_sites[name]
         dims = [dim - site.event_dim for plate, dim in self.frames[name].items() if plate in self.row_plates]
         return torch.cat(parts, dims[0])
-
-    def _check_data(self, traces: list[poutine.Trace], observed: Mapping[str, Tensor], first: int = 0) -> None:
-        """Checks values of observed sites at some runs; of the rows from ``first`` on."""
-        for name, value in observed.items():
-            nodes = [t.nodes[name] for t in traces if name in t.nodes and t.nodes[name]["value"].shape == value.shape]
-            site, mask = self.observed_sites[name], nodes[0]["mask"]
-            came = str(value.dtype).removeprefix("torch.")
-            if not value.is_floating_point() and (not site.support.is_discrete or value.dtype == torch.bool):
-                raise ValueError(
-                    f"Site '{name}' is {site.family}, which has numbers for values, but its data are {came}. Convert them "
-                    "first, for example by x.double()."
-                )
-            if mask is False:
-                continue
-            if not self.is_simulated:
-                self._check_fit(name, nodes[0])
-            if name not in self._following:  # else data outside of it in these runs may be inside in others
-                inside = torch.stack([node["fn"].support.check(value) for node in nodes]).any(0)
-                self._check_support(name, value, inside, mask, first)
-
-    def _check_support(self, name: str, value: Tensor, inside: Tensor, mask: Tensor | None, first: int) -> None:
-        """Raises if a value that is neither missing nor masked lies outside of the support."""
-        site = self.observed_sites[name]
-        if not bool(inside.all()):
-            missing = value.isnan() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
-            inside = inside | (missing.flatten(value.dim() - site.event_dim).any(-1) if site.event_dim else missing)
-        bad = (~inside if mask is None else ~inside & mask).nonzero()
-        if len(bad):
-            where = tuple(bad[0].tolist())
-            told = (where[0] + first, *where[1:])
-            raise ValueError(
-                f"Site '{name}' is {site.family}, but {len(bad)} of its data lie outside the support {site.support}; "
-                f"the first, at {told}, is {_said(value[where])}.{self._remedy(site, value)}"
-            )
-
-    @staticmethod
-    def _remedy(site: Site, value: Tensor) -> str:
-        """What to do about grey values of a coin."""
-        is_grey = site.family == "Bernoulli" and bool(((value >= 0.0) & (value <= 1.0)).all())
-        return " Binarise them, x.round(), or anew at every visit, SVI(transform=torch.bernoulli)." if is_grey else ""
-
-    def _check_fit(self, name: str, node: Mapping[str, Any]) -> None:
-        """Raises a sentence if a distribution cannot tell the density of its data."""
-        value, distribution = node["value"], node["fn"]
-        try:
-            with quiet(), self._arithmetic({}):
-                distribution.log_prob(value)
-        except Unsupported as error:
-            raise Unsupported(f"Site '{name}' of {self.name}: {error}") from None
-        except (RuntimeError, ValueError, IndexError) as error:
-            came = str(value.dtype).removeprefix("torch.")
-            if not value.is_floating_point() and "cast" in str(error):
-                raise ValueError(
-                    f"Site '{name}' is {type(base(distribution)).__name__}, whose density takes floating data, but its data "
-                    f"are {came}. Convert them first, for example by x.double()."
-                ) from None
-            shape = tuple(distribution.batch_shape + distribution.event_shape)
-            raise ValueError(
-                f"Site '{name}' is {type(base(distribution)).__name__} of shape {shape}, which has no density of data "
-                f"of shape {tuple(value.shape)}: {str(error).splitlines()[0]}"
-            ) from None
 
     def _check_randomness(self, traces: list[poutine.Trace]) -> None:
         settings = [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]

@@ -27,7 +27,8 @@ from inference.density import Density
 from inference.enumeration import Factor, eliminate, factors, plates_of
 from inference.guides import Guide, is_drawn, is_plain
 from inference.handlers import isolated, quiet, reproducible
-from inference.program import Program, Site, is_statement
+from inference.program import Program
+from inference.sites import Site, is_statement
 from inference.start import starting_values
 
 __all__ = ["Rowwise", "Terms", "evaluating", "owner"]

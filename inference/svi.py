@@ -45,7 +45,7 @@ from inference.training import (
     PowerAverage,
     adam,
     at_once,
-    check_average,
+    check_settings,
     descend,
     falling,
     follow,
@@ -216,22 +216,11 @@ class SVI(Backend[SVIState, SVIInfo]):
         return info.waited is not None and int(info.waited) >= self.patience
 
     def _check_settings(self, program: Program) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, but must be positive.")
-        for name in ("clip_norm", "validate_every", "patience"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value!r}, but must be positive.")
-        check_average(self.average)
-        if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is {self.autocast!r}, but must be torch.bfloat16 or torch.float16.")
-        if self.validation is None and (self.patience is not None or self.validate_every is not None):
-            raise ValueError("patience and validate_every need validation=, rows that are not trained on.")
         if self.batch_size is not None:
             program.check_rows("batch_size")
-            assert program.rows is not None
-            if self.batch_size > program.rows:
-                raise ValueError(f"batch_size is {self.batch_size}, but {program.name} has {program.rows} rows.")
+        check_settings(self, program, "learning_rate", "clip_norm", "validate_every", "patience")
+        if self.validation is None and (self.patience is not None or self.validate_every is not None):
+            raise ValueError("patience and validate_every need validation=, rows that are not trained on.")
 
     def init(self, program: Program) -> SVIState:
         self._check_settings(program)
@@ -271,7 +260,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             [*trained.values()],
             [program.owner, program.call, guide.call, getattr(guide.call, "__self__", None), beta],
             name=program.name,
-            is_watched=any(not getattr(callback, "is_passive", False) for callback in self.callbacks),
+            is_watched=self.is_watched,
             is_compiled=self.compile,
         )
         weights = tuple(weight.detach().clone() for weight in objective.weights) if self.average is not None else ()
@@ -712,10 +701,7 @@ class SVI(Backend[SVIState, SVIInfo]):
         return state._replace(**saved["numbers"])
 
     def weights(self, state: SVIState, program: Program) -> dict[str, Tensor]:
-        owner = state.guide.owner
-        prefix = "" if owner is not None and owner.module is program.owner else "guide."
-        seen = {prefix + n: state.guide.table.seen(n, w).detach().clone() for n, w in state.guide.weights().items()}
-        return seen | program.weight_values()
+        return state.guide.seen(program) | program.weight_values()
 
 
 def _rate_and_distortion(particles: Particles) -> tuple[Tensor, Tensor]:

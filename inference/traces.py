@@ -44,7 +44,8 @@ from inference.fit import Sample
 from inference.handlers import base, isolated, quiet, reproducible
 from inference.plan import Plan, Update
 from inference.posterior import Posterior
-from inference.program import Program, is_statement, kind_of
+from inference.program import Program
+from inference.sites import is_statement, kind_of
 from inference.until import Until
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "NOT_FINITE", "PowerAverage", "adam", "at_once", "check_average", "descend", "falling", "follow", "in_networks", "put",
+    "NOT_FINITE", "PowerAverage", "adam", "at_once", "check_settings", "descend", "falling", "follow", "in_networks", "put",
     "rows_of_step",
 ]  # fmt: skip
 
@@ -122,7 +122,7 @@ class PowerAverage:
         return (1.0 - 1.0 / count) ** (self.exponent + 1.0)
 
 
-def check_average(average: float | PowerAverage | None) -> None:
+def _check_average(average: float | PowerAverage | None) -> None:
     """Refuses what is no way to average.
 
     Raises:
@@ -134,6 +134,28 @@ def check_average(average: float | PowerAverage | None) -> None:
         raise ValueError(
             f"average is {average!r}, but a decay lies between 0 and 1, such as 0.999; or take PowerAverage(0.1)."
         )
+
+
+def check_settings(backend: Any, program: Program, *positive: str) -> None:
+    """Refuses settings that no training can have.
+
+    Args:
+        backend: A back-end with the settings ``average``, ``autocast`` and ``batch_size``.
+        program: What it trains.
+        *positive: Names of settings that are positive, or None.
+
+    Raises:
+        ValueError: If one is out of its range, or a batch larger than the data.
+    """
+    for name in positive:
+        value = getattr(backend, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value!r}, but must be positive.")
+    _check_average(backend.average)
+    if backend.autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast is {backend.autocast!r}, but must be torch.bfloat16 or torch.float16.")
+    if backend.batch_size is not None and backend.batch_size > (program.rows or 0):
+        raise ValueError(f"batch_size is {backend.batch_size}, but {program.name} has {program.rows} rows.")
 
 
 @torch.no_grad()

@@ -285,6 +285,17 @@ def test_data_inside_a_support_that_depends_on_a_latent_are_accepted(backend: st
     assert bool((posterior.draws["end"] > 6.0).all())
 
 
+@every_sampler
+def test_data_outside_of_what_a_latent_does_not_move_are_refused(backend: str) -> None:
+    def longest(y: Tensor) -> None:
+        end = pyro.sample("end", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, end).expand([2]).to_event(1), obs=y)
+
+    y = torch.tensor([[0.5, 1.0], [4.0, -0.25]])
+    refuse(backend, ValueError, ("'y'", "Uniform", "1 of its data lie outside", "at (1,)", "-0.25"), longest, y)
+
+
 # ------------------------------------------------------------------------------------------------- structure of programs
 @every_backend
 def test_a_program_that_hides_nothing_is_refused(backend: str) -> None:

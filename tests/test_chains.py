@@ -18,7 +18,8 @@ from inference.chains import Chain, Tridiagonal
 from inference.conditionals import Points
 from inference.density import Density
 from inference.handlers import reproducible
-from inference.program import Program, loops
+from inference.program import Program
+from inference.sites import loops
 
 STEPS, PHI, STEP, NOISE = 40, 0.9, 0.5, 0.7
 

@@ -15,7 +15,8 @@ from inference.conditionals import Conditional, ParetoConditional, Points
 from inference.contract import Unsupported
 from inference.density import Density
 from inference.messages import Family, Normal, Pareto, candidates, kind_of, least_of
-from inference.program import Program, Site
+from inference.program import Program
+from inference.sites import Site
 
 __all__ = ["Conjugate", "Joined", "Stacked", "edge", "merged", "message"]
 
