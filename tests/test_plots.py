@@ -204,7 +204,7 @@ def test_a_grid_shows_each_picture_and_what_is_missing() -> None:
     shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert len(shown) == 5 and len(figure.axes) == 6
     assert shown[0][0, 0].tolist() == [0.0] * 3 and shown[0][1, 1].tolist() == [1.0] * 3
-    assert shown[1][2, 3].tolist() == list(plots._MISSING)
+    assert shown[1][2, 3].tolist() == list(plots.pictures._MISSING)
 
 
 def test_the_latent_plane_shows_every_row_on_its_principal_axes() -> None:
