@@ -27,14 +27,15 @@ def case(variance: str = "upper") -> tuple[DDPM, Tensor]:
 
 @pytest.mark.parametrize(("variance", "links"), [("upper", 1), ("upper", 5), ("lower", 5), ("optimal", 1)])
 def test_the_bound_of_some_links_is_unbiased_for_that_of_the_chain(variance: str, links: int) -> None:
-    """Means over 100 runs, of the plate and of the closed forms: 3.5 standard errors of their difference."""
+    """Means over 100 runs, of the plate and of the closed forms: three standard errors of their difference,
+    one of these draws in a hundred."""
     chain, x = case(variance)
     model = PlatedDDPM(chain, links)
     torch.manual_seed(1)
     plated = torch.tensor([-Trace_ELBO().loss(model.model, model.guide, x) for _ in range(100)])
     whole = variational_bound(chain.denoiser, x.repeat(50, 1), chain.grid, variance).total.reshape(50, -1).sum(1)  # type: ignore[arg-type]
     error = math.hypot(plated.std() / math.sqrt(100), whole.std() / math.sqrt(50))
-    assert abs(plated.mean() - whole.mean()) < 3.5 * error
+    assert abs(plated.mean() - whole.mean()) < 3.0 * error
 
 
 def test_all_links_are_the_sum_of_the_closed_forms_at_the_same_noise() -> None:
