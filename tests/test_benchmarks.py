@@ -78,6 +78,9 @@ def test_a_run_keeps_what_was_printed_and_makes_the_table(
     (results / "bad.txt").write_text("2020-01-01, an older run")
     monkeypatch.setattr(run, "FOLDER", tmp_path)
     monkeypatch.setattr(run, "RESULTS", results)
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n")
+    monkeypatch.setattr(run, "README", readme)
     monkeypatch.setattr(sys, "argv", ["run.py", "good", "bad"])
     assert run.main() == 1
     kept = (results / "good.txt").read_text(encoding="utf-8")
@@ -89,6 +92,10 @@ def test_a_run_keeps_what_was_printed_and_makes_the_table(
     for said in ("2 rows, 1 targets met, 1 missed.", "bad: no peer here.", "did not print: bad.", "Not run: later."):
         assert said in table
     assert table in capsys.readouterr().out
+    shown = readme.read_text(encoding="utf-8")
+    assert "| seconds | one \\| two | 2 | 7 them | 3.5 x | at least 3 x | met |" in shown
+    assert shown.startswith("above\n<!-- benchmarks -->\n2 comparisons, 1 targets met, 1 missed;") and "old" not in shown
+    assert shown.endswith("<!-- /benchmarks -->\nbelow\n")
     # From what is there the same table comes, but for what failed only then.
     monkeypatch.setattr(sys, "argv", ["run.py", "--from-results"])
     assert run.main() == 0
@@ -130,3 +137,8 @@ def test_every_script_shows_its_rows(modules: Any) -> None:
     """All but those whose results have no number to set beside another."""
     without = {name for name in modules[1].names() if ".show()" not in (FOLDER / f"{name}.py").read_text(encoding="utf-8")}
     assert without <= {"missing_mnist", "vade"}
+
+
+def test_readme_shows_the_results_there_are(modules: Any) -> None:
+    _, run = modules
+    assert run.comparisons(run.RESULTS) in run.README.read_text(encoding="utf-8")

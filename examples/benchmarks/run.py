@@ -7,8 +7,8 @@
 
 Each script runs in a process of its own, one after the other. What it prints goes to results/NAME.txt, below lines that say
 when, on what machine and under which load; a script that fails leaves the old file. The table goes to results/table.md: what
-was measured, on what, ours, theirs, how many times better (or better by how much), the target, and whether it is met. The
-exit status is 1 if a script failed; a target that is missed is a result.
+was measured, on what, ours, theirs, how many times better (or better by how much), the target, and whether it is met; the
+rows with a peer go into README as well. The exit status is 1 if a script failed; a target that is missed is a result.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FOLDER = Path(__file__).parent
 RESULTS, TABLE = FOLDER / "results", "table.md"
 OTHERS = ("run", "rows")  # files here that are no benchmarks
 PACKAGES = ("torch", "pyro-ppl", "numpy", "arviz", "scikit-learn", "numpyro", "tomotopy", "gensim", "pomegranate", "pythae")
+README, MARKS = FOLDER.parents[1] / "README.md", ("<!-- benchmarks -->\n", "<!-- /benchmarks -->")
 HEAD = ("benchmark", "measured", "on", "ours", "theirs", "peer", "gain", "target", "", "date")
 
 
@@ -119,6 +120,38 @@ def table(folder: Path, failures: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if 1000.0 <= abs(number) < 1e9 else f"{number:.3g}"
+
+
+def comparisons(folder: Path) -> str:
+    """The rows of the results in a folder that have a peer, as README shows them, in three digits."""
+    lines = ["| measured | on | ours | theirs | gain | asked | |", "|" + " --- |" * 7]
+    dates: list[str] = []
+    for name in names():
+        path = folder / f"{name}.txt"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for row in read(text.splitlines()):
+            if row.theirs is None:
+                continue
+            measured, on, _, _, peer, gain, target, verdict = told(row)
+            cells = [measured, on, short(row.ours), f"{short(row.theirs)} {peer}", gain, target, verdict]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            dates += re.findall(r"\d{4}-\d\d-\d\d", text)[:1]
+    verdicts = [line.rsplit("|", 2)[1].strip() for line in lines[2:]]
+    said = f"{len(verdicts)} comparisons, {verdicts.count('met')} targets met, {verdicts.count('MISS')} missed"
+    when = ", " + " to ".join(sorted({min(dates), max(dates)})) if dates else ""
+    return "\n".join([f"{said}; two shared cores, no GPU{when}.", "", *lines]) + "\n"
+
+
+def put_into_readme(path: Path, found: str) -> None:
+    """Between the two marks."""
+    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    path.write_text(before + MARKS[0] + found + MARKS[1] + after, encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}")
@@ -151,6 +184,7 @@ def main() -> int:
         print(found)
         if not options.smoke:
             (RESULTS / TABLE).write_text(found, encoding="utf-8")
+            put_into_readme(README, comparisons(RESULTS))
     return 1 if failures else 0
 
 
