@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
-import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
-from http.client import HTTPException
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
 
 import numpy as np
 
 __all__ = ["SOURCES", "Source", "download", "fetch", "folder"]
 
 _FOLDER = "PYRO_GENMODELS_DATA"
-_CHUNK = 2**20
 _SECONDS = 30.0  # without a byte
 _MAGIC = {1: 2049, 3: 2051}  # of IDX files of bytes, by their number of dimensions
 
@@ -28,12 +23,10 @@ class Source(NamedTuple):
 
     Attributes:
         url: Where.
-        size: Its length in bytes.
         sha256: Its checksum, hexadecimal.
     """
 
     url: str
-    size: int
     sha256: str
 
 
@@ -42,29 +35,24 @@ SOURCES: Mapping[str, Mapping[str, Source]] = {
     "mnist": {
         "": Source(
             "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz",
-            11490434,
             "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1",
         )
     },
     "fashion_mnist": {
         "x_train": Source(
             f"{_FASHION}/train-images-idx3-ubyte.gz",
-            26421880,
             "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
         ),
         "y_train": Source(
             f"{_FASHION}/train-labels-idx1-ubyte.gz",
-            29515,
             "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
         ),
         "x_test": Source(
             f"{_FASHION}/t10k-images-idx3-ubyte.gz",
-            4422102,
             "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
         ),
         "y_test": Source(
             f"{_FASHION}/t10k-labels-idx1-ubyte.gz",
-            5148,
             "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     },
@@ -89,6 +77,7 @@ def download(name: str, sources: Mapping[str, Mapping[str, Source]] = SOURCES) -
         The file.
 
     Raises:
+        ImportError: Pooch is not there.
         ValueError: There is no such data set; or what came is not what was published, and is thrown away.
         OSError: It cannot be reached, or not be written; the message says what to do.
 
@@ -105,24 +94,23 @@ def download(name: str, sources: Mapping[str, Mapping[str, Source]] = SOURCES) -
     if list(parts) == [""]:
         return fetch(parts[""], target)
     pieces = {key: target.with_name(f"{name}-{key}.gz") for key in parts}
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         for key, source in parts.items():
             fetch(source, pieces[key])
         arrays = {key: _idx(path) for key, path in pieces.items()}
 
-        def pack(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-        _replace(target, pack)
+        with fresh.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        fresh.replace(target)
     finally:
-        for path in pieces.values():
+        for path in (fresh, *pieces.values()):
             path.unlink(missing_ok=True)
     return target
 
 
 def fetch(source: Source, path: str | os.PathLike[str]) -> Path:
-    """Downloads one file under another name, checks it, and only then gives it its name.
+    """Downloads one file by Pooch (extra ``data``), which checks it, and only then gives it its name.
 
     Args:
         source: What, and how it is known to be whole.
@@ -132,48 +120,30 @@ def fetch(source: Source, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        ValueError: It has another length or checksum; it is thrown away.
+        ImportError: Pooch is not there.
+        ValueError: It has another checksum; it is thrown away.
         OSError: It cannot be reached, or not be written.
     """
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError('Downloads need Pooch: pip install "pyro-genmodels[data]".') from error
+
     target = Path(path)
-    _replace(target, lambda fresh: _stream(source, fresh))
-    return target
-
-
-def _stream(source: Source, path: Path) -> None:
-    length, digest = 0, hashlib.sha256()
+    downloader = pooch.HTTPDownloader(timeout=_SECONDS, stream=False)  # a stream would leave the connection open
     try:
-        with urllib.request.urlopen(source.url, timeout=_SECONDS) as stream, path.open("wb") as file:
-            # One byte more than there should be: a server that never ends may not fill the disk.
-            while chunk := stream.read(min(_CHUNK, source.size + 1 - length)):
-                length += len(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-    except (OSError, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()  # it holds the connection
+        pooch.retrieve(source.url, f"sha256:{source.sha256}", target.name, target.parent, downloader=downloader)
+    except OSError as error:  # those of requests are of this kind
         raise OSError(
-            f"Cannot download {source.url} ({getattr(error, 'reason', None) or error}). Try again, or put the data into the "
-            f"folder '{path.parent}' by other means."
+            f"Cannot download {source.url} ({error}). Try again, or put the data into the folder '{target.parent}' by other "
+            "means."
         ) from error
-    if length != source.size or digest.hexdigest() != source.sha256:
-        what = f"{length} bytes" if length <= source.size else "more bytes"
-        if length == source.size:
-            what = "another checksum"
+    except ValueError as error:
         raise ValueError(
-            f"{source.url} is not what was published: it has {what}, but should have {source.size} bytes with the SHA-256 "
-            f"{source.sha256}. Nothing was kept; try again, or get the data elsewhere."
-        )
-
-
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.new")
-    try:
-        write(fresh)
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
+            f"{source.url} is not what was published: its SHA-256 is not {source.sha256}. Nothing was kept; try again, or "
+            "get the data elsewhere."
+        ) from error
+    return target
 
 
 def _idx(path: Path) -> np.ndarray:
