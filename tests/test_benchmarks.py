@@ -121,6 +121,7 @@ def test_a_script_that_does_not_end_is_stopped(modules: Any, tmp_path: Path, mon
     [
         ([], "give names, --all, or --from-results"),
         (["--all", "--from-results"], "give names, --all, or --from-results"),
+        (["hmm", "gmm", "--options=--smoke"], "--options are those of one script: give one name"),
         (["hmn"], "there is no benchmark 'hmn'; there are "),
     ],
 )

@@ -2,6 +2,7 @@
 
     PYRO_GENMODELS_DATA=FOLDER python examples/benchmarks/run.py --all
     python examples/benchmarks/run.py hmm svi_step           # some of them
+    python examples/benchmarks/run.py mnist_vae --options="--epochs 30 --images 500"
     python examples/benchmarks/run.py hmm --smoke            # a few steps, to see that it runs; keeps nothing
     python examples/benchmarks/run.py --from-results         # the table of what is there
 
@@ -19,11 +20,13 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rows import Row, read
@@ -53,12 +56,12 @@ def header(command: str) -> str:
     return f"{command}\n{datetime.date.today()}; {machine}\n{', '.join(found)}\n\n"
 
 
-def run(name: str, smoke: bool, timeout: float) -> tuple[str, str | None]:
+def run(name: str, smoke: bool, timeout: float, options: Sequence[str] = ()) -> tuple[str, str | None]:
     """Runs a script and shows what it prints; all of it, and why it failed, if it did."""
     script = FOLDER / f"{name}.py"
-    options = ["--smoke"] if smoke and "--smoke" in script.read_text(encoding="utf-8") else []
+    options = [*options, *(["--smoke"] if smoke and "--smoke" in script.read_text(encoding="utf-8") else [])]
     command = [sys.executable, str(script), *options]
-    lines = [header(" ".join(["python", f"examples/benchmarks/{name}.py", *options]))]
+    lines = [header(shlex.join(["python", f"examples/benchmarks/{name}.py", *options]))]
     begun = time.perf_counter()
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
@@ -157,6 +160,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}")
     parser.add_argument("--all", action="store_true", help="all of them, which takes hours")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each that knows how; nothing is kept")
+    parser.add_argument("--options", default="", metavar="TEXT", help="of the one script that is named, in one string")
     parser.add_argument("--timeout", type=float, default=7200.0, metavar="S", help="seconds for each (7200)")
     parser.add_argument("--from-results", action="store_true", help="run nothing: the table of what is there")
     options = parser.parse_args()
@@ -164,12 +168,14 @@ def main() -> int:
         parser.error("give names, --all, or --from-results")
     if unknown := [name for name in options.names if name not in names()]:
         parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(names())}")
+    if options.options and len(options.names) != 1:
+        parser.error("--options are those of one script: give one name")
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.smoke else RESULTS
         for name in names() if options.all else options.names:
             try:
-                text, failure = run(name, options.smoke, options.timeout)
+                text, failure = run(name, options.smoke, options.timeout, shlex.split(options.options))
             except KeyboardInterrupt:
                 failures[name] = "stopped by Ctrl-C, and the benchmarks after it"
                 break
