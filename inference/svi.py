@@ -156,7 +156,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         steps: Steps of the optimiser.
         learning_rate: Its learning rate, positive.
         bound: The objective.
-        guide: A Pyro guide, or a class of Pyro's automatic guides; None takes the model's own, else ``AutoNormal``.
+        guide: A Pyro guide, or a class of Pyro's automatic guides; None takes the model's own, else ``AutoNormal``. A
+            program that hides nothing needs none: its weights go to the maximum of the likelihood.
         batch_size: Rows per step; None takes all.
         draws: Draws from the fitted guide.
         transform: Applied to the first tensor of every batch: ``torch.bernoulli`` binarises anew at every visit.
@@ -357,6 +358,8 @@ class SVI(Backend[SVIState, SVIInfo]):
         automatic = isinstance(chosen, type) and issubclass(chosen, AutoGuide)
         if self.start is not None and not automatic and chosen is not None:
             raise Unsupported("start= sets where an automatic guide starts; a guide of your own starts where it says.")
+        if chosen is None and not program.latents:
+            return Guide(_nothing)
         if chosen is None or automatic:
             if not program.continuous:
                 raise Unsupported(f"{program.name} has no continuous site for an automatic guide. Use Gibbs().")
@@ -712,6 +715,10 @@ def _rate_and_distortion(particles: Particles) -> tuple[Tensor, Tensor]:
     rate = rate + particles.shared_log_q - particles.shared_prior
     distortion = distortion + particles.shared_prior - particles.shared_joint
     return rate.detach(), distortion.detach()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """The guide of a program that hides nothing: the bound is its likelihood."""
 
 
 def _keep_own_weights(module: nn.Module) -> None:

@@ -450,3 +450,17 @@ def test_draws_that_are_made_at_once_are_draws_of_the_guide(family: type[AutoGui
     torch.testing.assert_close(posterior.stats["lp"][0], lp, rtol=1e-6, atol=1e-6)
     z = (beta.numpy() - mean).mean(0) / np.sqrt(np.diag(covariance) / 4000)
     assert np.abs(z).max() < 5.0
+
+
+def test_a_program_that_hides_nothing_is_fitted_by_maximum_likelihood() -> None:
+    """Poisson regression on one group: the weight ends at the log of the mean."""
+    y = torch.tensor([2.0, 3.0, 0.0, 4.0, 1.0], dtype=torch.float64)
+
+    def counts(y: Tensor) -> None:
+        rate = pyro.param("log_rate", torch.zeros((), dtype=torch.float64)).exp()  # noqa: TID251
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    posterior = svi(steps=600, learning_rate=0.02).fit(counts, y)
+    assert float(posterior.weights["log_rate"]) == pytest.approx(float(y.mean().log()), abs=1e-4)
+    assert posterior.point() == {}
