@@ -127,23 +127,7 @@ def dispersed_values(program: Program, chains: int, start: Any = None) -> dict[s
 
 
 def _candidates(program: Program, count: int) -> dict[str, Tensor]:
-    """Half from the prior, half uniform on (-2, 2) after unconstraining; (count, *site)."""
-    if program.is_long:
-        return _pool(program, count)
-    draws = []
-    for i in range(count):
-        draw = program.sample_prior()
-        if i % 2:
-            for name in program.continuous:
-                site = program.latents[name]
-                shape = site.transform.inverse_shape(site.shape)
-                draw[name] = site.transform(torch.empty(shape, device=program.device).uniform_(-2.0, 2.0))
-        draws.append(draw)
-    return {name: torch.stack([draw[name] for draw in draws]) for name in program.latents}
-
-
-def _pool(program: Program, count: int) -> dict[str, Tensor]:
-    """As ``_candidates``, all drawn at once, for very many chains, and for programs that take long to run."""
+    """Half from the prior, half uniform on (-2, 2) after unconstraining, all drawn at once; (count, *site)."""
     draws = simulate(program, {}, count, with_data=False)
     is_uniform = torch.arange(count, device=program.device) % 2 > 0
     for name in program.continuous:
@@ -209,7 +193,7 @@ def starting_values(
     data = program.chain_data(chains * share)
     if data:
         rows = torch.arange(chains * share, device=program.device) % _POOL
-        values = {name: value[rows] for name, value in _pool(program, _POOL).items()}
+        values = {name: value[rows] for name, value in _candidates(program, _POOL).items()}
     else:
         values = _candidates(program, chains * share)
     values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
