@@ -21,7 +21,8 @@ from inference.simulation import simulate
 __all__ = ["ASCENT", "ascended", "dispersed_values", "given_values", "starting_values", "suggested_values"]
 
 _CANDIDATES = 256  # draws looked at in all,
-_LEAST, _MOST = 4, 64  # and for each chain
+_LEAST, _MOST = 4, 64  # and for each chain,
+_MANY = 4096  # or as many as this, if the density is finite at none
 _NUMBERS = 2**24  # of all data, times the draws that are looked at together
 _POOL = 1024  # different ones in all, where replicated data make for very many chains
 ASCENT, _LONGEST_ASCENT = 40, 400  # steps of about 0.05 prior standard deviations each
@@ -190,16 +191,10 @@ def starting_values(
     if len(given) == len(program.latents):
         return given
     share = 1 if program.surrogates else min(max(_LEAST, _CANDIDATES // chains), most)  # of which none is the best
-    data = program.chain_data(chains * share)
-    if data:
-        rows = torch.arange(chains * share, device=program.device) % _POOL
-        values = {name: value[rows] for name, value in _candidates(program, _POOL).items()}
-    else:
-        values = _candidates(program, chains * share)
-    values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
-    free = [name for name in program.finite if name not in given]
-    log_density = _log_density(program, {**values, **data}, free, is_split)
-    log_density = log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).reshape(chains, share)
+    values, log_density = _looked_at(program, given, chains, share, is_split)
+    if not bool((log_density > -torch.inf).any()) and share * chains < _MANY:  # a support that few draws hold
+        share = _MANY // chains
+        values, log_density = _looked_at(program, given, chains, share, is_split)
     best = log_density.argmax(1)
     lost = log_density.amax(1) == -torch.inf
     if bool(lost.all()):
@@ -211,6 +206,22 @@ def starting_values(
     rows = torch.arange(chains, device=best.device) * share + best
     rows = torch.where(lost, log_density.flatten().argmax(), rows)
     return {name: value[rows].clone() for name, value in values.items()}
+
+
+def _looked_at(
+    program: Program, given: Mapping[str, Tensor], chains: int, share: int, is_split: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Candidates, those of a chain side by side, and their log-densities (chain, share), −∞ where they have none."""
+    data = program.chain_data(chains * share)
+    if data:
+        rows = torch.arange(chains * share, device=program.device) % _POOL
+        values = {name: value[rows] for name, value in _candidates(program, _POOL).items()}
+    else:
+        values = _candidates(program, chains * share)
+    values |= {name: value.repeat_interleave(share, 0) for name, value in given.items()}
+    free = [name for name in program.finite if name not in given]
+    log_density = _log_density(program, {**values, **data}, free, is_split)
+    return values, log_density.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).reshape(chains, share)
 
 
 def _log_density(program: Program, values: Mapping[str, Tensor], free: Collection[str], is_split: bool) -> Tensor:
