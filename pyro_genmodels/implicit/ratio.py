@@ -61,7 +61,8 @@ class RatioDistribution(TorchDistribution):
         """
         if value.shape[value.dim() - self.event_dim :] != self.event_shape:
             raise ValueError(
-                f"x has shape {tuple(value.shape)}, but this RatioLikelihood was built for rows of shape {tuple(self.event_shape)}."
+                f"x has shape {tuple(value.shape)}, but this RatioLikelihood was built for rows of shape "
+                f"{tuple(self.event_shape)}."
             )
         batch = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         x, theta = value.expand(batch + self.event_shape), self.theta.expand(*batch, self.theta.shape[-1])
