@@ -92,8 +92,8 @@ class EnergyDistribution(TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> NoReturn:
         """Raises ``Unsupported``: draws have no gradient."""
         raise Unsupported(
-            "EnergyDistribution has no rsample: moves are accepted or not, which no gradient goes through. Take sample() for "
-            "draws; to train an energy, see ContrastiveDivergence and inference.score_matching."
+            "EnergyDistribution has no rsample: moves are accepted or not, which no gradient goes through. Take sample() "
+            "for draws; to train an energy, see ContrastiveDivergence and inference.score_matching."
         )
 
     @torch.no_grad()
