@@ -29,7 +29,7 @@ class Drawer(MLP):
 
 
 class Blurred(nn.Sequential):
-    """A network that sees pictures with noise while it is trained."""
+    """A critic that sees pictures with noise while it is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + BLUR * torch.randn_like(x) if self.training else x)
@@ -38,7 +38,7 @@ class Blurred(nn.Sequential):
 def trained(x: Tensor, steps: int = 2000, seed: int = 0) -> tuple[InfoGAN, float]:
     """The model, and the bound on the information in category and numbers at the end."""
     torch.manual_seed(seed)
-    reader, critic = Blurred(MLP(64, 10 + 2 * CODES, (128,), nn.LeakyReLU)), Blurred(Critic((8, 8), hidden=(256, 256)))
+    reader, critic = MLP(64, 10 + 2 * CODES, (128,), nn.LeakyReLU), Blurred(Critic((8, 8), hidden=(256, 256)))
     parts = {"network": Drawer(FEATURES + 10 + CODES, 64, (128, 128)), "recogniser": reader}
     model = InfoGAN((8, 8), FEATURES, codes=CODES, least_scale=1.0, **parts)
     options = {"zero_penalty": 3.0, "information": 0.3, "batch_size": 128, "learning_rate": 1e-3, "average": 0.99}
