@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from agreement import assert_agree
 from exact import Moments
-from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
+from inference import ELBO, EM, HMC, SVI, Gibbs, GuideDraw, MetropolisHastings, PowerAverage
 from inference.enumeration import log_normalizer
 from inference.handlers import isolated, reproducible
 from inference.program import Program
@@ -273,11 +273,19 @@ def test_the_maximum_of_the_bound_of_a_linear_vae_is_probabilistic_pca() -> None
     torch.testing.assert_close(bound, Principal.log_likelihood, rtol=0.0, atol=0.02)
 
 
-def test_svi_of_a_linear_vae_finds_probabilistic_pca() -> None:
-    """Up to the noise of its last steps: a hundredth of the noise variance, a thousandth of a nat a row."""
+@pytest.mark.parametrize(("particles", "nats"), [(200, 5e-3), pytest.param(1000, 1e-3, marks=pytest.mark.slow)])
+def test_svi_of_a_linear_vae_finds_probabilistic_pca(particles: int, nats: float) -> None:
+    """Span and noise variance within a thousandth, log p(x) of all 120 rows within nats.
+
+    At the maximum the guess is the posterior, where the path gradient of the guess has no noise; that of the loadings and of
+    the noise variance keeps the noise of z, which many particles, a falling rate and the average of late steps take out. Of
+    seeds 0, 1 and 2 with 200 particles the noise variance is off by at most 3e-4, log p(x) by 3e-3, which goes as
+    1 / particles.
+    """
     model = built(linear, TABLE, gain=1.0)
-    SVI(steps=2500, learning_rate=0.03, draws=1, seed=0, progress=False).fit(model, TABLE)
-    assert_is_principal(model, log_likelihood=1e-3 * len(TABLE), noise=1e-2, angle=1e-2)
+    bound, average = ELBO(particles=particles), PowerAverage(0.1)
+    SVI(steps=700, learning_rate=0.1, bound=bound, average=average, draws=1, seed=0, progress=False).fit(model, TABLE)
+    assert_is_principal(model, log_likelihood=nats)
 
 
 def test_em_of_a_linear_vae_finds_probabilistic_pca() -> None:
@@ -285,6 +293,31 @@ def test_em_of_a_linear_vae_finds_probabilistic_pca() -> None:
     posterior = EM(steps=200, tolerance=1e-9, seed=0, progress=False).fit(model, TABLE)
     assert posterior.plan is not None and posterior.plan["z"].update == "Gaussian"
     assert_is_principal(model)
+
+
+def test_an_encoder_is_fitted_again_to_rows_with_gaps_by_itself() -> None:
+    """Mattei and Frellsen, Refit your encoder when new data comes by (2018): the decoder stays, bit for bit.
+
+    Proposals of an encoder that has seen complete rows only are refused at least twice as often before.
+    """
+    model = built(lambda: VAE((5,), 1, likelihood=Gaussian(), hidden=(), observed=True), TABLE, gain=1.0)
+    SVI(steps=400, learning_rate=0.05, draws=1, seed=0, progress=False).fit(model, TABLE)
+    gaps = TABLE[:40].where(normal(40, 5, seed=11) < 0.0, torch.nan)
+    gaps[:, 0] = TABLE[:40, 0]
+    before = {name: value.clone() for name, value in model.decoder.state_dict().items()}
+
+    def taken() -> float:
+        gibbs = Gibbs(blocks={"z": GuideDraw(completes=False)}, chains=2, warmup=10, draws=40, seed=0, progress=False)
+        plan = gibbs.fit(model, gaps).plan
+        assert plan is not None
+        return plan["z"].acceptance
+
+    rates = [taken()]
+    model.decoder.requires_grad_(False)
+    SVI(steps=400, learning_rate=0.05, draws=1, seed=0, progress=False).fit(model, gaps)
+    rates.append(taken())
+    assert all(torch.equal(value, before[name]) for name, value in model.decoder.state_dict().items())
+    assert 1.0 - rates[1] < 0.5 * (1.0 - rates[0]), rates
 
 
 def test_a_linear_autoencoder_finds_the_principal_components() -> None:

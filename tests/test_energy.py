@@ -383,6 +383,7 @@ WALK: dict[str, Any] = {"chains": 2, "draws": 5, "warmup": 5, **QUIET}
         (lambda: ancestral(with_energy, 3, Y), "a prior that is known without its constant"),
         (lambda: sbc(with_energy, HMC(**WALK), Y, replicates=20), "known without its constant, from which nothing can be"),
         (lambda: HMC(**WALK).fit(beside_energy, ROWS).log_likelihood(), "it has no log-likelihood"),
+        (lambda: EnergyModel((2,), hidden=(4,))().rsample((3,)), r"has no rsample.* Take sample\(\)"),
     ],
 )
 def test_what_needs_more_of_a_density_refuses_it(call: Callable[[], object], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pyro
@@ -283,6 +284,20 @@ def test_infogan_draws_its_codes_from_their_priors_and_recognises_every_row() ->
     torch.testing.assert_close(model.categories_of(x).sum(-1), torch.ones(4000))
 
 
+@pytest.mark.parametrize("least", [0.01, 1.0])
+def test_a_code_is_worth_no_more_than_its_least_scale_allows(least: float) -> None:
+    """log 2 − ½ log(2π s²), which a recogniser reaches that is right about every code and as sure as it may be."""
+    model = InfoGAN((1,), 1, categories=0, codes=1, recogniser=nn.Linear(1, 2), least_scale=least)
+    x = torch.linspace(-0.9, 0.9, 5)[:, None]
+    with torch.no_grad():
+        model.recogniser.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model.recogniser.bias.copy_(torch.tensor([0.0, -40.0]))
+    guided = poutine.trace(poutine.condition(model.guide, {"code": x})).get_trace(x).nodes["code"]
+    worth = guided["fn"].log_prob(x) - math.log(0.5)
+    expected = math.log(2.0) - 0.5 * math.log(2.0 * math.pi * least**2)
+    torch.testing.assert_close(worth, torch.full((5,), expected), rtol=0.0, atol=1e-5)
+
+
 MODELS = {
     "GAN": lambda: GAN((3,), 2, hidden=(4,)),
     "GAN, uniform noise": lambda: GAN((3,), 2, hidden=(4,), noise="uniform"),
@@ -334,6 +349,7 @@ def test_every_weight_of_the_generator_has_a_gradient(make: Any) -> None:
         (lambda: InfoGAN((2,), categories=1), "hides a category of at least 2, or numbers"),
         (lambda: InfoGAN((2,), categories=0), "Take a GAN to hide nothing"),
         (lambda: InfoGAN((2,), categories=0, codes=1).categories_of(X), "built without categories"),
+        (lambda: InfoGAN((2,), codes=1, least_scale=0.0), "least_scale is 0.0, but must be positive and finite"),
         (lambda: InfoGAN((2,), recogniser=nn.Linear(2, 3)).categories_of(X), r"must give \(12, 10\)"),
         (lambda: GAN((2,)).model(X[:, :1]), r"x has shape \(12, 1\), but this GAN was built for \(rows, 2\)"),
         (lambda: GAN((2,)).model(), "needs data x, or the number of rows"),

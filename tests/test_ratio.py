@@ -183,6 +183,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: RatioLikelihood(nn.Bilinear(1, 1, 2), (1,))(torch.zeros(5, 1)).log_prob(torch.zeros(5, 1)),
         r"one number a row, \(5,\) or \(5, 1\), but gave shape \(5, 2\)",
     ),
+    "more parameters than the critic takes": (
+        lambda: RatioLikelihood(Critic((2,), context=3), (2,))(torch.zeros(4)).log_prob(torch.zeros(5, 2)),
+        r"critic does not take \(5, 2\) and \(5, 4\): mat1 .* build it for these, such as Critic",
+    ),
+    "data of another shape": (
+        lambda: RatioLikelihood(Critic((2,), context=3), (2,))(torch.zeros(3)).log_prob(torch.zeros(5, 3)),
+        r"x has shape \(5, 3\), but this RatioLikelihood was built for rows of shape \(2,\)",
+    ),
     "draws without a simulator": (lambda: EXACT(THETA).sample(), "weighs data and cannot draw them"),
     "a simulator of another shape": (
         lambda: RatioLikelihood(Quadratic(exact_weight()), simulator=lambda theta: theta)(THETA).sample(),

@@ -160,6 +160,7 @@ def said(program: Program, x: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a minute: whether it runs")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=2)
@@ -168,6 +169,9 @@ def main() -> None:
     parser.add_argument("--simulated", type=int, default=20, help="images for the bounds")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 500], help="of annealing")
     options = parser.parse_args()
+    if options.smoke:
+        options.images, options.samples, options.rounds, options.passes, options.simulated = 20, 50, 1, 1, 4
+        options.steps = [5]
     torch.set_num_threads(options.threads)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pyro-ppl", "pythae"))
     print(" ".join(["python examples/benchmarks/evidence.py", *sys.argv[1:]]))

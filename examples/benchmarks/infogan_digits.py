@@ -39,7 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     given = parser.parse_args()
+    if given.smoke:
+        given.seeds, given.steps = 1, 60  # the mean of the information is that of the last 50
     torch.set_num_threads(1)
     data, network = datasets.pictures("digits"), images.feature_network("digits")
     assert data.test is not None

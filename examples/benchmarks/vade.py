@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import Rows
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -92,7 +93,7 @@ def one_seed(
     show("VaDE", seed, accuracy(truth, model.predict(new)), coded + time.perf_counter() - begin)
 
 
-def protocol(options: argparse.Namespace, title: str, x: Tensor, new: Tensor, truth: Tensor) -> None:
+def protocol(options: argparse.Namespace, title: str, x: Tensor, new: Tensor, truth: Tensor, rows: Rows) -> None:
     print(f"\n{title}: fitted to {len(x):,}, evaluated on {len(new):,}\n{'':22} {'seed':>5} {'accuracy':>9} {'seconds':>8}")
     scores: dict[str, list[float]] = {}
 
@@ -107,6 +108,13 @@ def protocol(options: argparse.Namespace, title: str, x: Tensor, new: Tensor, tr
         spread = np.std(found, ddof=1) if len(found) > 1 else np.nan
         paper = f"{PAPER[name]:7.3f}" if name in PAPER else f"{'-':>7}"
         print(f"{name:22} {np.mean(found):7.3f} {spread:7.3f} {min(found):7.3f} {max(found):7.3f} {paper}", flush=True)
+    means = {name: float(np.mean(found)) for name, found in scores.items()}
+    setting = f"MNIST, {title}, VaDE, mean of {len(options.seeds)} seeds"
+    for name in (name for name in means if "VaDE" not in name):
+        rows.add("accuracy of clusters", setting, means["VaDE"], theirs=means[name], peer=name, is_less_better=False,
+                 is_difference=True, target=0.0)  # fmt: skip
+    rows.add("accuracy of clusters", setting, means["VaDE"], theirs=PAPER["VaDE"], peer="the paper, all rows",
+             is_less_better=False, is_difference=True)  # fmt: skip
 
 
 def main() -> None:
@@ -136,12 +144,14 @@ def main() -> None:
         x, new = (torch.from_numpy(data[name]).float() / 255.0 for name in ("x_train", "x_test"))
         y, truth = (torch.from_numpy(data[name]).long() for name in ("y_train", "y_test"))
     if options.smoke:
-        x, y, new, truth = x[:3000], y[:3000], new[:1000], truth[:1000]
+        x, y, new, truth, options.seeds = x[:3000], y[:3000], new[:1000], truth[:1000], [0]
+    rows = Rows()
     if "split" in options.protocols:
-        protocol(options, "train and test", x, new, truth)
+        protocol(options, "train and test", x, new, truth, rows)
     if "all" in options.protocols:
         both, labels = torch.cat([x, new]), torch.cat([y, truth])
-        protocol(options, "all rows", both, both, labels)
+        protocol(options, "all rows", both, both, labels, rows)
+    rows.show()
 
 
 if __name__ == "__main__":

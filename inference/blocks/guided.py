@@ -67,6 +67,10 @@ class GuideDraw(Block):
     that the step has its scale; c is uniform up to the best constant for a normal target (Roberts et al.). Entries that are
     missing are integrated out meanwhile. Still, look at the effective sample size of each row.
 
+    Where few proposals are taken, fit the guide again, to the rows at hand, incomplete as they are, with the weights of the
+    program held: ``model.decoder.requires_grad_(False)``, then ``SVI(bound=IWELBO(8)).fit(model, x)``. That bound makes it
+    as wide as the posterior (Mattei and Frellsen, "Refit"), and ``completes=False`` has it read what it then has read.
+
     In the first part of warm-up every proposal of the guide is taken, so that chains start where it leads them (Mattei and
     Frellsen). The certificate is the change of the log-joint that the elements' own terms do not explain; acceptance is that
     of the guide's proposals.
@@ -84,6 +88,7 @@ class GuideDraw(Block):
         D. Rezende, S. Mohamed and D. Wierstra, Stochastic backpropagation and approximate inference in deep generative
         models (2014), appendix F.
         P.-A. Mattei and J. Frellsen, Leveraging the exact likelihood of deep latent variable models (2018).
+        P.-A. Mattei and J. Frellsen, Refit your encoder when new data comes by (2018).
         G. Roberts, A. Gelman and W. Gilks, Weak convergence and optimal scaling of random walk Metropolis algorithms (1997).
 
     Example:

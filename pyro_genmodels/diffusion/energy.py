@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import pyro
 import torch
@@ -13,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from inference.contract import Unsupported
 from pyro_genmodels.autoencoders.ends import check_shape, rows_of
 from pyro_genmodels.base import StochasticModule
 from pyro_genmodels.diffusion.langevin import mala
@@ -87,6 +88,13 @@ class EnergyDistribution(TorchDistribution):
     def rough_draw(self) -> Tensor:
         """Where a draw starts."""
         return self.start(self.batch_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> NoReturn:
+        """Raises ``Unsupported``: draws have no gradient."""
+        raise Unsupported(
+            "EnergyDistribution has no rsample: moves are accepted or not, which no gradient goes through. Take sample() "
+            "for draws; to train an energy, see ContrastiveDivergence and inference.score_matching."
+        )
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -88,9 +88,15 @@ def row_scores(critic: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """The critic's scores of rows, (rows,).
 
     Raises:
-        ValueError: If it gives anything but one number a row.
+        ValueError: If it does not take such rows, or gives anything but one number a row.
     """
-    scores, count = critic(*rows), len(rows[0])
+    count = len(rows[0])
+    try:
+        scores = critic(*rows)
+    except RuntimeError as error:  # of torch, of shapes: what the critic's own layers say names neither it nor the rows
+        shapes = " and ".join(str(tuple(part.shape)) for part in rows)
+        advice = " Give it what it was built for, or build it for these, such as Critic(shape, context=numbers)."
+        raise ValueError(f"The critic does not take {shapes}: {str(error).splitlines()[0].rstrip('.')}.{advice}") from error
     if not isinstance(scores, Tensor) or scores.shape not in ((count,), (count, 1)):
         came = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         raise ValueError(f"The critic must give one number a row, ({count},) or ({count}, 1), but gave {came}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pyro
@@ -16,8 +17,6 @@ from pyro_genmodels.implicit.generator import Generator
 from pyro_genmodels.nets import MLP
 
 __all__ = ["InfoGAN"]
-
-_LEAST_SCALE = 1e-2  # of q(code | x): without it the bound of a code that is read exactly has no end
 
 
 class InfoGAN(GenerativeModel):
@@ -40,6 +39,12 @@ class InfoGAN(GenerativeModel):
         recogniser: From (batch, *shape) to (batch, K + 2 codes), logits of the category, then means and scales of the codes;
             None: an ``MLP``.
         hidden: Widths of the hidden layers of the ``MLP``s.
+        least_scale: Floor of the standard deviations of q(u | x), positive: without it the bound of a code that is read
+            exactly has no end. A code is worth log 2 − ½ log(2π least_scale²) nats at most. Where that is more than the
+            log K of the category, as at 0.01, pictures are made to tell the codes first, and look it.
+
+    Raises:
+        ValueError: If there is nothing to hide, or ``least_scale`` is not positive and finite.
 
     References:
         X. Chen et al., InfoGAN: interpretable representation learning by information maximizing generative adversarial nets
@@ -62,6 +67,7 @@ class InfoGAN(GenerativeModel):
         network: nn.Module | None = None,
         recogniser: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
+        least_scale: float = 0.01,
     ) -> None:
         super().__init__()
         if categories == 1 or min(categories, codes) < 0 or not categories + codes:
@@ -69,7 +75,9 @@ class InfoGAN(GenerativeModel):
                 f"InfoGAN hides a category of at least 2, or numbers, but categories is {categories} and codes {codes}. "
                 "Take a GAN to hide nothing."
             )
-        self.shape, self.categories, self.codes = tuple(shape), categories, codes
+        if not 0.0 < least_scale < math.inf:
+            raise ValueError(f"least_scale is {least_scale!r}, but must be positive and finite, such as 0.01.")
+        self.shape, self.categories, self.codes, self.least_scale = tuple(shape), categories, codes, least_scale
         self.generator = Generator(shape, features, context=categories + codes, network=network, hidden=hidden)
         outputs, inputs = categories + 2 * codes, int(torch.Size(self.shape).numel())
         self.recogniser = MLP(inputs, outputs, hidden, nn.LeakyReLU) if recogniser is None else recogniser
@@ -103,7 +111,7 @@ class InfoGAN(GenerativeModel):
                 pyro.sample("category", dist.Categorical(logits=found[:, : self.categories]))
             if self.codes:
                 loc, raw = found[:, self.categories :].chunk(2, -1)
-                pyro.sample("code", dist.Normal(loc, functional.softplus(raw) + _LEAST_SCALE).to_event(1))
+                pyro.sample("code", dist.Normal(loc, functional.softplus(raw) + self.least_scale).to_event(1))
 
     def _recognised(self, x: Tensor) -> Tensor:
         check_shape(x, self.shape, "InfoGAN")

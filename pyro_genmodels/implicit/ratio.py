@@ -54,7 +54,16 @@ class RatioDistribution(TorchDistribution):
         return RatioDistribution(self.critic, theta, self.event_shape, self.simulator)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """critic(x, θ), of the batch of x and θ together."""
+        """critic(x, θ), of the batch of x and θ together.
+
+        Raises:
+            ValueError: If x has another shape, or the critic does not take so many parameters.
+        """
+        if value.shape[value.dim() - self.event_dim :] != self.event_shape:
+            raise ValueError(
+                f"x has shape {tuple(value.shape)}, but this RatioLikelihood was built for rows of shape "
+                f"{tuple(self.event_shape)}."
+            )
         batch = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
         x, theta = value.expand(batch + self.event_shape), self.theta.expand(*batch, self.theta.shape[-1])
         scores = row_scores(self.critic, x.reshape(-1, *self.event_shape), theta.reshape(-1, theta.shape[-1]))
