@@ -45,12 +45,11 @@ class Cycle(Block):
     blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
-        given = self.blocks if isinstance(self.blocks, (tuple, list)) else (self.blocks,)
-        odd = [block for block in given if not isinstance(block, Block)]
-        if odd or isinstance(self.blocks, Block):
-            came = odd[0] if odd else self.blocks
-            raise TypeError(f"Cycle takes a tuple of blocks, such as (Hamiltonian(), PriorDraw()), but got {came!r}.")
-        if not given:
+        is_tuple = isinstance(self.blocks, tuple)
+        odd = [block for block in self.blocks if not isinstance(block, Block)] if is_tuple else [self.blocks]
+        if odd:
+            raise TypeError(f"Cycle takes a tuple of blocks, such as (Hamiltonian(), PriorDraw()), but got {odd[0]!r}.")
+        if not self.blocks:
             raise ValueError("Cycle() has no blocks: give at least one, such as Cycle((Hamiltonian(), PriorDraw())).")
 
     @property
