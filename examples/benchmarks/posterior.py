@@ -85,7 +85,7 @@ def main(smoke: bool = False) -> None:
     few = {"chains": 8 if smoke else 64, "warmup": 5 if smoke else 25, "draws": 4 if smoke else 150}
     of_prior = torch.randn(many["chains"], 2, dtype=torch.float64)
     of_particles = prior.flow.inv(particles.draws(many["chains"])) / prior.scale
-    turns = {"x_base": Cycle((Hamiltonian(most_steps=16), PriorDraw(), PriorDraw(), PriorDraw()))}
+    turns = {"x_base": Cycle((Hamiltonian(most_steps=16), PriorDraw()))}
     shared = {"seed": 0, "progress": False}
     for name, sampler in {
         "HMC in noise": HMC(start={"x_base": of_prior}, most_steps=16, **many, **shared),
