@@ -12,6 +12,7 @@ from inference.adversarial_vi import AdversarialVI
 from inference.blocks import (
     AdaptiveWalk,
     Conjugate,
+    Cycle,
     EllipticalSlice,
     Enumerate,
     Gaussian,
@@ -53,6 +54,7 @@ __all__ = [
     "BoundLoss",
     "Conjugate",
     "ContrastiveDivergence",
+    "Cycle",
     "Cyclical",
     "Denoising",
     "Draw",

@@ -171,10 +171,8 @@ def demoted(program: Program, block: Block, note: str, certificate: float, trial
     Returns:
         The new blocks and their notes; the old one if there is nothing below.
     """
-    from inference.blocks import AdaptiveWalk, Enumerate, GuideDraw, PriorDraw, Slice
-
     reason = f"demoted from {block.update}: certificate {certificate:.0e}"
-    if isinstance(block, (AdaptiveWalk, Enumerate, GuideDraw, PriorDraw, Slice)) and block.elements is not None:
+    if block.elements is not None:
         return [(block, note) if block.is_scan else (block.scanning(), "; ".join(filter(None, (note, reason))))]
     if note.startswith(_ASKED):
         return [(block, note)]

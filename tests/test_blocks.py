@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ import scipy.stats
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from inference import (
     AdaptiveWalk,
     Conjugate,
+    Cycle,
     EllipticalSlice,
     Enumerate,
     Gaussian,
@@ -615,6 +618,54 @@ def test_slices_cross_between_two_peaks() -> None:
     assert_certified(posterior)
 
 
+FAR = array(9.0)
+TURNS = Cycle((Hamiltonian(), PriorDraw()))
+
+
+def test_a_cycle_goes_where_one_of_its_blocks_cannot() -> None:
+    """Peaks at ±3 with a barrier of 18 nats between them, all chains begun at the lower one: trajectories alone stay there,
+    with draws of the prior in turn both peaks have their weight."""
+    m, weights = _two_peaks(9.0)
+    start = {"m": torch.full((64,), -3.0, dtype=torch.float64)}
+    alone = fitted(two_peaks, FAR, blocks={"m": Hamiltonian()}, start=start).draws["m"]
+    assert bool((alone < 0).all())
+    posterior = fitted(two_peaks, FAR, blocks={"m": TURNS}, start=start, draws=100)
+    draws = posterior.draws["m"]
+    assert_mean(draws, weights @ m)
+    assert_mean(draws.square(), weights @ m**2)
+    assert_mean((draws > 0).double(), weights @ (m > 0))
+    assert_certified(posterior)
+    assert posterior.plan is not None and posterior.plan["m"].update == "HMC, Prior"
+
+
+def test_a_run_of_a_cycle_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"chains": 2, "warmup": 5, "blocks": {"m": TURNS}, "seed": 0, "progress": False}
+    Gibbs(draws=5, checkpoint=tmp_path, **settings).fit(two_peaks, FAR)
+    longer = Gibbs(draws=9, **settings)
+    assert torch.equal(longer.resume(tmp_path, two_peaks, FAR).draws["m"], longer.fit(two_peaks, FAR).draws["m"])
+
+
+def test_elements_tied_where_a_cycle_comes_to_move_in_turn() -> None:
+    """As for one block: what a part of it took for independent is found out in warm-up, and its note says so."""
+    posterior = fitted(tied_far_out, array(9.0, 1.0), blocks={"count": Cycle((PriorDraw(), Slice()))}, draws=10)
+    assert posterior.plan is not None and "demoted from Prior, Slice" in posterior.plan["count"].note
+    assert_certified(posterior)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "sentence"),
+    [
+        ((), ValueError, "no blocks: give at least one"),
+        (Hamiltonian(), TypeError, "takes a tuple of blocks, such as .*but got Hamiltonian"),
+        ((Hamiltonian(), "Prior"), TypeError, "takes a tuple of blocks, such as .*but got 'Prior'"),
+    ],
+    ids=["none", "no tuple", "a string"],
+)
+def test_a_cycle_says_what_it_is_made_of(blocks: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        Cycle(blocks)
+
+
 def test_slices_move_on_the_support_of_a_site() -> None:
     """Rates in unconstrained coordinates: the Jacobian is in. rate | y ~ Gamma(2 + y, 1.5)."""
 
@@ -954,7 +1005,8 @@ def test_a_demotion_is_the_same_in_every_run() -> None:
 @pytest.mark.parametrize(
     "block", [Slice(), AdaptiveWalk(), PriorDraw(), GuideDraw(walked_guide)], ids=lambda block: type(block).__name__
 )
-def test_elements_that_are_wrongly_taken_for_independent_are_found_out(block: Any) -> None:
+@pytest.mark.parametrize("is_in_cycle", [False, True], ids=["alone", "in a cycle"])
+def test_elements_that_are_wrongly_taken_for_independent_are_found_out(block: Any, is_in_cycle: bool) -> None:
     """Elements tied by a factor, which is forgotten."""
     density, trials = at_trials(walked_normal, Y)
     bound = block.bind(("m",), density, trials)
@@ -962,6 +1014,7 @@ def test_elements_that_are_wrongly_taken_for_independent_are_found_out(block: An
     owner = torch.full_like(bound.elements.owners[0], 12)
     owner[:12] = each  # the factor and the Jacobian are nobody's
     bound = dataclasses.replace(bound, elements=Elements(each, (each,), (owner,), 12))
+    bound = Cycle((PriorDraw().bind(("m",), density, trials), bound), sites=("m",)) if is_in_cycle else bound
     state, worst = bound.init(density, trials), 0.0
     for _ in range(3):
         state, trials, move = bound.step(state, density, trials, 10)
@@ -992,6 +1045,7 @@ REFUSALS: list[tuple[Any, Block, str]] = [
     ("parts", Enumerate(), r"Enumerate\(\) needs sites with finitely many values, but 'parts' is not one"),
     ("m", Enumerate(by_element=True), r"needs sites with finitely many values, but 'm' is not one"),
     ("z", Hamiltonian(), r"Hamiltonian\(\) needs continuous sites, but 'z' is discrete"),
+    ("flat", Cycle((Hamiltonian(), PriorDraw())), r"PriorDraw\(\) cannot draw 'flat' from its prior, which is improper"),
 ]
 
 
@@ -1035,6 +1089,7 @@ def blocks_of_every_kind() -> Iterator[tuple[str, Callable[..., None], tuple[Ten
     yield "PriorDraw", plated, (Y,), {"m": PriorDraw()}
     yield "GuideDraw", plated, (Y,), {"m": GuideDraw(plated_guide)}
     yield "Enumerate", lattice, (Y,), {"spin": Enumerate(by_element=True)}
+    yield "Cycle", plated, (Y,), {"m": Cycle((PriorDraw(), AdaptiveWalk()))}
 
 
 EVERY = [*blocks_of_every_kind()]
@@ -1057,7 +1112,7 @@ def test_a_block_moves_its_sites_only_and_knows_the_log_joint(name: str, program
         assert torch.allclose(moved.log_joint, density.joint(moved.values), rtol=1e-12)
         assert move.acceptance.shape == (8,) and move.log_ratio is not None and bool((move.log_ratio.abs() < 1e-8).all())
         current = moved
-    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(state), strict=True))
 
 
 def test_real_sites_join_and_split() -> None:

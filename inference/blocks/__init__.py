@@ -4,6 +4,7 @@ from inference.blocks.block import Block, Current, Move
 from inference.blocks.chain import GaussianChain
 from inference.blocks.conjugate import Conjugate
 from inference.blocks.constant import Constant
+from inference.blocks.cycle import Cycle
 from inference.blocks.elliptical import EllipticalSlice
 from inference.blocks.enumerate import Enumerate
 from inference.blocks.gaussian import Gaussian
@@ -21,6 +22,7 @@ __all__ = [
     "Conjugate",
     "Constant",
     "Current",
+    "Cycle",
     "EllipticalSlice",
     "Enumerate",
     "Gaussian",

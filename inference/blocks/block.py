@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.density import Density
+from inference.terms import Elements
 
 __all__ = [
     "Block",
@@ -79,6 +80,20 @@ class Block(abc.ABC):
     def note(self) -> str:
         """What a plan says beside the update."""
         return ""
+
+    @property
+    def elements(self) -> Elements | None:
+        """Which elements of its sites it accepts on their own; None if all move together."""
+        return None
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether one element moves after the other, so that nothing is taken for independent."""
+        return True
+
+    def scanning(self) -> Self:
+        """The same block, one element after the other."""
+        return self
 
     def bind(self, sites: Sequence[str], density: Density, trials: Current) -> Self:
         """The block for these sites.

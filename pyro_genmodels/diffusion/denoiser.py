@@ -82,7 +82,8 @@ class Denoiser(nn.Module, abc.ABC):
         """α_t and σ_t in shapes that multiply ``x``."""
         if not isinstance(t, Tensor):
             raise TypeError(f"t is a tensor, of one time or one per row, but is {t!r}. Give torch.tensor({t!r}).")
-        return per_row(self.schedule.alpha(t), x), per_row(self.schedule.sigma(t), x)
+        alpha, sigma = self.schedule.levels(self.schedule.log_snr(t))
+        return per_row(alpha, x), per_row(sigma, x)
 
 
 def data_from(prediction: Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ class Network(Denoiser):
         alpha, sigma = self.at(x, t)
         spread = (self.deviation**2 + (sigma / alpha).square()).sqrt()
         is_plain = self.prediction in PREDICTIONS
-        output = self._output(x if is_plain else x / (alpha * spread), t, context)
+        output = self._output(x if is_plain else (1.0 / (alpha * spread)) * x, t, context)
         variance = None
         if self.learns_variance:
             output, logits = output.chunk(2, 1)
@@ -186,8 +187,8 @@ class Network(Denoiser):
                 "and twice the size of dimension 1 with learns_variance=True."
             )
         if self.prediction == "preconditioned":
-            kept = (self.deviation / spread).square() * (x / alpha)
-            return Denoised(kept + self.deviation * sigma / (alpha * spread) * output, variance)
+            kept, gained = (self.deviation / spread).square() / alpha, self.deviation * sigma / (alpha * spread)
+            return Denoised(kept * x + gained * output, variance)
         return Denoised(data_from(self.prediction, output, x, alpha, sigma), variance)
 
     def _output(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:

@@ -1,6 +1,11 @@
 """How likely data are under a denoiser: by the probability flow, by the variational bound, by the errors of denoising.
 
-Three estimates by different routes, which agree where the denoiser is exact; where they differ, it is not.
+Three estimates by different routes, which agree where the denoiser is exact. Of a network, in the mean over data,
+
+    bound → errors of denoising = E log p − ½ ∫ E‖x̂ − x̂_0‖² dγ,  flow ≤ E log p
+
+with N → ∞ steps, p their density, x̂ its denoiser, and γ the ratio of signal to noise. The flow has a density of its own,
+which is neither above nor below the others by law.
 """
 
 from __future__ import annotations

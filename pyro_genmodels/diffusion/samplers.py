@@ -194,8 +194,8 @@ def noises(noise: Tensor | None, x: Tensor, count: int) -> Iterator[Tensor]:
 
 def _blend(step: Step, x: Tensor, mean: Tensor) -> Tensor:
     """The exact step if x̂_0 did not change: σ_s/σ_t x_t + (α_s − α_t σ_s/σ_t) x̂_0."""
-    kept = step.next_sigma / step.sigma
-    return kept * x + (step.next_alpha - step.alpha * kept) * mean
+    kept = (step.next_sigma / step.sigma).item()
+    return (kept * x).add(mean, alpha=step.next_alpha.item() - step.alpha.item() * kept)
 
 
 def ddim(denoiser: Denoiser, x: Tensor, grid: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
@@ -318,14 +318,16 @@ def dpm_solver_pp_2m(denoiser: Denoiser, x: Tensor, grid: Tensor) -> Tensor:
         C. Lu, Y. Zhou, F. Bao, J. Chen, C. Li, J. Zhu, DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
         Probabilistic Models (2023), algorithm 2.
     """
-    last: tuple[Tensor, Tensor] | None = None  # x̂_0 and width of the step before
-    for step in path(denoiser, x, grid):
-        mean = denoiser(x, step.t).mean
+    last: tuple[Tensor, float] | None = None  # x̂_0 and width of the step before
+    steps = path(denoiser, x, grid)
+    logs = _log_scales(steps)
+    for step, before, after in zip(steps, logs, logs[1:]):
+        mean, width = denoiser(x, step.t).mean, before - after
         ahead = mean
         if last is not None and not step.is_last:
-            ahead = mean + 0.5 * step.width / last[1] * (mean - last[0])
+            ahead = mean.lerp(last[0], -0.5 * width / last[1])
         x = _blend(step, x, ahead)
-        last = mean, step.width
+        last = mean, width
     return x
 
 
@@ -349,9 +351,11 @@ def dpm_solver_pp_3m(denoiser: Denoiser, x: Tensor, grid: Tensor, is_corrected: 
     if is_corrected:
         return _multistep(denoiser, x, grid, order=3, corrects=False)
     means: list[Tensor] = []
-    widths: list[Tensor] = []
-    for step in path(denoiser, x, grid):
-        mean, width = denoiser(x, step.t).mean, step.width
+    widths: list[float] = []
+    steps = path(denoiser, x, grid)
+    logs = _log_scales(steps)
+    for step, before, after in zip(steps, logs, logs[1:]):
+        mean, width = denoiser(x, step.t).mean, before - after
         ahead = _blend(step, x, mean)
         if step.is_last or not means:
             x = ahead
@@ -361,7 +365,7 @@ def dpm_solver_pp_3m(denoiser: Denoiser, x: Tensor, grid: Tensor, is_corrected: 
             first, second = widths[-1] / width, widths[-2] / width
             slope, slope_before = (mean - means[-1]) / first, (means[-1] - means[-2]) / second
             bend = (slope - slope_before) / (first + second)
-            phi_2 = torch.expm1(-width) / width + 1.0
+            phi_2 = math.expm1(-width) / width + 1.0
             phi_3 = phi_2 / width - 0.5
             x = ahead + step.next_alpha * (phi_2 * (slope + first * bend) - phi_3 * bend)
         means, widths = [*means, mean][-2:], [*widths, width][-2:]
@@ -392,49 +396,73 @@ def unipc(denoiser: Denoiser, x: Tensor, grid: Tensor, order: int = 3) -> Tensor
 
 def _multistep(denoiser: Denoiser, x: Tensor, grid: Tensor, order: int, corrects: bool) -> Tensor:
     """Exponential multistep method: predictor of this order, corrector of one more."""
-    known: list[tuple[Tensor, Tensor]] = []  # log s and x̂_0 there, the latest first
+    known: list[tuple[float, Tensor]] = []  # log s and x̂_0 there, the latest first
     steps = path(denoiser, x, grid)
-    for step in steps:
+    logs = _log_scales(steps)
+    for step, after in zip(steps, logs[1:]):
         if not known:
-            known = [(step.scaled[0].log(), denoiser(x, step.t).mean)]
+            known = [(logs[0], denoiser(x, step.t).mean)]
         if step.is_last:
             return _blend(step, x, known[0][1])
         is_first = len(known) == 1 and step is steps[0]
-        after = step.scaled[1].log()
-        ahead = _polynomial(step, x, known[:order])
+        ahead = _polynomial(step, x, after, known[:order], known[0][0])
         if step is steps[-1] and not (is_first and order > 1) and not corrects:
             return ahead
         value = denoiser(ahead, step.earlier).mean
         if is_first and order > 1:  # Euler's error here would stay, whatever comes after
-            ahead = _polynomial(step, x, [(after, value), *known])
+            ahead = _polynomial(step, x, after, [(after, value), *known], known[0][0])
             if step is not steps[-1]:
                 value = denoiser(ahead, step.earlier).mean
         elif corrects:
-            ahead = _polynomial(step, x, [(after, value), *known[:order]])
+            ahead = _polynomial(step, x, after, [(after, value), *known[:order]], known[0][0])
         x, known = ahead, [(after, value), *known][: order + 1]
     return x
 
 
-def _polynomial(step: Step, x: Tensor, known: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """σ_s/σ_t x + α_s ∫_0^h exp(u − h) P(u) du, with P the polynomial through known values of x̂_0."""
-    width, start = step.width.item(), step.scaled[0].log().item()
-    places = torch.tensor([(start - place.item()) / width for place, _ in known], dtype=torch.float64)
-    powers = torch.arange(len(known), dtype=torch.float64)  # of u/h, which is 0 now and 1 after the step
-    # moments of exp(u − h) over [0, h] in powers of u/h: by parts m_0 = 1 − e^(−h), m_p = 1 − p m_(p−1) / h
+def _log_scales(steps: Sequence[Step]) -> list[float]:
+    """log s at the times of a grid, (N + 1,), as numbers: a tensor of one number costs as much as one of thousands."""
+    scaled = [steps[0].scaled[0], *(step.scaled[1] for step in steps)]
+    found: list[float] = torch.stack(scaled).log().tolist()
+    return found
+
+
+def _polynomial(step: Step, x: Tensor, after: float, known: Sequence[tuple[float, Tensor]], before: float) -> Tensor:
+    """σ_s/σ_t x + α_s ∫_0^h exp(u − h) P(u) du, with P the polynomial through known values of x̂_0.
+
+    Args:
+        step: From t to s.
+        x: x_t.
+        after: log s at its end.
+        known: log s and x̂_0 there, at most four.
+        before: log s at its beginning.
+    """
+    width = before - after
+    moments = _moments(width, len(known))
+    places = [(before - place) / width for place, _ in known]  # in u/h, which is 0 now and 1 after the step
+    alpha = step.next_alpha.item()
+    moved = x * (step.next_sigma / step.sigma).item()
+    for i, (_, value) in enumerate(known):
+        weight, powers = 1.0, [1.0]  # Lagrange's polynomial of this place: 1 here, 0 at the others
+        for place in places[:i] + places[i + 1 :]:
+            weight /= places[i] - place
+            powers = [left - place * right for left, right in zip([0.0, *powers], [*powers, 0.0])]
+        moved = moved.add(value, alpha=alpha * weight * sum(a * b for a, b in zip(powers, moments)))
+    return moved
+
+
+def _moments(width: float, count: int) -> list[float]:
+    """Of exp(u − h) over [0, h] in powers of u/h from 0: by parts m_0 = 1 − exp(−h), m_p = 1 − p m_(p−1) / h."""
     moments = [-math.expm1(-width)]
-    if width > 1.0:
-        for power in range(1, len(known)):
+    for power in range(1, count):
+        if width > 1.0:
             moments.append(1.0 - power * moments[-1] / width)
-    else:  # that would cancel: m_p = Σ_j p! (−1)^j h^(j+1) / (p + j + 1)!
-        for power in range(1, len(known)):
-            total = term = width / (power + 1)
-            for j in range(1, 20):
-                term *= -width / (power + 1 + j)
-                total += term
-            moments.append(total)
-    weights = torch.linalg.solve(places[None, :] ** powers[:, None], torch.tensor(moments, dtype=torch.float64))
-    blended = sum(weight * value for weight, (_, value) in zip(weights.tolist(), known))
-    return step.next_sigma / step.sigma * x + step.next_alpha * blended
+            continue
+        total = term = width / (power + 1)  # that would cancel: m_p = Σ_j p! (−1)^j h^(j+1) / (p + j + 1)!
+        for j in range(1, 20):
+            term *= -width / (power + 1 + j)
+            total += term
+        moments.append(total)
+    return moments
 
 
 class StepPosterior(NamedTuple):
