@@ -183,6 +183,26 @@ class LDA(GenerativeModel):
             gamma = alpha.expand(len(lengths), -1) if x is None else folded_in(x, weights, alpha)
             pyro.sample("shares", dist.Dirichlet(gamma))
 
+    @torch.no_grad()
+    def guess(self, values: Mapping[str, Tensor], x: Tensor, size: int | None = None) -> None:
+        """Puts the guide where ``SVI(start=...)`` says: λ_k = β + φ_k · (expected tokens of topic k).
+
+        The bound of mean field has many maxima, those near topics at random far below those near good topics; so let ``EM``
+        of a collapsed model look for them.
+
+        Args:
+            values: ``topics``, (K, V), and ``shares``, (documents, K); without the latter topics are equally common.
+            x: Documents, (documents, cells, 2).
+            size: Not used.
+        """
+        if "topics" not in values:
+            return
+        lengths = self._lengths(x, size).to(values["topics"])
+        shares = values.get("shares", lengths.new_full((len(lengths), self.components), 1.0 / self.components))
+        tokens = lengths @ shares.to(lengths)
+        beta = self._concentrations()[1].to(lengths)
+        self.guesses["topics"].copy_((beta + tokens[:, None] * values["topics"]).log())
+
     def _lengths(self, x: Tensor | None, size: int | None) -> Tensor:
         """Tokens of each document, (documents,)."""
         if x is not None:
