@@ -120,7 +120,10 @@ def test_the_guide_has_the_best_shares_for_its_topics(monkeypatch: pytest.Monkey
 
 
 def test_the_guide_starts_where_it_is_told() -> None:
-    """λ_k = β + n_k φ_k, with n_k = Σ_d N_d θ_dk, of topics and shares that are given; equal n_k without shares. (In single precision.)"""
+    """λ_k = β + n_k φ_k, with n_k = Σ_d N_d θ_dk, of topics and shares that are given; equal n_k without shares.
+
+    Data are integers, so that what is given comes in single precision.
+    """
     model, topics = lda().double(), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).double()
     shares = torch.tensor([[0.9, 0.1], [0.25, 0.75]]).double()
     tokens = 4.0 * shares[0] + 3.0 * shares[1]

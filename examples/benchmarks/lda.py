@@ -4,10 +4,12 @@
 
 2,246 documents, K = 50, α = 0.1, β = 0.01; every tenth document is held out. Whoever found the topics, the shares of the
 held-out documents are fitted to one half of their tokens by the same code (``bags.folded``), and the perplexity is that of
-the other half. EM takes α + 1 and β + 1, whose maximum stands for the mean (Asuncion et al., 2009), as does SVI with a point
-for its guide; collapsed (CVB0) it takes α and β. Seconds are those of a whole fit, our looking at the program and planning
-included, without the reading of the data: of the wall, and of the processor, in which two workers count twice. A row with
-several draws averages p(word | document) over them.
+the other half. The posterior has many modes and the bound of mean field many maxima: from topics at random each back-end
+needs a search of its own, from those that collapsed EM has found it only has to say how sure they are (``--ends``). EM
+takes α + 1 and β + 1, whose maximum stands for the mean (Asuncion et al., 2009), as does SVI with a point for its guide;
+collapsed (CVB0) it takes α and β. Seconds are those of a whole fit, our looking at the program and planning included,
+without the reading of the data: of the wall, and of the processor, in which two workers count twice. A row with several
+draws averages p(word | document) over them.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class LDA(GenerativeModel):
     density has no maximum, as it is infinite where a share is 0. ``EM`` of a collapsed model therefore finds means instead,
     by averages of z given the averages of all other tokens (CVB0), which is the fastest way to good topics. Otherwise
     ``EM(maximise=("shares", "topics"))`` should be given a model with α + 1 and β + 1, whose maximum stands for the mean
-    under α and β.
+    under α and β. Other back-ends search less well: give ``Gibbs(start=...)`` and ``SVI(start=...)`` what EM has found.
 
     Sites: ``topics`` (K, V), ``shares`` (documents, K), ``x`` (documents, cells, 2). Plates: ``components``, ``documents``.
 
