@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guided", "Independent", "Linked", "Movable", "Persistent",
-    "Prepared", "Programmed", "Scored", "Started", "Stepped", "Surrogate", "Tempered", "Unnormalised", "Unsupported",
+    "Augmented", "Backend", "Blocked", "Draw", "Fitted", "Guessing", "Guided", "Independent", "Linked", "Movable",
+    "Persistent", "Prepared", "Programmed", "Scored", "Started", "Stepped", "Surrogate", "Tempered", "Unnormalised",
+    "Unsupported",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -64,6 +65,17 @@ class Guided(Protocol):
 
     def guide(self, *args: Any, **kwargs: Any) -> Any:
         """The guide, of the same arguments."""
+
+
+@runtime_checkable
+class Guessing(Guided, Protocol):
+    """A model whose guide can be put near given values, such as another back-end has found: ``SVI(start=...)``."""
+
+    def guess(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        """Sets the weights of the guide, in place, from site to value and the arguments of the program.
+
+        Sites that are not among the values stay where the guide has them.
+        """
 
 
 @runtime_checkable

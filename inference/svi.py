@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from inference.bounds import ELBO, Bound, Particles
-from inference.contract import Backend, Draw, Tempered, Unsupported
+from inference.contract import Backend, Draw, Guessing, Tempered, Unsupported
 from inference.density import Density, Unconstrained
 from inference.distributed import check_shards
 from inference.enumeration import log_normalizer
@@ -39,7 +39,7 @@ from inference.networks import first_not_finite
 from inference.objective import Objective
 from inference.particles import Weigher
 from inference.program import Program
-from inference.start import ascended, starting_values
+from inference.start import ascended, given_values, starting_values
 from inference.training import (
     NOT_FINITE,
     PowerAverage,
@@ -357,7 +357,14 @@ class SVI(Backend[SVIState, SVIInfo]):
         chosen = self.guide if self.guide is not None else program.guide
         automatic = isinstance(chosen, type) and issubclass(chosen, AutoGuide)
         if self.start is not None and not automatic and chosen is not None:
-            raise Unsupported("start= sets where an automatic guide starts; a guide of your own starts where it says.")
+            if self.guide is not None or not isinstance(program.owner, Guessing):
+                raise Unsupported(
+                    "start= sets where an automatic guide starts, or the guide of a model with a method guess(values, ...); "
+                    "another guide starts where it says. Leave out start=, or take guide=AutoNormal."
+                )
+            values = given_values(program, self.start, 1)
+            args, kwargs = program.arguments()
+            program.owner.guess({name: value[0] for name, value in values.items()}, *args, **kwargs)
         if chosen is None and not program.latents:
             return Guide(_nothing)
         if chosen is None or automatic:

@@ -26,7 +26,7 @@ ROWS = {
     "diffusion_prior": ("prior", "led", "led, weighed", "exact", "camera inferred"),
     "gan_ring": ("data", "hinge, R1", "non-saturating, R1", "weighed draws", "MetropolisHastings", "HMC"),
     "infogan_digits": ("information", "training digits", "draws"),
-    "missing_values": ("mean", "KNNImputer", "IterativeImputer", "GMM(1), EM"),
+    "missing_values": ("SimpleImputer", "KNNImputer", "IterativeImputer", "GMM(1), EM", "GMM(1), Gibbs"),
     "mnist_vae": ("bound", "log p(x)", "active units"),
     "missing_pixels": ("mean", "pseudo-Gibbs", "exact"),
     "parallel_lines": ("sigma 0.0, theta 0.01", "sigma 0.2, theta 1.00"),

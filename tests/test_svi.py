@@ -464,3 +464,39 @@ def test_a_program_that_hides_nothing_is_fitted_by_maximum_likelihood() -> None:
     posterior = svi(steps=600, learning_rate=0.02).fit(counts, y)
     assert float(posterior.weights["log_rate"]) == pytest.approx(float(y.mean().log()), abs=1e-4)
     assert posterior.point() == {}
+
+
+class Level(nn.Module):
+    """μ ~ N(0, 1), y_n ~ N(μ, 1), with a normal guide that can be put at a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def model(self, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(self.at.new_zeros(()), 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(self, y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(self.at, 0.1))
+
+
+class Told(Level):
+    @torch.no_grad()
+    def guess(self, values: dict[str, Tensor], y: Tensor) -> None:
+        self.at.copy_(values["mu"])
+
+
+def test_the_guide_of_a_model_starts_where_it_is_told() -> None:
+    told = Told()
+    svi(start={"mu": 0.3}, steps=1, learning_rate=1e-9).fit(told, Y)
+    assert told.at.item() == pytest.approx(0.3, abs=1e-8)
+    with pytest.raises(ValueError, match="names 'nu'"):
+        svi(start={"nu": 0.3}).fit(Told(), Y)
+
+
+def test_a_guide_that_cannot_be_told_where_to_start_is_refused_with_what_to_do() -> None:
+    for guide in (None, Level().guide):
+        with pytest.raises(Unsupported, match="guide of a model with a method guess"):
+            svi(start={"mu": 0.3}, guide=guide).fit(Level(), Y)

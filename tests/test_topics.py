@@ -119,6 +119,21 @@ def test_the_guide_has_the_best_shares_for_its_topics(monkeypatch: pytest.Monkey
     assert float(grad(bound)(gamma).abs().max()) < 1e-8
 
 
+def test_the_guide_starts_where_it_is_told() -> None:
+    """λ_k = β + n_k φ_k, with n_k = Σ_d N_d θ_dk, of topics and shares that are given; equal n_k without shares.
+
+    Data are integers, so that what is given comes in single precision.
+    """
+    model, topics = lda().double(), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).double()
+    shares = torch.tensor([[0.9, 0.1], [0.25, 0.75]]).double()
+    tokens = 4.0 * shares[0] + 3.0 * shares[1]
+    backend = SVI(start={"topics": topics, "shares": shares}, steps=1, learning_rate=1e-12, draws=1, seed=0, progress=False)
+    backend.fit(model, TINY)
+    assert_close(model.guesses["topics"].detach().exp(), BETA + tokens[:, None] * topics, rtol=3e-7, atol=0.0)
+    model.guess({"topics": topics}, TINY)
+    assert_close(model.guesses["topics"].detach().exp(), BETA + 3.5 * topics)
+
+
 def test_the_state_of_a_model_makes_another_like_it() -> None:
     model = lda()
     model.prepare(TINY)

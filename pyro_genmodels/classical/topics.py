@@ -35,7 +35,7 @@ class LDA(GenerativeModel):
     density has no maximum, as it is infinite where a share is 0. ``EM`` of a collapsed model therefore finds means instead,
     by averages of z given the averages of all other tokens (CVB0), which is the fastest way to good topics. Otherwise
     ``EM(maximise=("shares", "topics"))`` should be given a model with α + 1 and β + 1, whose maximum stands for the mean
-    under α and β.
+    under α and β. Other back-ends search less well: give ``Gibbs(start=...)`` and ``SVI(start=...)`` what EM has found.
 
     Sites: ``topics`` (K, V), ``shares`` (documents, K), ``x`` (documents, cells, 2). Plates: ``components``, ``documents``.
 
@@ -182,6 +182,26 @@ class LDA(GenerativeModel):
         with pyro.plate("documents", len(lengths)):
             gamma = alpha.expand(len(lengths), -1) if x is None else folded_in(x, weights, alpha)
             pyro.sample("shares", dist.Dirichlet(gamma))
+
+    @torch.no_grad()
+    def guess(self, values: Mapping[str, Tensor], x: Tensor, size: int | None = None) -> None:
+        """Puts the guide where ``SVI(start=...)`` says: λ_k = β + φ_k · (expected tokens of topic k).
+
+        The bound of mean field has many maxima, those near topics at random far below those near good topics; so let ``EM``
+        of a collapsed model look for them.
+
+        Args:
+            values: ``topics``, (K, V), and ``shares``, (documents, K); without the latter topics are equally common.
+            x: Documents, (documents, cells, 2).
+            size: Not used.
+        """
+        if "topics" not in values:
+            return
+        lengths = self._lengths(x, size).to(values["topics"])
+        shares = values.get("shares", lengths.new_full((len(lengths), self.components), 1.0 / self.components))
+        tokens = lengths @ shares.to(lengths)
+        beta = self._concentrations()[1].to(lengths)
+        self.guesses["topics"].copy_((beta + tokens[:, None] * values["topics"]).log())
 
     def _lengths(self, x: Tensor | None, size: int | None) -> Tensor:
         """Tokens of each document, (documents,)."""
