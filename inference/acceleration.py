@@ -106,7 +106,7 @@ def _proposed(site: Site, start: Tensor, middle: Tensor, end: Tensor, a: Tensor)
     if bool(is_inside.all()):
         return found
     transform = site.transform
-    free = transform(_extrapolated(*(transform.inv(value) for value in (start, middle, end)), a))
+    free = transform(_extrapolated(transform.inv(start), transform.inv(middle), transform.inv(end), a))
     free = torch.where(_wide(_finite(free, site), site), free, end)
     return torch.where(_wide(is_inside, site), found, free)
 
