@@ -420,6 +420,9 @@ class Random(Staged):
         self._rewind(before)
         return self.function(*inputs)
 
+    def first(self, *inputs: Any) -> Any:
+        return self(*inputs)[0]
+
     def _numbers(self) -> Tensor:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 

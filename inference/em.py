@@ -12,6 +12,8 @@ References:
     A. Dempster, N. Laird and D. Rubin, Maximum likelihood from incomplete data via the EM algorithm (1977).
     X.-L. Meng and D. Rubin, Maximum likelihood estimation via the ECM algorithm (1993).
     B. Delyon, M. Lavielle and E. Moulines, Convergence of a stochastic approximation version of the EM algorithm (1999).
+    R. Varadhan and C. Roland, Simple and globally convergent methods for accelerating the convergence of any EM algorithm
+        (2008): ``acceleration="squarem"`` (``inference.acceleration``).
     O. Cappé and E. Moulines, On-line expectation-maximization algorithm for latent data models (2009).
 """
 
