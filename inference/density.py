@@ -9,6 +9,9 @@ A run climbs as far as its configuration pays for: the rung follows from the num
 asks for and the size of the graph alone. ``PYRO_GENMODELS_RUNG`` set to one of the names forbids the rungs above it. A
 rung is tried once a function has been called a dozen times (a long one, four times) with inputs of the same shapes, and
 trusted after its values have equalled those of the rung below at three different inputs.
+
+Of a graph that is trusted, the first result can be had alone (``Staged.first``): what only the others need is left out, such
+as the log-density where its gradient is all that is wanted.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
-from inference.graphs import elements, fold, merge
+from inference.graphs import elements, fold, functional, merge, shortened
 from inference.program import Program
 from inference.projection import project
 from inference.recording import Draft, assuming, draft, is_assuming, quicken, unlikely
 from inference.rerolling import reroll
 from inference.rows import rewritten
 
-__all__ = ["RUNGS", "Density", "Random", "Staged", "Unconstrained", "highest_rung"]
+__all__ = ["RUNGS", "Density", "Random", "Slope", "Staged", "Unconstrained", "highest_rung"]
 
 RUNGS = ("looped", "vmapped", "staged", "compiled")
 _CHECKS = 2
@@ -50,6 +53,8 @@ _LONG = 500  # nodes of a graph that may have loops
 _SECONDS_PER_NODE = 5e-6  # dispatch of one tensor operation, measured
 _SECONDS_PER_ELEMENT = 5e-10  # of one element of its result, that goes to memory and comes back
 _SECONDS_TO_COMPILE = (5.0, 0.02)  # constant and per node, measured on two cores without a cache
+_SECONDS_TO_COMPILE_AGAIN = 2.5  # the constant, once the compiler is there
+_SECONDS_PER_ELEMENT_LESS = 2.5e-9  # that a compiled graph saves by what it leaves out: logarithms of rows, and their sums
 _MOST_CODES, _LARGEST_CONSTANTS = 32, 2**24  # graphs whose machine code is kept, bytes of the constants of one
 _ENOUGH = sys.maxsize
 _COMPILER: dict[str, Any] = {
@@ -94,7 +99,8 @@ def _translated(error: Exception, name: str) -> Exception:
 class _Variant:
     """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for.
 
-    ``plain`` is the graph before its rows were projected, while that is on trial.
+    ``plain`` is the graph before its rows were projected, while that is on trial. ``first`` gives the first result alone,
+    once it has been asked for; ``is_whole`` if it was refused a graph of its own, since that gave something else.
     """
 
     calls: int = 0
@@ -106,6 +112,8 @@ class _Variant:
     strides: list[list[int]] | None = None
     is_compiled: bool = False
     is_plain: bool = False
+    first: Callable[..., Any] | None = None
+    is_whole: bool = False
 
     @property
     def rung(self) -> str:
@@ -115,7 +123,7 @@ class _Variant:
     def interpret(self) -> None:
         """Takes the graph as it is."""
         assert self.graph is not None
-        self.run, self.is_compiled = quicken(self.graph).forward, False
+        self.run, self.is_compiled, self.first = quicken(self.graph).forward, False, None
 
 
 class Staged:
@@ -169,7 +177,7 @@ class Staged:
     def calls(self) -> dict[str, Any]:
         """For each shape of the inputs, how often it was called and on which rung it is: what json can hold."""
         now = {
-            repr(key): [v.calls, v.checks, v.evaluations, v.rung, v.strides, v.is_plain, self.evaluations]
+            repr(key): [v.calls, v.checks, v.evaluations, v.rung, v.strides, v.is_plain, v.is_whole, self.evaluations]
             for key, v in self._variants.items()
         }
         exact = {} if self.exact is None else self.exact.calls
@@ -189,9 +197,9 @@ class Staged:
         """What is known of inputs of this shape from an earlier run, with its graph."""
         if repr(key) not in self._past:
             return _Variant()
-        calls, checks, evaluations, rung, strides, is_plain, asked = self._past[repr(key)]
+        calls, checks, evaluations, rung, strides, is_plain, is_whole, asked = self._past[repr(key)]
         self.evaluations = max(self.evaluations, asked)
-        variant = _Variant(calls, is_plain=is_plain)
+        variant = _Variant(calls, is_plain=is_plain, is_whole=is_whole)
         if rung:
             pairs = zip(leaves, strides, strict=True)
             alike = [torch.empty_strided(leaf.shape, s, dtype=leaf.dtype, device=leaf.device) for leaf, s in pairs]
@@ -215,10 +223,48 @@ class Staged:
         self.exact.evaluations = self.evaluations
         return self.exact(*inputs)
 
+    def first(self, *inputs: Any) -> Any:
+        """The first of the results alone, without what only the others need; if compiled, equal up to rounding.
+
+        Until a graph is trusted it is taken from all results; so it is of a program with products of rows, where it may be
+        another that shows the rounding.
+        """
+        if is_assuming() or (self.exact is not None and self.has_rows is not None and self.has_rows()):
+            return self(*inputs)[0]
+        leaves = _leaves(_sorted(inputs))
+        variant = self._variants.get(_key(leaves))
+        if variant is None or variant.run is None or variant.checks or variant.evaluations < self.evaluations:
+            return self._evaluated(*inputs)[0]
+        with torch.no_grad():
+            return self._shorten(variant, leaves) if variant.first is None else variant.first(*leaves)
+
+    def _shorten(self, variant: _Variant, leaves: list[Tensor]) -> Any:
+        """Finds the graph of the first result, held once against that of all."""
+        whole, graph = variant.run, variant.graph
+        assert whole is not None and graph is not None
+        variant.first = lambda *leaves: whole(*leaves)[0]
+        expected = variant.first(*leaves)
+        if variant.is_whole:
+            return expected
+        short = fold(merge(functional(shortened(graph)))).written()
+        if variant.is_compiled:
+            nodes, saved = len(short.graph.nodes), elements(graph) - elements(short)
+            per_node = _SECONDS_TO_COMPILE[1]
+            if self.evaluations * saved * _SECONDS_PER_ELEMENT_LESS <= _SECONDS_TO_COMPILE_AGAIN + per_node * nodes:
+                return expected
+        run = self._machine_code(short, leaves, variant) if variant.is_compiled else quicken(short).forward
+        found = expected if run is None else run(*leaves)
+        if run is None or not _equal(found, expected):
+            _log.info("%s: the first result alone was another; running the graph of all results.", self.name)
+            variant.is_whole = True
+            return expected
+        variant.first = run
+        return found
+
     def _evaluated(self, *inputs: Any) -> Any:
-        inputs = tuple({name: x[name] for name in sorted(x)} if isinstance(x, dict) else x for x in inputs)
+        inputs = _sorted(inputs)
         leaves = _leaves(inputs)
-        key = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
+        key = _key(leaves)
         with torch.no_grad():
             variant = self._variants.get(key)
             if variant is None:
@@ -305,17 +351,24 @@ class Staged:
         variant.evaluations = self.evaluations
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
             return
+        assert variant.graph is not None
+        compiled = self._machine_code(variant.graph, leaves, variant)
+        if compiled is not None:
+            variant.run, variant.is_compiled, variant.first = compiled, True, None
+            variant.checks, self.rung, variant.evaluations = _CHECKS, "compiled", _ENOUGH
+
+    def _machine_code(self, graph: fx.GraphModule, leaves: list[Tensor], variant: _Variant) -> Callable[..., Any] | None:
+        """A graph compiled; None if the compiler does not take it."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
-                assert variant.graph is not None and variant.strides is not None
-                compiled = _compiled(variant.graph, leaves, variant.strides)
+                assert variant.strides is not None
+                compiled = _compiled(graph, leaves, variant.strides)
                 compiled(*leaves)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
-            return
-        variant.run, variant.is_compiled, variant.checks, self.rung = compiled, True, _CHECKS, "compiled"
-        variant.evaluations = _ENOUGH
+            return None
+        return compiled
 
     def _step_down(self, variant: _Variant, leaves: list[Tensor], expected: Any) -> None:
         plain = None if variant.is_compiled or variant.plain is None else variant.plain.written()
@@ -327,7 +380,7 @@ class Staged:
             variant.graph, variant.plain, variant.is_plain, variant.checks = plain, None, True, _CHECKS
             variant.interpret()
         else:
-            variant.graph = variant.run = variant.plain = None
+            variant.graph = variant.run = variant.plain = variant.first = None
             self.rung = "vmapped"
 
     def _pays_to_compile(self) -> bool:
@@ -367,6 +420,9 @@ class Random(Staged):
         self._rewind(before)
         return self.function(*inputs)
 
+    def first(self, *inputs: Any) -> Any:
+        return self(*inputs)[0]
+
     def _numbers(self) -> Tensor:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
@@ -402,6 +458,16 @@ class Random(Staged):
         with assuming() as conditions:
             found = self.function(*tree_unflatten(list(leaves), structure))
         return found, torch.stack(conditions).any() if conditions else None
+
+
+def _sorted(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same trees, with the entries of each in the order of their names."""
+    return tuple({name: x[name] for name in sorted(x)} if isinstance(x, dict) else x for x in inputs)
+
+
+def _key(leaves: list[Tensor]) -> Hashable:
+    """What a graph is recorded for."""
+    return tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
 
 
 def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -454,6 +520,8 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
 def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Any]:
     """A copy of a graph that returns its results as one tuple, and the structure that they had."""
     flat = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in flat.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # constants may be laid out in another way than those recorded
     (output,) = flat.graph.find_nodes(op="output")
     leaves, structure = tree_flatten(fx.node.map_aggregate(output.args[0], lambda leaf: leaf))
     output.args = (tuple(leaves),)
@@ -551,6 +619,26 @@ class Unconstrained:
             transform = self.transforms[name]
             total = total + transform.log_abs_det_jacobian(unconstrained, transform(unconstrained)).sum()
         return total
+
+
+class Slope:
+    """A log-density over positions, all else given: (chain, size) -> (gradient, value), or the gradient alone.
+
+    Args:
+        staged: Takes positions and other values, returns the gradient (chain, size) and the value (chain,).
+        others: The other values, for a number of chains.
+    """
+
+    def __init__(self, staged: Staged, others: Callable[[int], Mapping[str, Tensor]]) -> None:
+        self.staged, self.others = staged, others
+
+    def __call__(self, position: Tensor) -> Any:
+        return self.staged(position, self.others(len(position)))
+
+    def gradient(self, position: Tensor) -> Tensor:
+        """The gradient where the value is not wanted, (chain, size)."""
+        found: Tensor = self.staged.first(position, self.others(len(position)))
+        return found
 
 
 class Density:

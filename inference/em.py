@@ -12,6 +12,8 @@ References:
     A. Dempster, N. Laird and D. Rubin, Maximum likelihood from incomplete data via the EM algorithm (1977).
     X.-L. Meng and D. Rubin, Maximum likelihood estimation via the ECM algorithm (1993).
     B. Delyon, M. Lavielle and E. Moulines, Convergence of a stochastic approximation version of the EM algorithm (1999).
+    R. Varadhan and C. Roland, Simple and globally convergent methods for accelerating the convergence of any EM algorithm
+        (2008): ``acceleration="squarem"`` (``inference.acceleration``).
     O. Cappé and E. Moulines, On-line expectation-maximization algorithm for latent data models (2009).
 """
 
@@ -26,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from inference.acceleration import Path
 from inference.blocks import Own
 from inference.blocks.block import Move, is_certified
 from inference.conditionals import Conditional, Points
@@ -39,6 +42,7 @@ from inference.expectation import (
     Enumerated,
     Expectation,
     GaussianLatents,
+    Moved,
     PositiveLatents,
     Sampled,
     Sampler,
@@ -103,6 +107,7 @@ class EMState(NamedTuple):
         distance: Estimated relative distance to the fixed point, (restart,).
         step: Number of steps taken, ().
         roles: What is done with each site.
+        path: Of an accelerated run, where it is within its cycle; else None.
     """
 
     values: dict[str, Tensor]
@@ -118,6 +123,7 @@ class EMState(NamedTuple):
     distance: Tensor
     step: Tensor
     roles: Roles
+    path: Path | None = None
 
 
 class EMInfo(NamedTuple):
@@ -157,6 +163,9 @@ class EM(Backend[EMState, EMInfo]):
             Mini-batches and draws take all steps, and return the mean over the last half of them.
         restarts: Number of starting points, all run at once; the best wins.
         objective: "map" maximises p(data, θ); "mle" leaves out the priors of what is maximised.
+        acceleration: "squarem" extrapolates from every two steps to where they lead, and takes that where the objective does
+            not fall (Varadhan and Roland 2008); None takes plain steps. The fixed points are the same. Needs an exact E-step
+            on all rows, and sites to maximise rather than weights.
         hard: Whether to take the most probable values of the finite sites instead of averaging over them. There are no
             standard errors then: the labels are taken for known.
         maximise: Names of the sites to maximise instead of those above.
@@ -183,6 +192,7 @@ class EM(Backend[EMState, EMInfo]):
     tolerance: float = 1e-6
     restarts: int = 1
     objective: str = "map"
+    acceleration: str | None = None
     hard: bool = False
     maximise: Collection[str] | None = None
     batch_size: int | None = None
@@ -202,6 +212,8 @@ class EM(Backend[EMState, EMInfo]):
     def init(self, program: Program) -> EMState:
         if self.objective not in ("map", "mle"):
             raise ValueError(f"objective is '{self.objective}', but must be 'map' or 'mle'.")
+        if self.acceleration not in (None, "squarem"):
+            raise ValueError(f"acceleration is {self.acceleration!r}, but must be 'squarem' or None.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, but must be positive.")
         if self.e_step is not None and not isinstance(self.e_step, (Gibbs, MarginalSampler)):
@@ -219,6 +231,7 @@ class EM(Backend[EMState, EMInfo]):
         if program.weights and self.restarts > 1:
             raise Unsupported("EM trains the weights of the program in place, which allows for one restart only.")
         self._check_batches(program, averaged)
+        self._check_acceleration(program, owned)
         task = self._task(program, maximised)
         given = given_values(program, self.start, self.restarts)
         seen = program if owned else self._thinned(program, averaged, maximised)
@@ -236,6 +249,11 @@ class EM(Backend[EMState, EMInfo]):
             # labels of all rows, which the first step does not look at
             values |= {name: _first(program.latents[name], self.restarts) for name in averaged}
         restarts = len(next(iter(values.values()))) if values else self.restarts
+        if self.acceleration is not None and roles.expectation.is_random:
+            raise Unsupported(
+                f"acceleration= needs an exact E-step, but {', '.join(roles.expectation.sites)} can only be averaged over "
+                "draws. Leave acceleration= out."
+            )
         state = _fresh(values, restarts, roles._replace(task=task))
         return state._replace(points=points, memory=roles.expectation.init(values, task))
 
@@ -289,8 +307,9 @@ class EM(Backend[EMState, EMInfo]):
         if is_given:
             chosen = torch.arange(self.restarts, device=program.device)
         else:
+            plain = dataclasses.replace(self, acceleration=None)
             for _ in range(0 if is_alone else _PILOT_STEPS):
-                pilot, _ = self.step(pilot, program)
+                pilot, _ = plain.step(pilot, program)
             chosen = _ranked(pilot.objective)[: self.restarts]
         if program.is_long:  # another number of restarts would have to be recorded anew, for longer than the copies take
             copies = torch.arange(pilots, device=program.device) % self.restarts
@@ -364,6 +383,22 @@ class EM(Backend[EMState, EMInfo]):
                     f"batch_size needs rows that are independent given what is maximised, but '{name}' is averaged and not "
                     f"in the plate '{program.row_plates[0]}'. Take all rows, or name it in maximise=."
                 )
+
+    def _check_acceleration(self, program: Program, owned: tuple[tuple[str, ...], ...]) -> None:
+        if self.acceleration is None:
+            return
+        if program.weights:
+            raise Unsupported(
+                f"acceleration= goes back where an extrapolation lowers the objective, but EM trains the weights of "
+                f"{program.name} in place. Leave acceleration= out."
+            )
+        if self._is_batched(program):
+            raise Unsupported("acceleration= needs the objective of all rows in every step. Leave it out, or batch_size=.")
+        if owned:
+            raise Unsupported(
+                f"acceleration= needs steps that never lower the objective, but those that {program.name} brings for "
+                f"{', '.join(owned[0])} may. Leave acceleration= out."
+            )
 
     def _expectation(self, values: dict[str, Tensor], averaged: tuple[str, ...], task: Completed) -> Expectation:
         """How the continuous averaged sites are handled."""
@@ -460,11 +495,8 @@ class EM(Backend[EMState, EMInfo]):
         is_random = is_batched or roles.expectation.is_random
         half = self.steps // 2
         adapts = half if count < half else 0
-        before = task.theta(state.values) | _copied(program.weights)
-        moved = roles.expectation.step(state.memory, state.values, task, batch, adapts)
-        state = state._replace(memory=moved.memory, values={**state.values, **moved.values}, rows=rows)
-        log_z, weights = task.expect(state.values, moved.particles, batch)
-        objective = batch.processes.mean((log_z - batch.scale * moved.log_q).mean(1))
+        state, moved, weights = self._averages(state._replace(rows=rows), batch, adapts)
+        before, objective = task.theta(state.values) | _copied(program.weights), state.objective
         state = self._owned_step(state)
         if is_random:
             # draws: all of them count anew until the last half; batches: each one counts less than the last from the start
@@ -477,12 +509,46 @@ class EM(Backend[EMState, EMInfo]):
             change = _relative_change(before, state.values | program.weights, state.points, like=objective)
             ratio = (change / state.change).clamp(0.0, 0.999).nan_to_num(nan=0.0)
             distance = torch.where(change == 0, change, change * ratio / (1 - ratio) + 0.1 * change)
-            if count < 2 and bool((change > 0).any()):
+            if state.path is not None:
+                path = state.path.moved(
+                    program.latents, before, task.theta(state.values), _sizes(before, state.points, objective)
+                )
+                state, distance = state._replace(path=path), change * path.slowness
+            if count < (2 if state.path is None else 4) and bool((change > 0).any()):
                 distance = distance + math.inf
             state = state._replace(change=change, distance=distance)
             is_done = bool((distance <= self.tolerance).all())
-        state = state._replace(objective=objective, step=state.step + 1)
+        state = state._replace(step=state.step + 1)
         return state, EMInfo(objective, distance, torch.tensor(is_done))
+
+    def _averages(self, state: EMState, batch: Batch, adapts: int) -> tuple[EMState, Moved, Weights]:
+        """The E-step, and the objective; of an accelerated run where the last cycle leads to, if it is no lower there."""
+        path = state.path
+        if self.acceleration is not None and path is None and not state.roles.expectation.is_random:
+            path = Path.begin(state.roles.task.theta(state.values), state.objective)
+            state = state._replace(path=path)
+        if path is None or not bool(path.jumps.any()):
+            return self._expected(state, batch, adapts)
+        plain, task = state.values, state.roles.task
+        jumped = state._replace(values={**plain, **path.trial(task.theta(plain))})
+        found = self._expected(jumped, batch, adapts)
+        reached = state.objective - _rounding(state.objective) * (1.0 + state.objective.abs())
+        is_good = ~path.jumps | (found[0].objective >= reached)
+        path = path.judged(is_good)
+        if not bool(is_good.all()):
+            chosen = {name: _where(is_good, jumped.values[name], plain[name]) for name in task.maximised}
+            found = self._expected(state._replace(values={**plain, **chosen}), batch, adapts)
+        return found[0]._replace(path=path), *found[1:]
+
+    @staticmethod
+    def _expected(state: EMState, batch: Batch, adapts: int) -> tuple[EMState, Moved, Weights]:
+        """The E-step, and the objective, at the values."""
+        task = state.roles.task
+        moved = state.roles.expectation.step(state.memory, state.values, task, batch, adapts)
+        state = state._replace(memory=moved.memory, values={**state.values, **moved.values})
+        log_z, weights = task.expect(state.values, moved.particles, batch)
+        objective = batch.processes.mean((log_z - batch.scale * moved.log_q).mean(1))
+        return state._replace(objective=objective), moved, weights
 
     def _exact_step(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
         """Raises Q, or leaves it."""
@@ -669,13 +735,19 @@ def _take(
     if not proposed:
         return state, reached
     expected = state.roles.task.expected({**state.values, **proposed}, particles, weights, batch)
-    rounding = 1e-13 if expected.dtype == torch.float64 else 1e-5
-    good = expected >= reached - rounding * (1.0 + reached.abs())
-    kept = {
-        name: torch.where(good.reshape(-1, *(1,) * (value.dim() - 1)), value, state.values[name])
-        for name, value in proposed.items()
-    }
+    good = expected >= reached - _rounding(expected) * (1.0 + reached.abs())
+    kept = {name: _where(good, value, state.values[name]) for name, value in proposed.items()}
     return state._replace(values={**state.values, **kept}), torch.where(good, expected, reached)
+
+
+def _rounding(objective: Tensor) -> float:
+    """By how much an objective may fall, relatively, for no other reason."""
+    return 1e-13 if objective.dtype == torch.float64 else 1e-5
+
+
+def _where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Values (restart, *site), new in the good restarts."""
+    return torch.where(good.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
 def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -737,10 +809,18 @@ def _relative_change(
     Or relative to its standard deviation, where that is larger: a mean of centred data is zero but for rounding.
     """
     changes = [torch.zeros_like(like)]
-    for name, value in before.items():
+    for name, size in _sizes(before, points, like).items():
+        moved = (after[name].detach() - before[name]).abs().reshape(len(like), -1).amax(-1)
+        changes.append(moved / size)
+    return torch.stack(changes).amax(0)
+
+
+def _sizes(values: Mapping[str, Tensor], points: Mapping[str, Points], like: Tensor) -> dict[str, Tensor]:
+    """What changes of values are small or large beside, site to (restart,): see ``_relative_change``."""
+    sizes = {}
+    for name, value in values.items():
         size = value.abs().reshape(len(like), -1).amax(-1)
         if name in points and points[name].spread.shape == value.shape:
             size = torch.maximum(size, points[name].spread.nan_to_num(0.0, 0.0).reshape(len(like), -1).amax(-1))
-        moved = (after[name].detach() - value).abs().reshape(len(like), -1).amax(-1)
-        changes.append(moved / size.clamp(min=torch.finfo(value.dtype).tiny))
-    return torch.stack(changes).amax(0)
+        sizes[name] = size.clamp(min=torch.finfo(value.dtype).tiny)
+    return sizes

@@ -42,7 +42,7 @@ from inference.conditionals import (
     Points,
     PowerGammaConditional,
 )
-from inference.density import Density, Unconstrained
+from inference.density import Density, Staged, Unconstrained
 from inference.distributed import ALONE, Processes
 from inference.enumeration import Factor, Part, draw_back, eliminate, factors, plates_of, total
 from inference.messages import WIDEST_GAUSSIAN, Family, Gaussian, candidates
@@ -820,6 +820,18 @@ class _GivenDensity:
         staged = self.density.draw(sites, evaluations)
         return lambda values, uniforms: staged({**values, **self.given}, uniforms)
 
-    def unconstrained(self, coordinates: Unconstrained, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        staged = self.density.unconstrained(coordinates, *args, **kwargs)
-        return lambda position, others: staged(position, {**others, **self.given})
+    def unconstrained(self, coordinates: Unconstrained, *args: Any, **kwargs: Any) -> _GivenStaged:
+        return _GivenStaged(self.density.unconstrained(coordinates, *args, **kwargs), self.given)
+
+
+class _GivenStaged:
+    """A staged function of positions and other values, some of which are given."""
+
+    def __init__(self, staged: Staged, given: Values) -> None:
+        self.staged, self.given = staged, given
+
+    def __call__(self, position: Tensor, others: Values) -> Any:
+        return self.staged(position, {**others, **self.given})
+
+    def first(self, position: Tensor, others: Values) -> Any:
+        return self.staged.first(position, {**others, **self.given})

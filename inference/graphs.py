@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import copy
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "merge",
     "meta",
     "operation",
+    "shortened",
     "signature",
     "unite",
 ]
@@ -40,7 +42,8 @@ def _written_anew(graph: Graph) -> Graph:
 def fold(graph: Graph) -> Graph:
     """Evaluates once, in place, what does not depend on the inputs of a graph: data, constants and priors.
 
-    What an in-place operation may write to is left alone: a constant that is written to would remember.
+    What an in-place operation may write to is left alone: a constant that is written to would remember. Factors of 1 are
+    left out, and what is the same along a dimension takes memory for one of them.
     """
     unsteady = changing(graph)
     known: dict[fx.Node, Any] = {}
@@ -53,11 +56,13 @@ def fold(graph: Graph) -> Graph:
         elif node.op == "call_function" and node not in unsteady and all(i in known for i in node.all_input_nodes):
             arguments = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
             known[node] = node.target(*arguments[0], **arguments[1])
+        elif node not in unsteady and (source := _times_one(node, known)) is not None:
+            node.replace_all_uses_with(source)
     for node, value in known.items():
         needed = node.op == "call_function" and any(user not in known for user in node.users)
         if needed and isinstance(value, Tensor):
             name = f"_folded_{len(graph._buffers)}"  # of no constant that is there from an earlier time
-            graph.register_buffer(name, value.contiguous(), persistent=False)
+            graph.register_buffer(name, _compact(value), persistent=False)
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(name))
     for node in reversed(list(known)):  # also checks for errors, which dead-code elimination keeps
@@ -65,6 +70,42 @@ def fold(graph: Graph) -> Graph:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _is_mutable(node))
     return _written_anew(graph)
+
+
+def _times_one(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node | None:
+    """The factor of a product whose other factor is a constant of ones, if that is its value."""
+    if node.op != "call_function" or node.target is not _aten.mul.Tensor:
+        return None
+    left, right = node.args[:2]
+    for source, other in ((left, right), (right, left)):
+        if isinstance(source, fx.Node) and isinstance(other, fx.Node) and other in known and "val" in source.meta:
+            is_alike = source.meta["val"] == node.meta.get("val")  # neither wider nor of another type
+            if is_alike and bool((known[other] == 1).all()):
+                return source
+    return None
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _compact(value: Tensor) -> Tensor:
+    """The same values, whose memory holds one of what is the same along a dimension, bit for bit."""
+    if value.is_complex() or (value.is_floating_point() and value.element_size() not in _BITS):
+        return value.contiguous()
+    kept = value.view(_BITS[value.element_size()]) if value.is_floating_point() else value
+    for dim in range(kept.dim()):
+        if kept.shape[dim] > 1 and bool((kept == kept.narrow(dim, 0, 1)).all()):
+            kept = kept.narrow(dim, 0, 1)
+    kept = kept.contiguous() if kept.shape == value.shape else kept.clone(memory_format=torch.contiguous_format)
+    return kept.view(value.dtype).expand(value.shape)
+
+
+def shortened(graph: fx.GraphModule) -> Draft:
+    """A copy of a graph with a tuple of results that returns the first of them alone; the rest is dead code in it."""
+    short = Draft(dict(graph.named_buffers()), copy.deepcopy(graph.graph))
+    (output,) = short.graph.find_nodes(op="output")
+    output.args = (output.args[0][0],)
+    return short
 
 
 def merge(graph: Graph) -> Graph:
@@ -228,8 +269,9 @@ def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that an in-place operation writes to."""
     if node.target in _WRITES_UNSAID:
         return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
-    pairs = zip(declared, node.args, strict=False)
+    given = dict(enumerate(node.args)) | node.kwargs
+    declared = enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+    pairs = [(argument, given.get(i, given.get(argument.name))) for i, argument in declared]
     written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
     return [value for value in written if isinstance(value, fx.Node)]
 

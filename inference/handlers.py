@@ -227,6 +227,8 @@ class Arithmetic(TorchFunctionMode):
             return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
         if name == "__setitem__":
             return self._write(func, *args)
+        if name == "binary_cross_entropy_with_logits" and _is_elementwise(kwargs or {}):
+            return (1.0 - args[1]) * args[0] - _LogSigmoid.apply(args[0])
         if name == "expand":
             wide = func(*args, **(kwargs or {}))
             self.expanded[id(wide)] = wide, args[0]
@@ -347,6 +349,39 @@ def _refuse_wide(shapes: list[torch.Size], widest: int) -> None:
             f"Enumerating the finite sites jointly needs a table of {width:,} entries (at most {widest:,}). "
             "Update these sites one at a time."
         )
+
+
+def _is_elementwise(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a loss is neither weighted nor summed."""
+    return kwargs.get("reduction") == "none" and {name for name in kwargs if kwargs[name] is not None} == {"reduction"}
+
+
+class _LogSigmoid(torch.autograd.Function):
+    """log σ(x), with one operation for a slope, σ(−x): where that is all that is wanted, no logarithm is taken.
+
+    torch's loss for Bernoulli variables, below a transform, has two exponentials and a dozen operations for both.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * torch.sigmoid(-x)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * torch.sigmoid(-x)
 
 
 class _SafeLog(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inference.contract import Backend, Draw, Unsupported
-from inference.density import Unconstrained
+from inference.density import Slope, Unconstrained
 from inference.fit import Sample
 from inference.plan import Plan, Update
 from inference.program import Program
@@ -100,7 +100,7 @@ class MarginalSampler(Backend[MarginalState, MarginalInfo]):
     def _parts(self, program: Program) -> tuple[Unconstrained, Callable[[Tensor], Any]]:
         coordinates = Unconstrained(program, program.continuous)
         staged = program.density.unconstrained(coordinates, program.finite, gradient=self.needs_gradient)
-        return coordinates, lambda position: staged(position, program.chain_data(len(position)))
+        return coordinates, Slope(staged, program.chain_data)
 
     def init(self, program: Program) -> MarginalState:
         stuck = [name for name in program.latents if name not in (*program.continuous, *program.finite)]

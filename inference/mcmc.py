@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "Gradient",
+    "GradientAlone",
     "HamiltonianAdaptation",
     "HamiltonianInfo",
     "HamiltonianKernel",
@@ -123,6 +124,14 @@ class Moments(NamedTuple):
 
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class GradientAlone(Protocol):
+    """A log-density that can leave its value out."""
+
+    def gradient(self, position: Tensor) -> Tensor:
+        """Its gradient at positions, (chain, D)."""
 
 
 def pushed(vector: Tensor, factor: Tensor) -> Tensor:
@@ -343,6 +352,8 @@ class HamiltonianKernel:
 
         H(q, p) = −log π(q) + ½ |p|²   in coordinates scaled by ``scale``
 
+    The value of π is asked for at the ends of a trajectory only, if the density can leave it out (``GradientAlone``).
+
     Args:
         step_size: ε, a scalar, or (group,).
         length: Longest trajectory, in time, of the same shape; the trajectory takes ⌈jitter · length / ε⌉ steps.
@@ -374,13 +385,17 @@ class HamiltonianKernel:
         leap = _Leap(self.scale, move)
         momentum = leap.kicked(momentum, gradient, leap.half)
         last = int(steps.max()) - 1
+        between = density.gradient if isinstance(density, GradientAlone) else lambda q: density(q)[0]
         for i in range(last + 1):
             drift, kick = leap.whole, leap.half if i == last else leap.whole
             if steps.dim():  # chains that have arrived stand still
                 drift = leap.of(torch.where(steps > i, move, 0.0))
                 kick = leap.of(torch.where(steps > i + 1, move, 0.5 * torch.where(steps > i, move, 0.0)))
             position = leap.drifted(position, momentum, drift)
-            gradient, log_density = density(position)
+            if i < last:
+                gradient = between(position)
+            else:
+                gradient, log_density = density(position)
             momentum = leap.kicked(momentum, gradient, kick)
         new_energy = 0.5 * momentum.square().sum(-1) - log_density
         error = (new_energy - energy).nan_to_num(nan=math.inf)

@@ -459,7 +459,7 @@ class Program:
             self.moving = {name: moving(found) for name, found in supports.items()}
             check_data(self, traces, self.observed)
             self._leaf_of = self._leaves_observed(traces)
-            self._check_randomness(traces)
+            self._check_randomness(self._settings(traces))
             if not self._is_fixed and not self.is_changing:
                 self.is_changing = self._is_read(traces[0])
             self._resized = resized(traces) if self.is_changing else set()
@@ -520,7 +520,9 @@ class Program:
             if is_same:
                 check_data(self, [trace], self.observed)
                 self._leaf_of = self._leaves_observed([trace])
-                self._check_randomness([trace])
+                settings = self._settings([trace])
+                del trace  # which holds a parameter of each row
+                self._check_randomness(settings)
         return is_same
 
     def _along(self, site: str, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[Plate, ...]:
@@ -711,8 +713,11 @@ class Program:
         dims = [dim - site.event_dim for plate, dim in self.frames[name].items() if plate in self.row_plates]
         return torch.cat(parts, dims[0])
 
-    def _check_randomness(self, traces: list[poutine.Trace]) -> None:
-        settings = [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]
+    def _settings(self, traces: list[poutine.Trace]) -> list[dict[str, Tensor]]:
+        """The latent values of each trace."""
+        return [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]
+
+    def _check_randomness(self, settings: list[dict[str, Tensor]]) -> None:
         if not self.latents or self.is_simulated:
             return
         if self.is_changing and any(self._latents_at(values) != values.keys() for values in settings):

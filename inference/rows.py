@@ -28,6 +28,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["FEWEST", "Known", "Rows", "Statistics", "gaussian", "is_rewritten", "log_sum", "rewritten", "weighted"]
 
@@ -36,6 +37,7 @@ _WIDEST = 2**27  # numbers in a table of statistics
 _LEAST_TABLE = 2**15  # entries of a table; smaller ones are formed
 _CHUNK, _LEAST_CHUNK = 2**15, 512  # entries of a table that stay in a cache, and the least number of rows at once
 _CHUNK_ON_GPU = 2**24
+_ROWS = 2**13  # whose statistics are made at once
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # bound on the error of the log-probability of one row
 
 _is_rewritten: ContextVar[bool] = ContextVar("is_rewritten", default=False)
@@ -124,15 +126,38 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, is_full: bool) -> Statistics:
         """Of rows (row, column), with products of columns or with squares only."""
-        centre, unit = x.mean(0), x.std(0, correction=0)
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        u = (x - centre) / unit
-        if is_full:
-            i, j = torch.tril_indices(u.shape[-1], u.shape[-1], device=u.device)
-            table = torch.cat([u, u[:, i] * u[:, j]], -1)
-        else:
-            table = torch.cat([u, u.square()], -1)
+        centre, unit = cls._frame(x)
+        table = _monomials((x - centre) / unit, is_full)
         return cls(table, table.abs().amax(0), centre, unit)
+
+    @classmethod
+    def of_data(cls, x: Tensor, is_full: bool) -> Statistics:
+        """The same of rows that are no part of a computation, in no more memory than the table's."""
+        centre, unit = cls._frame(x)
+        width = x.shape[-1]
+        table = x.new_empty(len(x), width + (width * (width + 1) // 2 if is_full else width))
+        for part, rows in zip(table.split(_ROWS), x.split(_ROWS), strict=True):
+            part.copy_(_monomials((rows - centre) / unit, is_full))
+        return cls(table, torch.maximum(table.amax(0), -table.amin(0)), centre, unit)
+
+    @staticmethod
+    def _frame(x: Tensor) -> tuple[Tensor, Tensor]:
+        centre, unit = x.mean(0), x.std(0, correction=0)
+        return centre, torch.where(unit > 0, unit, torch.ones_like(unit))
+
+
+def _monomials(u: Tensor, is_full: bool) -> Tensor:
+    """Columns (row, D), and their products or squares, side by side."""
+    if not is_full:
+        return torch.cat([u, u.square()], -1)
+    return torch.cat([u, *(u[:, i : i + 1] * u[:, : i + 1] for i in range(u.shape[-1]))], -1)  # as tril_indices are ordered
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Outside of every transform, recording and handler of tensors: what is made inside of one is good in there only."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 class Known:
@@ -152,8 +177,8 @@ class Known:
             return Statistics.of(x, is_full)
         key = id(value), is_full
         if key not in self._found:
-            with temporarily_clear_interpreter_stack():  # what is made inside of a transform is good in there only
-                self._found[key] = Statistics.of(value.reshape(x.shape), is_full)
+            with _apart():
+                self._found[key] = Statistics.of_data(value.reshape(x.shape), is_full)
         return self._found[key]
 
 

@@ -209,6 +209,7 @@ def rank() -> int:
 def em_is_that_of_one_process(folder: Path) -> None:
     for backend, model, data in [
         (EM(**QUIET, tolerance=1e-8, restarts=2), mixture, (X,)),
+        (EM(**QUIET, tolerance=1e-8, acceleration="squarem"), mixture, (X,)),
         (EM(**FEW, objective="mle", hard=True), GMM(2), (X,)),
         (EM(**FEW), line, (X, Y)),  # by L-BFGS
         (EM(**FEW), factor, (X,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -18,6 +19,9 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from inference import EM, HMC, Gibbs, MetropolisHastings, Unsupported
+from inference.acceleration import Path
+from inference.program import Program
+from inference.sites import Site
 from pyro_genmodels import GMM, datasets
 from pyro_genmodels.distributions import InverseWishart
 
@@ -669,3 +673,166 @@ def test_em_goes_on_from_its_own_point_with_what_a_program_computes() -> None:
     torch.testing.assert_close(then.point(), first.point())
     with pytest.raises(ValueError, match="start= names 'triple'"):
         EM(start={"triple": 1.0}, **options).fit(program, x[:, 0])
+
+
+# ------------------------------------------------------------------------------------------------ acceleration
+def overlapping(x: Tensor) -> None:
+    """Two normals of one width, so close that EM creeps."""
+    share = pyro.sample("share", dist.Dirichlet(2.0 * x.new_ones(2)))
+    with pyro.plate("component", 2):
+        centre = pyro.sample("centre", dist.Normal(x.new_zeros(2), 3.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(share))
+        pyro.sample("x", dist.Normal(centre[z], 1.0), obs=x)
+
+
+def one_factor(x: Tensor) -> None:
+    """Columns that one hidden number of each row moves."""
+    with pyro.plate("column", x.shape[1]):
+        loading = pyro.sample("loading", dist.Normal(0.0, 3.0))
+        noise = pyro.sample("noise", dist.InverseGamma(2.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1) * loading, noise.sqrt()).to_event(1), obs=x)
+
+
+OVERLAPPING = torch.cat([normal(150, seed=1), normal(50, seed=2) + 2.5])
+CREEPING: dict[str, tuple[Any, Tensor, dict[str, Tensor], float]] = {  # least gain in E-steps
+    "mixture": (overlapping, OVERLAPPING, {"share": torch.tensor([0.5, 0.5]), "centre": torch.tensor([0.0, 0.3])}, 3.0),
+    "factor": (
+        one_factor,
+        normal(60, 1, seed=3) * torch.tensor([1.0, 0.3, -0.2, 0.2]) + normal(60, 4, seed=4),
+        {"loading": torch.full((4,), 0.1), "noise": torch.ones(4)},
+        2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CREEPING)
+def test_an_accelerated_run_ends_at_the_fixed_point_of_the_plain_one_in_fewer_e_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, x, start, gain = CREEPING[name]
+    count: list[int] = []
+    expected = EM._expected
+    monkeypatch.setattr(EM, "_expected", staticmethod(lambda *rest: (count.append(1), expected(*rest))[1]))
+    found = {}
+    for acceleration in (None, "squarem"):
+        count.clear()
+        options = {"steps": 5000, "tolerance": 1e-8, "standard_errors": False, "start": start}
+        posterior = em(acceleration=acceleration, **options).fit(program, x)
+        climb = posterior.history["log_joint"]
+        assert float(climb.diff().min()) >= -1e-12 * float(climb.abs().max())
+        found[acceleration] = posterior, len(count)
+    (plain, slow), (fast, quick) = found.values()
+    assert gain * quick < slow < 5000, (quick, slow)
+    for site, value in plain.point().items():
+        torch.testing.assert_close(fast.point()[site], value, rtol=1e-6, atol=1e-6)
+    assert float(fast.stats["lp"]) == pytest.approx(float(plain.stats["lp"]), rel=1e-12)
+
+
+def free(name: str, *shape: int, support: Any = constraints.real) -> Site:
+    def program() -> None:
+        pyro.sample(name, dist.ImproperUniform(support, torch.Size(), torch.Size(shape)))
+
+    return Program(program).latents[name]
+
+
+def test_squarem_leaps_to_the_end_of_a_geometric_approach() -> None:
+    """θ_t = θ* + λ^t e: three points determine the limit, whatever the direction and the unit."""
+    end, error = torch.tensor([[3.0, -200.0]]).double(), torch.tensor([[1.0, 50.0]]).double()
+    sites, units = {"value": free("value", 2)}, {"value": torch.tensor([200.0]).double()}
+    theta = [{"value": end + 0.95**t * error} for t in range(3)]
+    path = Path.begin(theta[0], torch.zeros(1).double())._replace(longest=torch.tensor([1e6]).double())
+    for before, after in itertools.pairwise(theta):
+        path = path.moved(sites, before, after, units)
+    torch.testing.assert_close(path.trial(theta[2])["value"], end)
+    torch.testing.assert_close(path.slowness, torch.tensor([1.0 / (1.0 - 0.95)]).double())
+
+
+@pytest.mark.parametrize(
+    ("support", "theta"),
+    [
+        (constraints.positive, [[0.9, 1.0], [0.5, 1.0], [0.2, 1.0]]),
+        (constraints.unit_interval, [[0.9, 0.0], [0.96, 0.0], [0.99, 0.0]]),
+        (constraints.simplex, [[0.5, 0.3, 0.2], [0.6, 0.32, 0.08], [0.65, 0.34, 0.01]]),
+        (constraints.positive_definite, [[[1.0, 0.5], [0.5, 1.0]], [[1.0, 0.8], [0.8, 1.0]], [[1.0, 0.95], [0.95, 1.0]]]),
+    ],
+    ids=["positive", "unit interval", "simplex", "positive definite"],
+)
+def test_an_extrapolation_stays_inside_the_support(support: Any, theta: list[Any]) -> None:
+    """On the scale of the program each of these would leave it; an element at the edge stays where it is."""
+    values = [{"value": torch.tensor([value]).double()} for value in theta]
+    event = support.event_dim
+    shape = values[0]["value"].shape[1:]
+    wrapped = constraints.independent(support, 1) if not event else support
+    sites, units = {"value": free("value", *shape, support=wrapped)}, {"value": torch.ones(1).double()}
+    path = Path.begin(values[0], torch.zeros(1).double())._replace(longest=torch.tensor([50.0]).double())
+    for before, after in itertools.pairwise(values):
+        path = path.moved(sites, before, after, units)
+    found = path.trial(values[2])["value"]
+    assert bool(path.jumps) and bool(wrapped.check(found).all()) and bool(found.isfinite().all())
+    assert not torch.equal(found, values[2]["value"]) or bool((values[2]["value"] == 0).any())
+
+
+def test_where_an_extrapolation_lowers_the_objective_the_plain_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, x, start, _ = CREEPING["mixture"]
+    options = {"steps": 12, "tolerance": 0.0, "standard_errors": False, "start": start}
+    plain = em(**options).fit(program, x)
+    trial = Path.trial
+
+    def lost(path: Path, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**trial(path, values), "centre": values["centre"] + 30.0}
+
+    monkeypatch.setattr(Path, "trial", lost)
+    refused = em(acceleration="squarem", **options).fit(program, x)
+    assert torch.equal(refused.history["log_joint"], plain.history["log_joint"])
+    assert torch.equal(refused.draws["centre"], plain.draws["centre"])
+
+
+def test_acceleration_of_what_it_cannot_be_of_is_refused_in_a_sentence() -> None:
+    x = OVERLAPPING
+    with pytest.raises(ValueError, match="acceleration is 'anderson', but must be 'squarem' or None."):
+        em(acceleration="anderson").fit(overlapping, x)
+    with pytest.raises(Unsupported, match="acceleration= needs the objective of all rows in every step"):
+        em(acceleration="squarem", batch_size=10).fit(overlapping, x)
+    with pytest.raises(Unsupported, match="EM trains the weights of Slope in place. Leave acceleration= out."):
+        em(acceleration="squarem").fit(Slope(), x)
+    with pytest.raises(
+        Unsupported, match="steps that never lower the objective, but those that Stepping brings for mean may"
+    ):
+        em(acceleration="squarem").fit(Stepping(), x)
+    with pytest.raises(Unsupported, match="acceleration= needs an exact E-step, but rate can only be averaged over draws"):
+        em(acceleration="squarem").fit(counted, torch.tensor([3.0, 0.0, 5.0, 9.0]).double())
+
+
+class Slope(nn.Module):
+    """A line whose slope is a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(()))
+
+    def model(self, x: Tensor) -> None:
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(level * self.slope, 1.0), obs=x)
+
+
+class Stepping:
+    """A mean with a step of its own."""
+
+    def model(self, x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def steps(self, x: Tensor) -> dict[tuple[str, ...], Any]:
+        return {("mean",): lambda values, memory: (values, memory)}
+
+
+def counted(y: Tensor) -> None:
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        rate = pyro.sample("rate", dist.Normal(level, 1.0))
+        pyro.sample("y", dist.Poisson(rate.exp()), obs=y)

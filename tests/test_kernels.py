@@ -492,6 +492,37 @@ def test_a_leapfrog_trajectory_preserves_volume(shape: str, monkeypatch: pytest.
     assert float((jacobian - torch.eye(6)).abs().max()) > 0.1
 
 
+class Counted:
+    """The banana, that counts how often its value is asked for."""
+
+    def __init__(self) -> None:
+        self.values, self.gradients = 0, 0
+
+    def __call__(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        self.values += 1
+        return banana_gradient(q)
+
+    def gradient(self, q: Tensor) -> Tensor:
+        self.gradients += 1
+        return banana_gradient(q)[0]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_trajectory_asks_for_the_density_at_its_end_only_and_goes_the_same_way(groups: int) -> None:
+    size = tensor(0.2) if groups == 1 else tensor([0.2, 0.3])
+    kernel = HamiltonianKernel(size, tensor(1.3).expand(groups).squeeze(), torch.ones(3, dtype=torch.float64), tensor(1.0))
+    position = torch.randn(20, 3, dtype=torch.float64)
+    counted, found = Counted(), []
+    for density in (banana_gradient, counted):
+        state = kernel.init(position, density)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            found.append(kernel.step(state, density))
+    for plain, alone in zip(*(state + info for state, info in found), strict=True):
+        assert torch.equal(plain, alone)
+    assert counted.values == 2 and counted.gradients == 6  # ⌈1.3 / 0.2⌉ steps
+
+
 def test_the_energy_error_of_a_trajectory_falls_with_the_square_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over one time: slope 2 within 0.1."""
     position = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

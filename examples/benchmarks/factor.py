@@ -3,8 +3,10 @@
     python examples/benchmarks/factor.py
 
 Complete table: scikit-learn's PCA is the closed form, its FactorAnalysis maximises exactly over the loadings in every step;
-ours averages over the factors, with the prior left out. Half of the table: the mean squared error of the deleted entries, in
-standard units, and how many of them intervals of 90 % hold. Seconds are those of one fit, compilation included.
+ours averages over the factors, with the prior left out, accelerated (SQUAREM) and from two starts: where the noise of a
+column goes to zero (a Heywood case) EM creeps, and another start may end at another such column. Half of the table: the mean
+squared error of the deleted entries, in standard units, and how many of them intervals of 90 % hold. Seconds are those of
+one fit, compilation included.
 """
 
 from __future__ import annotations
@@ -50,13 +52,14 @@ def complete(x: Tensor, factors: int) -> None:
             log_det = values[:factors].log().sum() + (len(values) - factors) * left.log()
             best = float(-0.5 * len(x) * (len(values) * (1.0 + math.log(2.0 * math.pi)) + log_det))
         print(f"{'scikit-learn ' + type(theirs).__name__:28}{best:16.3f}{seconds:10.2f}")
-        backend = EM(objective="mle", steps=500, standard_errors=False, seed=0, progress=False)
+        backend = EM(objective="mle", acceleration="squarem", restarts=2, steps=120, standard_errors=False, seed=0,
+                     progress=False)  # fmt: skip
         posterior, seconds = timed(lambda model=ours, backend=backend: backend.fit(model, x))
         climb = posterior.history["log_joint"]
         verdict = "" if float(climb[-1]) >= best - 1e-6 * abs(best) else "   MISS: below the peer by more than 1e-6"
         ROWS.add("log-likelihood", f"{name}({factors}), breast cancer, complete", float(climb[-1]), theirs=best,
                  peer="scikit-learn", is_less_better=False, is_difference=True, target=-1e-6 * abs(best))  # fmt: skip
-        print(f"{name + ', EM':28}{float(climb[-1]):16.3f}{seconds:10.2f}{len(climb):8}{verdict}")
+        print(f"{name + ', EM':28}{float(climb[-1]):16.3f}{seconds:10.2f}{len(climb):8}{verdict}", flush=True)
 
 
 def half(x: Tensor, numbers: list[int]) -> None:

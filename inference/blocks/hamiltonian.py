@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move
 from inference.contract import Unsupported
-from inference.density import Density, Unconstrained
+from inference.density import Density, Slope, Unconstrained
 from inference.mcmc import Gradient, HamiltonianAdaptation, HamiltonianKernel
 
 __all__ = ["Hamiltonian", "HamiltonianBlockState", "misled"]
@@ -55,7 +55,7 @@ class Hamiltonian(Block):
         coordinates = Unconstrained(density.program, self.sites)
         others = {name: value for name, value in values.items() if name not in self.sites}
         staged = density.unconstrained(coordinates, evaluations=_STEPS * density.evaluations)
-        return coordinates, lambda position: staged(position, others)
+        return coordinates, Slope(staged, lambda chains: others)
 
     def init(self, density: Density, current: Current) -> HamiltonianBlockState:
         coordinates, gradient = self._parts(density, current.values)
