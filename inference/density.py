@@ -32,12 +32,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
-from inference.graphs import elements, fold, merge
+from inference.graphs import elements, fold, functional, merge
+from inference.hoisting import Prelude, hoist
 from inference.program import Program
 from inference.projection import project
 from inference.recording import Draft, assuming, draft, is_assuming, quicken, unlikely
 from inference.rerolling import reroll
 from inference.rows import rewritten
+from inference.simplifying import simplified
 
 __all__ = ["RUNGS", "Density", "Random", "Staged", "Unconstrained", "highest_rung"]
 
@@ -94,14 +96,19 @@ def _translated(error: Exception, name: str) -> Exception:
 class _Variant:
     """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for.
 
-    ``plain`` is the graph before its rows were projected, while that is on trial.
+    ``plain`` is the graph before its rows were projected, while that is on trial; ``body`` what is left of the graph
+    without ``prelude``, which computes what depends on ``steady`` inputs alone (``inference.hoisting``).
     """
+
+    steady: tuple[int, ...] = ()
 
     calls: int = 0
     checks: int = 0
     evaluations: int = -1
     graph: fx.GraphModule | None = None
     plain: Draft | None = None
+    body: fx.GraphModule | None = None
+    prelude: Prelude | None = None
     run: Callable[..., Any] | None = None
     strides: list[list[int]] | None = None
     is_compiled: bool = False
@@ -115,7 +122,14 @@ class _Variant:
     def interpret(self) -> None:
         """Takes the graph as it is."""
         assert self.graph is not None
-        self.run, self.is_compiled = quicken(self.graph).forward, False
+        before, self.body = hoist(self.graph, self.steady)
+        self.prelude = None if before is None else Prelude(before, self.steady)
+        self.take(quicken(self.body).forward, is_compiled=False)
+
+    def take(self, body: Callable[..., Any], is_compiled: bool) -> None:
+        """Runs the body this way."""
+        self.run = body if self.prelude is None else self.prelude.around(body)
+        self.is_compiled = is_compiled
 
 
 class Staged:
@@ -125,6 +139,7 @@ class Staged:
         function: Takes trees of tensors without the chain axis, returns a tree of tensors.
         batched: For each argument, whether it has a chain axis.
         name: Of the program, for errors.
+        steady: For each argument, whether it is often the same tensors as at the call before.
         evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
         is_long: Whether a call without a graph is dear.
@@ -144,6 +159,7 @@ class Staged:
         batched: tuple[bool, ...],
         *,
         name: str = "The program",
+        steady: tuple[bool, ...] = (),
         evaluations: int = 0,
         rung: str | None = None,
         is_long: bool = False,
@@ -156,8 +172,9 @@ class Staged:
         self.exact = (
             None
             if has_rows is None
-            else Staged(rewritten(False)(function), batched, name=name, rung=rung, is_long=is_long, said=said)
+            else Staged(rewritten(False)(function), batched, name=name, steady=steady, rung=rung, is_long=is_long, said=said)
         )
+        self.steady = steady
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
         self.limit = highest_rung(rung)
         self.rung, self.nodes, self.elements = "", 0, 0
@@ -249,6 +266,12 @@ class Staged:
         except Exception as error:
             raise _translated(error, self.name) from error
 
+    def _steady_leaves(self, structure: Any) -> tuple[int, ...]:
+        """The numbers of the tensors of those arguments that seldom change."""
+        counts = [child.num_leaves for child in structure.children()]
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        return tuple(leaf for leaf, i in enumerate(owners) if i < len(self.steady) and self.steady[i])
+
     def _is_alike(self, run: Callable[..., Any], leaves: list[Tensor], expected: Any) -> bool:
         """Whether a graph gives what the function gave."""
         return _equal(run(*leaves), expected)
@@ -278,9 +301,11 @@ class Staged:
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
+        graph = fold(merge(simplified(functional(graph))))
         self.nodes, self.elements = len(graph.graph.nodes), elements(graph)
         if self.nodes <= _LARGEST_STAGED:
             variant.graph, variant.plain, variant.is_plain = graph.written(), plain, plain is None
+            variant.steady = self._steady_leaves(structure)
             variant.interpret()
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
@@ -308,13 +333,16 @@ class Staged:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
-                assert variant.graph is not None and variant.strides is not None
-                compiled = _compiled(variant.graph, leaves, variant.strides)
-                compiled(*leaves)
+                assert variant.body is not None and variant.strides is not None
+                kept = () if variant.prelude is None else variant.prelude(leaves)
+                strides = [*variant.strides, *([*tensor.stride()] for tensor in kept)]
+                compiled = _compiled(variant.body, [*leaves, *kept], strides)
+                compiled(*leaves, *kept)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
             return
-        variant.run, variant.is_compiled, variant.checks, self.rung = compiled, True, _CHECKS, "compiled"
+        variant.take(compiled, is_compiled=True)
+        variant.checks, self.rung = _CHECKS, "compiled"
         variant.evaluations = _ENOUGH
 
     def _step_down(self, variant: _Variant, leaves: list[Tensor], expected: Any) -> None:
@@ -327,7 +355,7 @@ class Staged:
             variant.graph, variant.plain, variant.is_plain, variant.checks = plain, None, True, _CHECKS
             variant.interpret()
         else:
-            variant.graph = variant.run = variant.plain = None
+            variant.graph = variant.run = variant.plain = variant.body = variant.prelude = None
             self.rung = "vmapped"
 
     def _pays_to_compile(self) -> bool:
@@ -408,13 +436,21 @@ def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of some trees, in the order of ``tree_flatten``, which takes ten times as long for what is usual."""
     leaves: list[Tensor] = []
     for tree in inputs:
-        if isinstance(tree, Tensor):
-            leaves.append(tree)
-        elif isinstance(tree, dict) and all(isinstance(value, Tensor) for value in tree.values()):
-            leaves.extend(tree.values())
-        else:
-            leaves.extend(tree_flatten(tree)[0])
+        _gather(tree, leaves)
     return leaves
+
+
+def _gather(tree: Any, leaves: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+    elif isinstance(tree, tuple):
+        for part in tree:
+            _gather(part, leaves)
+    elif type(tree) is dict:
+        for part in tree.values():
+            _gather(part, leaves)
+    else:
+        leaves.extend(tree_flatten(tree)[0])
 
 
 def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[int]]) -> Callable[..., Any]:
@@ -428,7 +464,7 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
     from torch._inductor import config as inductor
 
     layout = [tuple(stride) for stride in strides]
-    flat, structure = _flattened(graph)
+    flat, rebuilt = _flattened(graph)
     key = _identity(graph, leaves, layout)
     code = _codes.get(key)
     if code is None:
@@ -443,22 +479,28 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
     def run(*leaves: Tensor) -> Any:
         for leaf, stride in zip(leaves, layout, strict=True):
             if leaf.stride() != stride:
-                return tree_unflatten(code(*_laid_out(leaves, layout)), structure)
-        found = code(*leaves)
-        return tuple(found) if is_plain else tree_unflatten(found, structure)
+                return rebuilt(*leaves, *code(*_laid_out(leaves, layout)))
+        return rebuilt(*leaves, *code(*leaves))
 
-    is_plain = structure == tree_flatten(tuple(range(structure.num_leaves)))[1]
     return run
 
 
-def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Any]:
-    """A copy of a graph that returns its results as one tuple, and the structure that they had."""
-    flat = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Callable[..., Any]]:
+    """A copy of a graph that returns what it computes as one tuple, and what makes of its inputs and of that what it returned.
+
+    What is an input stays the same tensor, by which one tells that it has not changed.
+    """
+    flat, rebuilding = fx.GraphModule(graph, copy.deepcopy(graph.graph)), fx.Graph()
     (output,) = flat.graph.find_nodes(op="output")
     leaves, structure = tree_flatten(fx.node.map_aggregate(output.args[0], lambda leaf: leaf))
-    output.args = (tuple(leaves),)
+    inputs = flat.graph.find_nodes(op="placeholder")
+    given = {node: rebuilding.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+    made = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node) and leaf not in given))
+    given |= {node: rebuilding.placeholder(f"made_{i}") for i, node in enumerate(made)}
+    rebuilding.output(tree_unflatten([given.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], structure))
+    output.args = (tuple(made),)
     flat.recompile()
-    return flat, structure
+    return flat, fx.GraphModule({}, rebuilding).forward  # as code: ten times as fast as ``tree_unflatten``
 
 
 _codes: dict[str, Callable[..., Any]] = {}  # what it holds changes no values, only the time until they are there
@@ -582,21 +624,27 @@ class Density:
             staged.recall(self._past.get(repr(key), {}))
 
     def stage(
-        self, key: Hashable, function: Callable[..., Any], batched: tuple[bool, ...], evaluations: int | None = None
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        batched: tuple[bool, ...],
+        evaluations: int | None = None,
+        steady: tuple[bool, ...] = (),
     ) -> Staged:
         """``function`` for all chains; the same ``key`` gives the same staged function again.
 
-        ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all.
+        ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all. For ``steady``
+        see ``Staged``.
         """
 
         def made(**rest: Any) -> Staged:
-            return Staged(function, batched, has_rows=lambda: self.program.has_rows, **rest)
+            return Staged(function, batched, steady=steady, has_rows=lambda: self.program.has_rows, **rest)
 
         return self._kept(key, made, evaluations)
 
-    def random(self, key: Hashable, function: Callable[..., Any]) -> Staged:
+    def random(self, key: Hashable, function: Callable[..., Any], steady: tuple[bool, ...] = ()) -> Staged:
         """``function`` of all chains, that draws random numbers; the same ``key`` gives the same again."""
-        return self._kept(key, lambda **rest: Random(function, self.program.device, **rest), None)
+        return self._kept(key, lambda **rest: Random(function, self.program.device, steady=steady, **rest), None)
 
     def _kept(self, key: Hashable, make: Callable[..., Staged], evaluations: int | None) -> Staged:
         """The staged function of this key, made if there is none; see ``stage``."""
@@ -643,7 +691,8 @@ class Density:
             # a closure: what is an argument of grad_and_value is wrapped, and a wrapped integer cannot be an index
             return grad_and_value(lambda p: log_density(p, others))(position)
 
-        return self.stage(key, with_gradient if gradient else log_density, (True, True), evaluations)
+        function = with_gradient if gradient else log_density
+        return self.stage(key, function, (True, True), evaluations, steady=(False, True))
 
     def slopes(self, sites: Collection[str], enumerated: Collection[str]) -> Staged:
         """(values of ``sites``) -> (gradient, log p) with ``enumerated`` summed out; all on the constrained scale."""
