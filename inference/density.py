@@ -486,9 +486,9 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
 
 
 def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Callable[..., Any]]:
-    """A copy of a graph that returns what it computes as one tuple, and what makes of its inputs and of that what it returned.
+    """A copy of a graph that returns what it computes as one tuple; and what makes its results of its inputs and of that.
 
-    What is an input stays the same tensor, by which one tells that it has not changed.
+    A result that is an input stays the same tensor, by which one tells that it has not changed.
     """
     flat, rebuilding = fx.GraphModule(graph, copy.deepcopy(graph.graph)), fx.Graph()
     (output,) = flat.graph.find_nodes(op="output")
@@ -497,7 +497,9 @@ def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Callable[..., Any
     given = {node: rebuilding.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
     made = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node) and leaf not in given))
     given |= {node: rebuilding.placeholder(f"made_{i}") for i, node in enumerate(made)}
-    rebuilding.output(tree_unflatten([given.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], structure))
+    rebuilding.output(
+        tree_unflatten([given.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], structure)
+    )
     output.args = (tuple(made),)
     flat.recompile()
     return flat, fx.GraphModule({}, rebuilding).forward  # as code: ten times as fast as ``tree_unflatten``

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,8 +112,8 @@ class Part:
             memories: The state of each block.
 
         Returns:
-            The states, values and log-joint after it, which is known at the end of a sweep; for each block its acceptance (block, chain), its largest |log ratio|
-            (block,), -1 where it was not taken, and whether it has failed (block,).
+            The states, values and log-joint after it, which is known at the end of a sweep; for each block its acceptance
+            (block, chain), its largest |log ratio| (block,), -1 where it was not taken, and whether it has failed (block,).
         """
         known = log_joint if isinstance(log_joint, Tensor) else None  # None where a block has moved without
         states, rates, ratios, fails = [], [], [], []
@@ -133,7 +133,14 @@ class Part:
                 torch.zeros_like(rate[0]) if ratio is None or known is None else failed(ratio, known).to(rate.dtype)
             )
         known = density.joint(values) if known is None and self.is_last else known
-        return tuple(states), values, () if known is None else known, torch.stack(rates), torch.stack(ratios), torch.stack(fails)
+        return (
+            tuple(states),
+            values,
+            () if known is None else known,
+            torch.stack(rates),
+            torch.stack(ratios),
+            torch.stack(fails),
+        )
 
 
 def _parts(blocks: tuple[Block, ...], trust: list[float], warmup: int, is_long: bool) -> Iterator[Part]:
@@ -266,7 +273,7 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
         found, first = [], 0
         for part in _parts(state.blocks, state.trust.tolist(), warmup, program.is_long):
             memory = state.states[first : first + len(part.blocks)]
-            move = partial(part, density)
+            move: Callable[..., Any] = partial(part, density)
             if part.is_straight:  # what blocks remember stands still after warm-up
                 move = density.random(part.name, move, steady=(False, False, not warmup))
             memory, values, known, *achieved = move(values, known, memory)

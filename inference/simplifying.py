@@ -4,7 +4,8 @@
     signs are carried to where they are an operation less         a + (−b) = a − b,  −(a · −b) = a · b
     a chain of views is one, a sum over one term is none          and x is finite where x − x = 0
 
-Values stay as they are but for the rounding of Σ_n x, and the sign of a zero. What memory is written to is left alone.
+Values stay as they are, but for the rounding of Σ_n x and the sign of the zero that a sum of one −0 is. What memory is
+written to is left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import fx
 from inference.graphs import LARGEST_CONSTANT, arguments, changing, constant, meta
 from inference.recording import Draft, Meta
 
-__all__ = ["narrow", "simplify", "simplified"]
+__all__ = ["narrow", "simplified", "simplify"]
 
 _aten = torch.ops.aten
 _SHAPED = {
@@ -30,8 +31,8 @@ _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _LAID_OUT = {_aten.as_strided.default, _aten.as_strided_.default, _aten.as_strided_scatter.default}
 _MOVED = {_aten.permute.default, _aten.transpose.int, _aten.t.default}
 _ODD = {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar}  # in both of their arguments
-_LINEAR = {_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.reshape.default, _aten.view.default,
-           _aten.unsqueeze.default, _aten.squeeze.dim, _aten.select.int, _aten.sum.dim_IntList}  # fmt: skip
+_MOVED_ALONG = {_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.reshape.default, _aten.view.default,
+           _aten.unsqueeze.default, _aten.squeeze.dim, _aten.select.int}  # fmt: skip
 
 
 def simplified(graph: Draft) -> Draft:
@@ -65,7 +66,9 @@ class _Rewriting:
         """Whether a node is one of these operations, with no more than so many positional arguments."""
         if not isinstance(node, fx.Node) or node.op != "call_function" or node in self.unsteady:
             return False
-        return (targets is None or node.target in targets) and (count is None or (len(node.args) == count and not node.kwargs))
+        return (targets is None or node.target in targets) and (
+            count is None or (len(node.args) == count and not node.kwargs)
+        )
 
 
 def _is_real(known: Meta | None) -> bool:
@@ -132,7 +135,11 @@ class _Narrowing(_Rewriting):
             shape = torch.Size([1] * (len(known.shape) - len(inner.shape)) + [*inner.shape])
             if shape == known.shape:
                 return None
-            return core if shape == inner.shape else self.made(inner._replace(shape=shape), _aten.reshape.default, core, [*shape])
+            return (
+                core
+                if shape == inner.shape
+                else self.made(inner._replace(shape=shape), _aten.reshape.default, core, [*shape])
+            )
         if core is source:
             return None
         if node.target in _SHAPED:
@@ -176,8 +183,8 @@ class _Narrowing(_Rewriting):
 
     def _summed(self, node: fx.Node, core: fx.Node, before: torch.Size, inner: Meta, known: Meta) -> None:
         """Σ of the core, times the number of its repetitions."""
-        dims = [dim % len(before) for dim in arguments(node)[1]]
-        if not dims or not _is_real(known) or inner.dtype != known.dtype:
+        dims = [dim % len(before) for dim in arguments(node)[1] or ()]
+        if not dims or 0 in before or not _is_real(known) or inner.dtype != known.dtype:
             return
         count = math.prod(before[dim] for dim in dims if inner.shape[dim] == 1)
         kept = torch.Size([1 if dim in dims else size for dim, size in enumerate(inner.shape)])
@@ -226,7 +233,7 @@ class _Simplifying(_Rewriting):
 
     def negated(self, node: Any) -> Any:
         """The argument of a node that changes the sign; None if it is none."""
-        return arguments(node)[0] if self.is_plain(node, {_aten.neg.default}) else None
+        return arguments(node)[0] if self.is_plain(node, {_aten.neg.default}) and _is_real(self.meta(node)) else None
 
     def shape_only(self, node: Any) -> fx.Node | None:
         """The argument of a node that changes the shape alone."""
@@ -272,9 +279,9 @@ def _no_sum(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
     """A sum over dimensions of size 1."""
     if not self.is_plain(node, {_aten.sum.dim_IntList}) or node.kwargs or not _is_real(known):
         return None
-    before = self.meta(node.args[0])
-    is_one = before is not None and node.args[1] and all(before.shape[dim] == 1 for dim in arguments(node)[1])
-    return self.made(known, _aten.reshape.default, node.args[0], [*known.shape]) if is_one else None
+    before = self.meta(arguments(node)[0])
+    is_one = before is not None and arguments(node)[1] and all(before.shape[dim] == 1 for dim in arguments(node)[1])
+    return self.made(known, _aten.reshape.default, arguments(node)[0], [*known.shape]) if is_one else None
 
 
 def _sign(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
@@ -283,14 +290,10 @@ def _sign(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
         return None
     if self.is_plain(node, {_aten.neg.default}):
         source = arguments(node)[0]
-        twice = self.negated(source)
-        if twice is not None:
-            return twice  # type: ignore[no-any-return]
-        if self.is_plain(source, {_aten.sub.Tensor}, 2) and len(source.users) == 1 and self.both(source):
-            return self.made(known, _aten.sub.Tensor, source.args[1], source.args[0])
-        return None
+        inner: fx.Node | None = self.negated(source)
+        return inner
     if self.is_plain(node, {_aten.add.Tensor, _aten.sub.Tensor}, 2) and self.both(node):
-        one, two = node.args
+        one, two = arguments(node)
         first, second = self.negated(one), self.negated(two)
         is_sum = node.target is _aten.add.Tensor
         if second is not None:
@@ -298,22 +301,22 @@ def _sign(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
         if first is not None and is_sum:
             return self.made(known, _aten.sub.Tensor, two, first)
         return None
-    if self.is_plain(node, {_aten.pow.Tensor_Scalar}) and node.args[1] in (2, 2.0):
-        inner = self.negated(node.args[0])
-        return None if inner is None else self.made(known, node.target, inner, node.args[1])
+    if self.is_plain(node, {_aten.pow.Tensor_Scalar}) and arguments(node)[1] in (2, 2.0):
+        inner = self.negated(arguments(node)[0])
+        return None if inner is None else self.made(known, node.target, inner, arguments(node)[1])
     if self.is_plain(node, _ODD, 2):
-        first, second = (self.negated(arg) for arg in node.args)
+        first, second = (self.negated(arg) for arg in arguments(node))
         if second is not None:
-            return self.made(known, _aten.neg.default, self.made(known, node.target, node.args[0], second))
+            return self.made(known, _aten.neg.default, self.made(known, node.target, arguments(node)[0], second))
         if first is not None:
-            if isinstance(node.args[1], (int, float)):
-                return self.made(known, node.target, first, -node.args[1])
-            return self.made(known, _aten.neg.default, self.made(known, node.target, first, node.args[1]))
+            if isinstance(arguments(node)[1], (int, float)):
+                return self.made(known, node.target, first, -arguments(node)[1])
+            return self.made(known, _aten.neg.default, self.made(known, node.target, first, arguments(node)[1]))
         return None
-    if self.is_plain(node, _LINEAR) and not node.kwargs:
-        inner = self.negated(node.args[0])
+    if self.is_plain(node, _MOVED_ALONG) and not node.kwargs:
+        inner = self.negated(arguments(node)[0])
         if inner is not None:
-            return self.made(known, _aten.neg.default, self.made(known, node.target, inner, *node.args[1:]))
+            return self.made(known, _aten.neg.default, self.made(known, node.target, inner, *arguments(node)[1:]))
     return None
 
 
@@ -321,7 +324,7 @@ def _finite(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
     """``isfinite``, which is recorded as four operations."""
     if not self.is_plain(node, {_aten.mul.Tensor}, 2) or known.dtype != torch.bool:
         return None
-    equal, other = node.args
+    equal, other = arguments(node)
     if not self.is_plain(equal, {_aten.eq.Tensor}, 2) or not self.is_plain(other, {_aten.ne.Scalar}, 2):
         return None
     x, size = arguments(equal)[0], arguments(other)[0]
@@ -336,11 +339,12 @@ def _times_one(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None
     """A product with a constant that is 1 everywhere."""
     if not self.is_plain(node, {_aten.mul.Tensor, _aten.div.Tensor}, 2) or not self.both(node):
         return None
-    for x, one in (node.args, node.args[::-1])[: 1 + (node.target is _aten.mul.Tensor)]:
+    for x, one in (arguments(node), arguments(node)[::-1])[: 1 + (node.target is _aten.mul.Tensor)]:
         if self.meta(x) == known and one.op == "get_attr" and one not in self.unsteady:
             value = constant(self.graph, one)
             if value.numel() <= LARGEST_CONSTANT and value.device.type == "cpu" and bool((value == 1).all()):
-                return x  # type: ignore[no-any-return]
+                same: fx.Node = x
+                return same
     return None
 
 

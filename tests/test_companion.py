@@ -18,7 +18,9 @@ SIDE_EFFECT = "open('was_run', 'w').close()\n"
 def said(tmp_path: Path, *folders: Path, code: str = "import pyro_genmodels") -> str:
     """The last line on stderr of a Python that looks into these folders, and no others but its own."""
     code = f"import sys; sys.path[:0] = {[str(folder) for folder in folders]}; {code}"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 1, done.stderr
     assert not (tmp_path / "was_run").exists()
     return done.stderr.strip().splitlines()[-1]
