@@ -334,6 +334,7 @@ class Staged:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
                 assert variant.body is not None and variant.strides is not None
+                leaves = _laid_out(leaves, [tuple(stride) for stride in variant.strides])  # as for a run that goes on
                 kept = () if variant.prelude is None else variant.prelude(leaves)
                 strides = [*variant.strides, *([*tensor.stride()] for tensor in kept)]
                 compiled = _compiled(variant.body, [*leaves, *kept], strides)

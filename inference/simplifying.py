@@ -276,11 +276,13 @@ def _one_view(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
 
 
 def _no_sum(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
-    """A sum over dimensions of size 1."""
-    if not self.is_plain(node, {_aten.sum.dim_IntList}) or node.kwargs or not _is_real(known):
+    """A sum over dimensions of size 1, or whether all hold along one."""
+    if not self.is_plain(node, {_aten.sum.dim_IntList, _aten.all.dim}) or node.kwargs:
         return None
-    before = self.meta(arguments(node)[0])
-    is_one = before is not None and arguments(node)[1] and all(before.shape[dim] == 1 for dim in arguments(node)[1])
+    before, dims = self.meta(arguments(node)[0]), arguments(node)[1]
+    dims = (dims,) if isinstance(dims, int) else dims or ()
+    is_same = before is not None and before.dtype == known.dtype and before.shape.numel() == known.shape.numel()
+    is_one = before is not None and is_same and dims and all(before.shape[dim] == 1 for dim in dims)
     return self.made(known, _aten.reshape.default, arguments(node)[0], [*known.shape]) if is_one else None
 
 
