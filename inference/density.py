@@ -119,12 +119,13 @@ class _Variant:
         """What ``run`` is; nothing without a graph."""
         return "" if self.run is None else "compiled" if self.is_compiled else "staged"
 
-    def interpret(self) -> None:
-        """Takes the graph as it is."""
+    def interpret(self) -> fx.GraphModule:
+        """Takes the graph as it is; what of it is run at every call."""
         assert self.graph is not None
         before, self.body = hoist(self.graph, self.steady)
         self.prelude = None if before is None else Prelude(before, self.steady)
         self.take(quicken(self.body).forward, is_compiled=False)
+        return self.body
 
     def take(self, body: Callable[..., Any], is_compiled: bool) -> None:
         """Runs the body this way."""
@@ -149,8 +150,8 @@ class Staged:
 
     Attributes:
         rung: The rung that the last call ran on.
-        nodes: Size of its graph, 0 if there is none.
-        elements: Of all that the graph computes, number.
+        nodes: Size of the graph that is run at every call, 0 if there is none.
+        elements: Of all that it computes, number.
     """
 
     def __init__(
@@ -302,11 +303,11 @@ class Staged:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
         graph = fold(merge(simplified(functional(graph))))
-        self.nodes, self.elements = len(graph.graph.nodes), elements(graph)
-        if self.nodes <= _LARGEST_STAGED:
+        if len(graph.graph.nodes) <= _LARGEST_STAGED:
             variant.graph, variant.plain, variant.is_plain = graph.written(), plain, plain is None
             variant.steady = self._steady_leaves(structure)
-            variant.interpret()
+            body = variant.interpret()
+            self.nodes, self.elements = len(body.graph.nodes), elements(body)
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
@@ -612,6 +613,14 @@ class Density:
         self.functions: dict[Hashable, Staged] = {}
         self.said: set[str] = set()
         self._past: dict[str, Any] = {}
+        self._coordinates: dict[tuple[str, ...], Unconstrained] = {}
+
+    def coordinates(self, sites: Collection[str]) -> Unconstrained:
+        """The unconstrained coordinates of some continuous sites, in this order."""
+        key = tuple(sites)
+        if key not in self._coordinates:
+            self._coordinates[key] = Unconstrained(self.program, key)
+        return self._coordinates[key]
 
     @property
     def calls(self) -> dict[str, Any]:
