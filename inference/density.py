@@ -100,13 +100,12 @@ class _Variant:
     without ``prelude``, which computes what depends on ``steady`` inputs alone (``inference.hoisting``).
     """
 
-    steady: tuple[int, ...] = ()
-
     calls: int = 0
     checks: int = 0
     evaluations: int = -1
     graph: fx.GraphModule | None = None
     plain: Draft | None = None
+    steady: tuple[int, ...] = ()
     body: fx.GraphModule | None = None
     prelude: Prelude | None = None
     run: Callable[..., Any] | None = None
