@@ -33,6 +33,8 @@ def hoist(graph: fx.GraphModule, steady: Sequence[int]) -> tuple[fx.GraphModule 
         The prelude, which takes those of ``steady`` and returns a tuple, None if there is nothing to take out; and the body,
         which takes all that ``graph`` takes and after it what the prelude returns.
     """
+    if not steady:
+        return None, graph
     body = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     inputs, unsteady = body.graph.find_nodes(op="placeholder"), changing(body)
     known, made = {inputs[i] for i in steady}, list[fx.Node]()

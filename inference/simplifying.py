@@ -22,6 +22,8 @@ from inference.recording import Draft, Meta
 
 __all__ = ["narrow", "simplified", "simplify"]
 
+_LONGEST = 10_000  # nodes of a graph that is looked at: it takes half as long as to record it
+
 _aten = torch.ops.aten
 _SHAPED = {
     _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim,
@@ -37,8 +39,8 @@ _MOVED_ALONG = {_aten.permute.default, _aten.transpose.int, _aten.t.default, _at
 
 def simplified(graph: Draft) -> Draft:
     """Both rewrites, in place."""
-    if any(node.target in _LAID_OUT for node in graph.graph.nodes):  # they hold for one layout of the memory
-        return graph
+    if len(graph.graph.nodes) > _LONGEST or any(node.target in _LAID_OUT for node in graph.graph.nodes):
+        return graph  # strides hold for one layout of the memory
     graph = simplify(narrow(graph))
     unsteady = changing(graph)
     for node in graph.graph.nodes:
