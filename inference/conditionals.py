@@ -39,6 +39,11 @@ def _elements(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1).sum(-1)
 
 
+def _are_positive(one: Tensor, other: Tensor) -> Tensor:
+    """Whether both are positive and finite, and their sum is."""
+    return (torch.minimum(one, other) > 0) & (one + other < math.inf)
+
+
 def _every(tensor: Tensor) -> Tensor:
     """Whether all elements hold, for each chain."""
     return tensor.reshape(len(tensor), -1).all(-1)
@@ -159,6 +164,7 @@ class GaussianConditional(Conditional):
     root: Tensor | None = None
 
     def _factor(self) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of the precision, and whether it has one; the identity where not."""
         if self.root is None:
             factor, failed = torch.linalg.cholesky_ex(self.precision)
         else:
@@ -201,10 +207,10 @@ class PowerGammaConditional(Conditional):
 
     @property
     def is_proper(self) -> Tensor:
-        return _every((self.concentration > 0) & (self.rate > 0) & (self.concentration + self.rate).isfinite())
+        return _every(_are_positive(self.concentration, self.rate))
 
     def _gamma(self) -> Gamma:
-        is_good = (self.concentration > 0) & (self.rate > 0) & (self.concentration + self.rate).isfinite()
+        is_good = _are_positive(self.concentration, self.rate)
         one = torch.ones_like(self.rate)
         return Gamma(
             torch.where(is_good, self.concentration, one), torch.where(is_good, self.rate, one), validate_args=False
@@ -337,7 +343,7 @@ class ParetoConditional(Conditional):
 
     @property
     def is_proper(self) -> Tensor:
-        return _every((self.alpha > 0) & (self.scale > 0) & (self.alpha + self.scale).isfinite())
+        return _every(_are_positive(self.alpha, self.scale))
 
     def _shape(self) -> Tensor:
         is_good = (self.alpha > 0) & self.alpha.isfinite()
@@ -370,10 +376,10 @@ class BetaConditional(Conditional):
 
     @property
     def is_proper(self) -> Tensor:
-        return _every((self.a > 0) & (self.b > 0) & (self.a + self.b).isfinite())
+        return _every(_are_positive(self.a, self.b))
 
     def _beta(self) -> Beta:
-        is_good = (self.a > 0) & (self.b > 0) & (self.a + self.b).isfinite()
+        is_good = _are_positive(self.a, self.b)
         one = torch.ones_like(self.a)
         return Beta(torch.where(is_good, self.a, one), torch.where(is_good, self.b, one), validate_args=False)
 

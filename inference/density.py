@@ -36,11 +36,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from inference.contract import Unsupported
 from inference.enumeration import draw_back, eliminate, factors, indices, log_normalizer, plates_of
 from inference.graphs import elements, fold, functional, merge, shortened
+from inference.hoisting import Prelude, hoist
 from inference.program import Program
 from inference.projection import project
 from inference.recording import Draft, assuming, draft, is_assuming, quicken, unlikely
 from inference.rerolling import reroll
 from inference.rows import rewritten
+from inference.simplifying import simplified
 
 __all__ = ["RUNGS", "Density", "Random", "Slope", "Staged", "Unconstrained", "highest_rung"]
 
@@ -99,8 +101,10 @@ def _translated(error: Exception, name: str) -> Exception:
 class _Variant:
     """The graph for inputs of one shape, how often to hold it against the program yet, and what its rung was chosen for.
 
-    ``plain`` is the graph before its rows were projected, while that is on trial. ``first`` gives the first result alone,
-    once it has been asked for; ``is_whole`` if it was refused a graph of its own, since that gave something else.
+    ``plain`` is the graph before its rows were projected, while that is on trial; ``body`` what is left of the graph
+    without ``prelude``, which computes what depends on ``steady`` inputs alone (``inference.hoisting``). ``first`` gives the
+    first result alone, once it has been asked for; ``is_whole`` if it was refused a graph of its own, since that gave
+    something else.
     """
 
     calls: int = 0
@@ -108,6 +112,9 @@ class _Variant:
     evaluations: int = -1
     graph: fx.GraphModule | None = None
     plain: Draft | None = None
+    steady: tuple[int, ...] = ()
+    body: fx.GraphModule | None = None
+    prelude: Prelude | None = None
     run: Callable[..., Any] | None = None
     strides: list[list[int]] | None = None
     is_compiled: bool = False
@@ -120,10 +127,27 @@ class _Variant:
         """What ``run`` is; nothing without a graph."""
         return "" if self.run is None else "compiled" if self.is_compiled else "staged"
 
-    def interpret(self) -> None:
-        """Takes the graph as it is."""
+    def interpret(self) -> fx.GraphModule:
+        """Takes the graph as it is; what of it is run at every call."""
         assert self.graph is not None
-        self.run, self.is_compiled, self.first = quicken(self.graph).forward, False, None
+        self.prelude, self.body = _apart(self.graph, self.steady)
+        self.take(quicken(self.body).forward, is_compiled=False)
+        return self.body
+
+    def take(self, body: Callable[..., Any], is_compiled: bool) -> None:
+        """Runs the body this way."""
+        self.run, self.is_compiled, self.first = _around(self.prelude, body), is_compiled, None
+
+
+def _apart(graph: fx.GraphModule, steady: Sequence[int]) -> tuple[Prelude | None, fx.GraphModule]:
+    """What is computed when steady inputs change, and what at every call."""
+    before, body = hoist(graph, steady)
+    return None if before is None else Prelude(before, steady), body
+
+
+def _around(prelude: Prelude | None, body: Callable[..., Any]) -> Callable[..., Any]:
+    """A body as a function of the inputs alone."""
+    return body if prelude is None else prelude.around(body)
 
 
 class Staged:
@@ -133,6 +157,7 @@ class Staged:
         function: Takes trees of tensors without the chain axis, returns a tree of tensors.
         batched: For each argument, whether it has a chain axis.
         name: Of the program, for errors.
+        steady: For each argument, whether it is often the same tensors as at the call before.
         evaluations: How many calls the run's configuration asks for; may be raised later.
         rung: The highest rung allowed; None reads ``PYRO_GENMODELS_RUNG``.
         is_long: Whether a call without a graph is dear.
@@ -142,8 +167,8 @@ class Staged:
 
     Attributes:
         rung: The rung that the last call ran on.
-        nodes: Size of its graph, 0 if there is none.
-        elements: Of all that the graph computes, number.
+        nodes: Size of the graph that is run at every call, 0 if there is none.
+        elements: Of all that it computes, number.
     """
 
     def __init__(
@@ -152,6 +177,7 @@ class Staged:
         batched: tuple[bool, ...],
         *,
         name: str = "The program",
+        steady: tuple[bool, ...] = (),
         evaluations: int = 0,
         rung: str | None = None,
         is_long: bool = False,
@@ -164,8 +190,9 @@ class Staged:
         self.exact = (
             None
             if has_rows is None
-            else Staged(rewritten(False)(function), batched, name=name, rung=rung, is_long=is_long, said=said)
+            else Staged(rewritten(False)(function), batched, name=name, steady=steady, rung=rung, is_long=is_long, said=said)
         )
+        self.steady = steady
         self.in_dims = tuple(0 if is_batched else None for is_batched in batched)
         self.limit = highest_rung(rung)
         self.rung, self.nodes, self.elements = "", 0, 0
@@ -247,12 +274,15 @@ class Staged:
         if variant.is_whole:
             return expected
         short = fold(merge(functional(shortened(graph)))).written()
+        prelude, body = _apart(short, variant.steady)
         if variant.is_compiled:
-            nodes, saved = len(short.graph.nodes), elements(graph) - elements(short)
+            assert variant.body is not None
+            nodes, saved = len(body.graph.nodes), elements(variant.body) - elements(body)
             per_node = _SECONDS_TO_COMPILE[1]
             if self.evaluations * saved * _SECONDS_PER_ELEMENT_LESS <= _SECONDS_TO_COMPILE_AGAIN + per_node * nodes:
                 return expected
-        run = self._machine_code(short, leaves, variant) if variant.is_compiled else quicken(short).forward
+        made = self._machine_code(body, prelude, leaves, variant.strides) if variant.is_compiled else quicken(body).forward
+        run = None if made is None else _around(prelude, made)
         found = expected if run is None else run(*leaves)
         if run is None or not _equal(found, expected):
             _log.info("%s: the first result alone was another; running the graph of all results.", self.name)
@@ -295,6 +325,12 @@ class Staged:
         except Exception as error:
             raise _translated(error, self.name) from error
 
+    def _steady_leaves(self, structure: Any) -> tuple[int, ...]:
+        """The numbers of the tensors of those arguments that seldom change."""
+        counts = [child.num_leaves for child in structure.children()]
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        return tuple(leaf for leaf, i in enumerate(owners) if i < len(self.steady) and self.steady[i])
+
     def _is_alike(self, run: Callable[..., Any], leaves: list[Tensor], expected: Any) -> bool:
         """Whether a graph gives what the function gave."""
         return _equal(run(*leaves), expected)
@@ -324,10 +360,12 @@ class Staged:
         except Exception as error:
             _log.info("%s cannot be staged (%s); running without a graph.", self.name, error)
             return
-        self.nodes, self.elements = len(graph.graph.nodes), elements(graph)
-        if self.nodes <= _LARGEST_STAGED:
+        graph = fold(merge(simplified(functional(graph))))
+        if len(graph.graph.nodes) <= _LARGEST_STAGED:
             variant.graph, variant.plain, variant.is_plain = graph.written(), plain, plain is None
-            variant.interpret()
+            variant.steady = self._steady_leaves(structure)
+            body = variant.interpret()
+            self.nodes, self.elements = len(body.graph.nodes), elements(body)
             variant.strides = [[*leaf.detach().clone().stride()] for leaf in leaves]  # as they were recorded
             variant.checks, self.rung = _CHECKS, "staged"
 
@@ -352,19 +390,24 @@ class Staged:
         if self.limit < RUNGS.index("compiled") or not self._pays_to_compile():
             return
         assert variant.graph is not None
-        compiled = self._machine_code(variant.graph, leaves, variant)
+        assert variant.body is not None
+        compiled = self._machine_code(variant.body, variant.prelude, leaves, variant.strides)
         if compiled is not None:
-            variant.run, variant.is_compiled, variant.first = compiled, True, None
+            variant.take(compiled, is_compiled=True)
             variant.checks, self.rung, variant.evaluations = _CHECKS, "compiled", _ENOUGH
 
-    def _machine_code(self, graph: fx.GraphModule, leaves: list[Tensor], variant: _Variant) -> Callable[..., Any] | None:
-        """A graph compiled; None if the compiler does not take it."""
+    def _machine_code(
+        self, body: fx.GraphModule, prelude: Prelude | None, leaves: list[Tensor], layout: list[list[int]] | None
+    ) -> Callable[..., Any] | None:
+        """A graph without its prelude compiled; None if the compiler does not take it."""
+        assert layout is not None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations
-                assert variant.strides is not None
-                compiled = _compiled(graph, leaves, variant.strides)
-                compiled(*leaves)
+                leaves = _laid_out(leaves, [tuple(stride) for stride in layout])  # as for a run that goes on
+                kept = () if prelude is None else prelude(leaves)
+                compiled = _compiled(body, [*leaves, *kept], [*layout, *([*tensor.stride()] for tensor in kept)])
+                compiled(*leaves, *kept)
         except Exception as error:
             _log.info("%s cannot be compiled (%s); running the staged graph.", self.name, error)
             return None
@@ -380,7 +423,7 @@ class Staged:
             variant.graph, variant.plain, variant.is_plain, variant.checks = plain, None, True, _CHECKS
             variant.interpret()
         else:
-            variant.graph = variant.run = variant.plain = variant.first = None
+            variant.graph = variant.run = variant.plain = variant.body = variant.prelude = variant.first = None
             self.rung = "vmapped"
 
     def _pays_to_compile(self) -> bool:
@@ -474,13 +517,21 @@ def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of some trees, in the order of ``tree_flatten``, which takes ten times as long for what is usual."""
     leaves: list[Tensor] = []
     for tree in inputs:
-        if isinstance(tree, Tensor):
-            leaves.append(tree)
-        elif isinstance(tree, dict) and all(isinstance(value, Tensor) for value in tree.values()):
-            leaves.extend(tree.values())
-        else:
-            leaves.extend(tree_flatten(tree)[0])
+        _gather(tree, leaves)
     return leaves
+
+
+def _gather(tree: Any, leaves: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+    elif isinstance(tree, tuple):
+        for part in tree:
+            _gather(part, leaves)
+    elif type(tree) is dict:
+        for part in tree.values():
+            _gather(part, leaves)
+    else:
+        leaves.extend(tree_flatten(tree)[0])
 
 
 def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[int]]) -> Callable[..., Any]:
@@ -494,7 +545,7 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
     from torch._inductor import config as inductor
 
     layout = [tuple(stride) for stride in strides]
-    flat, structure = _flattened(graph)
+    flat, rebuilt = _flattened(graph)
     key = _identity(graph, leaves, layout)
     code = _codes.get(key)
     if code is None:
@@ -509,24 +560,32 @@ def _compiled(graph: fx.GraphModule, leaves: list[Tensor], strides: list[list[in
     def run(*leaves: Tensor) -> Any:
         for leaf, stride in zip(leaves, layout, strict=True):
             if leaf.stride() != stride:
-                return tree_unflatten(code(*_laid_out(leaves, layout)), structure)
-        found = code(*leaves)
-        return tuple(found) if is_plain else tree_unflatten(found, structure)
+                return rebuilt(*leaves, *code(*_laid_out(leaves, layout)))
+        return rebuilt(*leaves, *code(*leaves))
 
-    is_plain = structure == tree_flatten(tuple(range(structure.num_leaves)))[1]
     return run
 
 
-def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Any]:
-    """A copy of a graph that returns its results as one tuple, and the structure that they had."""
-    flat = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+def _flattened(graph: fx.GraphModule) -> tuple[fx.GraphModule, Callable[..., Any]]:
+    """A copy of a graph that returns what it computes as one tuple; and what makes its results of its inputs and of that.
+
+    A result that is an input stays the same tensor, by which one tells that it has not changed.
+    """
+    flat, rebuilding = fx.GraphModule(graph, copy.deepcopy(graph.graph)), fx.Graph()
     for node in flat.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # constants may be laid out in another way than those recorded
     (output,) = flat.graph.find_nodes(op="output")
     leaves, structure = tree_flatten(fx.node.map_aggregate(output.args[0], lambda leaf: leaf))
-    output.args = (tuple(leaves),)
+    inputs = flat.graph.find_nodes(op="placeholder")
+    given = {node: rebuilding.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+    made = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node) and leaf not in given))
+    given |= {node: rebuilding.placeholder(f"made_{i}") for i, node in enumerate(made)}
+    rebuilding.output(
+        tree_unflatten([given.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], structure)
+    )
+    output.args = (tuple(made),)
     flat.recompile()
-    return flat, structure
+    return flat, fx.GraphModule({}, rebuilding).forward  # as code: ten times as fast as ``tree_unflatten``
 
 
 _codes: dict[str, Callable[..., Any]] = {}  # what it holds changes no values, only the time until they are there
@@ -655,6 +714,14 @@ class Density:
         self.functions: dict[Hashable, Staged] = {}
         self.said: set[str] = set()
         self._past: dict[str, Any] = {}
+        self._coordinates: dict[tuple[str, ...], Unconstrained] = {}
+
+    def coordinates(self, sites: Collection[str]) -> Unconstrained:
+        """The unconstrained coordinates of some continuous sites, in this order."""
+        key = tuple(sites)
+        if key not in self._coordinates:
+            self._coordinates[key] = Unconstrained(self.program, key)
+        return self._coordinates[key]
 
     @property
     def calls(self) -> dict[str, Any]:
@@ -670,21 +737,27 @@ class Density:
             staged.recall(self._past.get(repr(key), {}))
 
     def stage(
-        self, key: Hashable, function: Callable[..., Any], batched: tuple[bool, ...], evaluations: int | None = None
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        batched: tuple[bool, ...],
+        evaluations: int | None = None,
+        steady: tuple[bool, ...] = (),
     ) -> Staged:
         """``function`` for all chains; the same ``key`` gives the same staged function again.
 
-        ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all.
+        ``evaluations`` is how many calls are asked for here, where they are fewer than the run makes in all. For ``steady``
+        see ``Staged``.
         """
 
         def made(**rest: Any) -> Staged:
-            return Staged(function, batched, has_rows=lambda: self.program.has_rows, **rest)
+            return Staged(function, batched, steady=steady, has_rows=lambda: self.program.has_rows, **rest)
 
         return self._kept(key, made, evaluations)
 
-    def random(self, key: Hashable, function: Callable[..., Any]) -> Staged:
+    def random(self, key: Hashable, function: Callable[..., Any], steady: tuple[bool, ...] = ()) -> Staged:
         """``function`` of all chains, that draws random numbers; the same ``key`` gives the same again."""
-        return self._kept(key, lambda **rest: Random(function, self.program.device, **rest), None)
+        return self._kept(key, lambda **rest: Random(function, self.program.device, steady=steady, **rest), None)
 
     def _kept(self, key: Hashable, make: Callable[..., Staged], evaluations: int | None) -> Staged:
         """The staged function of this key, made if there is none; see ``stage``."""
@@ -731,7 +804,8 @@ class Density:
             # a closure: what is an argument of grad_and_value is wrapped, and a wrapped integer cannot be an index
             return grad_and_value(lambda p: log_density(p, others))(position)
 
-        return self.stage(key, with_gradient if gradient else log_density, (True, True), evaluations)
+        function = with_gradient if gradient else log_density
+        return self.stage(key, function, (True, True), evaluations, steady=(False, True))
 
     def slopes(self, sites: Collection[str], enumerated: Collection[str]) -> Staged:
         """(values of ``sites``) -> (gradient, log p) with ``enumerated`` summed out; all on the constrained scale."""

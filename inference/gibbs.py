@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,34 +86,36 @@ class Part:
         due: Whether the certificate of each is to be taken.
         warmup: Length of the warm-up while it lasts, then 0.
         is_straight: Whether all of them do the same operations at every sweep.
+        is_last: Whether a sweep ends with it.
     """
 
     blocks: tuple[Block, ...]
     due: tuple[bool, ...]
     warmup: int
     is_straight: bool
+    is_last: bool
 
     @property
     def name(self) -> tuple[Any, ...]:
         """What tells one part from another."""
-        return "part", tuple((block.update, block.sites) for block in self.blocks), self.due, bool(self.warmup)
+        return "part", tuple((block.update, block.sites) for block in self.blocks), self.due, bool(self.warmup), self.is_last
 
     def __call__(
-        self, density: Density, values: dict[str, Tensor], log_joint: Tensor, memories: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...], dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+        self, density: Density, values: dict[str, Tensor], log_joint: Tensor | tuple[()], memories: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], dict[str, Tensor], Tensor | tuple[()], Tensor, Tensor, Tensor]:
         """Moves every chain.
 
         Args:
             density: The densities of the program.
             values: Where the chains are.
-            log_joint: Of the values, (chain,).
+            log_joint: Of the values, (chain,); () if it is not known.
             memories: The state of each block.
 
         Returns:
-            The states, values and log-joint after it; for each block its acceptance (block, chain), its largest |log ratio|
-            (block,), -1 where it was not taken, and whether it has failed (block,).
+            The states, values and log-joint after it, which is known at the end of a sweep; for each block its acceptance
+            (block, chain), its largest |log ratio| (block,), -1 where it was not taken, and whether it has failed (block,).
         """
-        known: Tensor | None = log_joint  # None where a block has moved without
+        known = log_joint if isinstance(log_joint, Tensor) else None  # None where a block has moved without
         states, rates, ratios, fails = [], [], [], []
         for block, memory, is_due in zip(self.blocks, memories, self.due, strict=True):
             drawn = None if is_due else block.drawn(memory, density, values, self.warmup)
@@ -130,8 +132,15 @@ class Part:
             fails.append(
                 torch.zeros_like(rate[0]) if ratio is None or known is None else failed(ratio, known).to(rate.dtype)
             )
-        known = density.joint(values) if known is None else known
-        return tuple(states), values, known, torch.stack(rates), torch.stack(ratios), torch.stack(fails)
+        known = density.joint(values) if known is None and self.is_last else known
+        return (
+            tuple(states),
+            values,
+            () if known is None else known,
+            torch.stack(rates),
+            torch.stack(ratios),
+            torch.stack(fails),
+        )
 
 
 def _parts(blocks: tuple[Block, ...], trust: list[float], warmup: int, is_long: bool) -> Iterator[Part]:
@@ -140,7 +149,7 @@ def _parts(blocks: tuple[Block, ...], trust: list[float], warmup: int, is_long: 
     for is_straight, group in itertools.groupby(range(len(blocks)), lambda i: blocks[i].is_straight and not is_long):
         members = [*group]
         own = tuple(blocks[i] for i in members)
-        yield Part(own, tuple(due[i] for i in members), warmup, is_straight)
+        yield Part(own, tuple(due[i] for i in members), warmup, is_straight, members[-1] == len(blocks) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,15 +268,19 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
 
     def _sweep(self, state: GibbsState, program: Program, warmup: int) -> tuple[GibbsState, GibbsInfo]:
         density, (values, log_joint) = program.density, state.current
+        known: Tensor | tuple[()] = log_joint
         memories: list[Any] = []
         found, first = [], 0
         for part in _parts(state.blocks, state.trust.tolist(), warmup, program.is_long):
             memory = state.states[first : first + len(part.blocks)]
-            move = density.random(part.name, partial(part, density)) if part.is_straight else partial(part, density)
-            memory, values, log_joint, *achieved = move(values, log_joint, memory)
+            move: Callable[..., Any] = partial(part, density)
+            if part.is_straight:  # what blocks remember stands still after warm-up
+                move = density.random(part.name, move, steady=(False, False, not warmup))
+            memory, values, known, *achieved = move(values, known, memory)
             memories += memory
             found.append(achieved)
             first += len(part.blocks)
+        assert isinstance(known, Tensor)
         rates, ratios, fails = found[0] if len(found) == 1 else [torch.cat(same) for same in zip(*found, strict=True)]
         if warmup:
             state = state._replace(
@@ -280,11 +293,11 @@ class Gibbs(Backend[GibbsState, GibbsInfo]):
                 sweeps=state.sweeps + 1,
             )
         state = state._replace(
-            current=Current(values, log_joint),
+            current=Current(values, known),
             states=tuple(memories),
             trust=torch.where(fails > 0, -math.inf, state.trust + 1),
         )
-        return state, GibbsInfo(log_joint, rates.mean(0))
+        return state, GibbsInfo(known, rates.mean(0))
 
     def plan(self, state: GibbsState, program: Program) -> Plan:
         updates = []

@@ -131,18 +131,24 @@ def merge(graph: Graph) -> Graph:
 
 
 def functional(graph: Graph) -> Graph:
-    """Does not in place what need not be: an operation in place on what nothing else has a name for."""
+    """Does not in place what need not be: an operation in place on what no other name is used for."""
+    places = {node: place for place, node in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         name = getattr(node.target, "_opname", "")
         source = node.args[0] if node.args else None
         if not _is_mutable(node) or not name.endswith("_") or not isinstance(source, fx.Node):
             continue
-        is_fresh = source.op == "call_function" and not _is_view(source) and len(source.users) == 1
+        others = [user for user in source.users if user is not node]
+        earlier = [user for user in others if places[user] < places[node]]
+        is_fresh = source.op == "call_function" and not _is_view(source) and not any(_is_view(user) for user in earlier)
         packet = getattr(torch.ops.aten, name[:-1], None)
         if is_fresh and _written(node) == [source] and node.target._overloadname in getattr(packet, "overloads", list)():
             meta = source.meta.get("val"), node.meta.get("val")
             if meta[0] == meta[1] is not None:  # the same type: in place, a result is cast to what it is written to
                 node.target = getattr(packet, node.target._overloadname)
+                for user in others:
+                    if user not in earlier:  # it reads what was written
+                        user.replace_input_with(source, node)
     return _written_anew(graph)
 
 

@@ -31,6 +31,7 @@ import abc
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,12 +178,9 @@ class Gaussian(Family):
         at, gradients = self.coupling.unfold(at), self.coupling.unfold(gradients)
         steps = (at[1:] - at[0]).diagonal(dim1=0, dim2=-1)
         columns = (gradients[0] - gradients[1:]).movedim(0, -1) / steps.unsqueeze(-2)
-        precision = 0.5 * (columns + columns.mT)
-        factor, failed = torch.linalg.cholesky_ex(precision)
-        eye = torch.eye(self.coupling.width, dtype=factor.dtype, device=factor.device)
-        factor = torch.where((failed == 0)[..., None, None], factor, eye)
-        mean = at[0] + torch.cholesky_solve(gradients[0].unsqueeze(-1), factor).squeeze(-1)
-        return GaussianConditional(mean, precision, self.coupling)
+        conditional = GaussianConditional(at[0], 0.5 * (columns + columns.mT), self.coupling)
+        shift = torch.cholesky_solve(gradients[0].unsqueeze(-1), conditional._factor()[0]).squeeze(-1)
+        return replace(conditional, mean=at[0] + shift)
 
 
 class _Positive(Family):

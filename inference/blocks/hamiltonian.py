@@ -52,7 +52,7 @@ class Hamiltonian(Block):
         return replace(self, sites=tuple(sites))
 
     def _parts(self, density: Density, values: Mapping[str, Tensor]) -> tuple[Unconstrained, Gradient]:
-        coordinates = Unconstrained(density.program, self.sites)
+        coordinates = density.coordinates(self.sites)
         others = {name: value for name, value in values.items() if name not in self.sites}
         staged = density.unconstrained(coordinates, evaluations=_STEPS * density.evaluations)
         return coordinates, Slope(staged, lambda chains: others)
