@@ -273,19 +273,17 @@ def test_the_maximum_of_the_bound_of_a_linear_vae_is_probabilistic_pca() -> None
     torch.testing.assert_close(bound, Principal.log_likelihood, rtol=0.0, atol=0.02)
 
 
-@pytest.mark.parametrize(("particles", "nats"), [(200, 5e-3), pytest.param(1000, 1e-3, marks=pytest.mark.slow)])
-def test_svi_of_a_linear_vae_finds_probabilistic_pca(particles: int, nats: float) -> None:
-    """Span and noise variance within a thousandth, log p(x) of all 120 rows within nats.
+def test_svi_of_a_linear_vae_finds_probabilistic_pca() -> None:
+    """Span, noise variance and log p(x) of all rows together, within a thousandth each.
 
     At the maximum the guess is the posterior, where the path gradient of the guess has no noise; that of the loadings and of
     the noise variance keeps the noise of z, which many particles, a falling rate and the average of late steps take out. Of
-    seeds 0, 1 and 2 with 200 particles the noise variance is off by at most 3e-4, log p(x) by 3e-3, which goes as
-    1 / particles.
+    seeds 0, 1 and 2 the noise variance is off by at most 4.6e-4 and log p(x) by at most 9.4e-4.
     """
     model = built(linear, TABLE, gain=1.0)
-    bound, average = ELBO(particles=particles), PowerAverage(0.1)
-    SVI(steps=700, learning_rate=0.1, bound=bound, average=average, draws=1, seed=0, progress=False).fit(model, TABLE)
-    assert_is_principal(model, log_likelihood=nats)
+    bound, average = ELBO(particles=400), PowerAverage(0.1)
+    SVI(steps=500, learning_rate=0.1, bound=bound, average=average, draws=1, seed=0, progress=False).fit(model, TABLE)
+    assert_is_principal(model)
 
 
 def test_em_of_a_linear_vae_finds_probabilistic_pca() -> None:

@@ -30,7 +30,9 @@ import datetime
 import math
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -138,7 +140,7 @@ def main() -> None:
     if given.smoke:
         given.seeds, given.steps, given.games = 1, 9, [WGAN_GP]
     seeds, steps, targets = given.seeds, given.steps, {name: TARGETS[name] for name in given.targets}
-    print(f"python examples/benchmarks/gan_rings.py --seeds {seeds} --steps {steps}: {', '.join(given.games)}")
+    print(shlex.join(["python", "examples/benchmarks/gan_rings.py", *sys.argv[1:]]))
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(
         f"{datetime.date.today()}, {versions}, {os.cpu_count()} cores, shared; medians of {seeds} seeds, processor seconds"
@@ -157,7 +159,7 @@ def main() -> None:
             rows.add(f"share of good draws, median of {seeds} seeds", setting, quality, is_less_better=False)
             if game == WGAN_GP:
                 whole = sum(run.hit == len(target.centres) for run in runs)
-                print(f"    all modes in {whole} of {seeds} seeds (asked for: 4 of 5)", flush=True)
+                print(f"    all modes in {whole} of {seeds} seeds (asked for: four fifths)", flush=True)
                 rows.add(f"share of {seeds} seeds that hit all modes", setting, whole / seeds, is_less_better=False,
                          target=0.8)  # fmt: skip
     print("\nVEEGAN, table 1, as quoted by others and not held against the paper: modes and quality")
