@@ -69,7 +69,7 @@ def main(smoke: bool = False, folder: str = "runs/missing_values", full: bool = 
     axes.errorbar(range(len(shown)), middle, [middle - low, high - middle], fmt=".", label="imputed, 90 %")
     axes.plot(x[shown, 0], "x", label="deleted")
     axes.set(xlabel="row", ylabel="mean radius, standardised", title=f"What was deleted, and what {name} knows of it")
-    axes.legend()
+    axes.legend(loc="lower left")
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / "imputed.png", dpi=120)
     plt.close(figure)
