@@ -1,6 +1,6 @@
 """How near a score model of some minutes comes to shapes in the plane whose density is known.
 
-    python examples/benchmarks/diffusion_sets.py         about 4 minutes of a core of its own for each shape
+    python examples/benchmarks/diffusion_sets.py         about 3 minutes of a core of its own for each shape
 
 Divergence KL(shape ‖ model) from log p of rows that were not trained on, with its standard error; the mass of the model's
 density on a grid, which has to be 1 (a grid out of step with the squares of the checkerboard, at whose edges the density
@@ -98,7 +98,7 @@ def estimates(name: str, model: ScoreModel, shape: torch.distributions.Distribut
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rows", type=int, default=1000)

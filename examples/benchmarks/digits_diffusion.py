@@ -1,6 +1,6 @@
 """A score model of digits of 8x8 pixels: distances of its draws in named features, bits per dimension, samplers by calls.
 
-    python examples/benchmarks/digits_diffusion.py       about 5 minutes of a core of its own
+    python examples/benchmarks/digits_diffusion.py       about 4 minutes of a core of its own
 
 The model and its training are those of ``examples/train_unet.py``, fitted to the 1,500 training digits for longer. Draws are
 rounded to the grey levels that data have. Distances are between 1,500 draws and the 297 digits held out, of other writers,
@@ -52,7 +52,7 @@ def rounded(x: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--smoke", action="store_true", help="a few steps")
     given = parser.parse_args()
     steps = 20 if given.smoke else given.steps
