@@ -600,7 +600,8 @@ def _identity(graph: fx.GraphModule, leaves: list[Tensor], layout: list[tuple[in
     for name, value in [*constants.items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]:
         digest.update(f"{name} {value.shape} {value.stride()} {value.dtype} {value.device}".encode())
     for value in constants.values():
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        whole = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # also where one number repeats itself
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
