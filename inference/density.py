@@ -39,7 +39,7 @@ from inference.graphs import elements, fold, functional, merge, shortened
 from inference.hoisting import Prelude, hoist
 from inference.program import Program
 from inference.projection import project
-from inference.recording import Draft, assuming, draft, is_assuming, quicken, unlikely
+from inference.recording import Draft, assuming, constants, draft, is_assuming, quicken, unlikely
 from inference.rerolling import reroll
 from inference.rows import rewritten
 from inference.simplifying import simplified
@@ -373,7 +373,7 @@ class Staged:
         """The graph of ``flat``, with its loops rolled up if it is long; and the same before its rows were projected."""
         graph, plain = fold(merge(draft(flat, leaves))), None
         if not is_plain:
-            before = Draft(dict(graph.named_buffers()), copy.deepcopy(graph.graph))
+            before = Draft(constants(graph), copy.deepcopy(graph.graph))
             if project(graph):
                 graph, plain = fold(merge(graph)), before
         if len(graph.graph.nodes) < _LONG:
@@ -593,13 +593,13 @@ _codes: dict[str, Callable[..., Any]] = {}  # what it holds changes no values, o
 
 def _identity(graph: fx.GraphModule, leaves: list[Tensor], layout: list[tuple[int, ...]]) -> str:
     """All that the machine code of a graph depends on, as a digest; "" if its constants are too large to keep."""
-    constants = dict(graph.named_buffers())
-    if sum(value.nbytes for value in constants.values()) > _LARGEST_CONSTANTS:
+    held = constants(graph)
+    if sum(value.nbytes for value in held.values()) > _LARGEST_CONSTANTS:
         return ""
     digest = hashlib.sha256(f"{graph.code} {layout} {torch.get_num_threads()}".encode())
-    for name, value in [*constants.items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]:
+    for name, value in [*held.items(), *((str(i), leaf) for i, leaf in enumerate(leaves))]:
         digest.update(f"{name} {value.shape} {value.stride()} {value.dtype} {value.device}".encode())
-    for value in constants.values():
+    for value in held.values():
         whole = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # also where one number repeats itself
         digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

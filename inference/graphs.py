@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from inference.recording import Draft, Meta, is_random
+from inference.recording import Draft, Meta, constants, is_random
 
 __all__ = [
     "LARGEST_CONSTANT",
@@ -102,7 +102,7 @@ def _compact(value: Tensor) -> Tensor:
 
 def shortened(graph: fx.GraphModule) -> Draft:
     """A copy of a graph with a tuple of results that returns the first of them alone; the rest is dead code in it."""
-    short = Draft(dict(graph.named_buffers()), copy.deepcopy(graph.graph))
+    short = Draft(constants(graph), copy.deepcopy(graph.graph))
     (output,) = short.graph.find_nodes(op="output")
     output.args = (output.args[0][0],)
     return short

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Draft", "Meta", "assuming", "draft", "is_assuming", "is_random", "quicken", "record", "unlikely"]
+__all__ = ["Draft", "Meta", "assuming", "constants", "draft", "is_assuming", "is_random", "quicken", "record", "unlikely"]
 
 _assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
 
@@ -134,12 +134,18 @@ class Draft(nn.Module):
     def __init__(self, constants: Mapping[str, Tensor], graph: fx.Graph) -> None:
         super().__init__()
         for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
+            plain = value.detach() if isinstance(value, nn.Parameter) else value  # of a parameter fx makes no buffer
+            self.register_buffer(name, plain, persistent=False)
         self.graph = graph
 
     def written(self) -> fx.GraphModule:
         """The graph with its code."""
         return fx.GraphModule(self, self.graph)
+
+
+def constants(graph: Draft | fx.GraphModule) -> dict[str, Tensor]:
+    """The constants of a graph, by name; one tensor may have two."""
+    return dict(graph.named_buffers(remove_duplicate=False))
 
 
 def record(function: Callable[..., Any], inputs: Sequence[Tensor], held: Sequence[Tensor] = ()) -> fx.GraphModule:
