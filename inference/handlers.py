@@ -227,7 +227,7 @@ class Arithmetic(TorchFunctionMode):
             return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
         if name == "__setitem__":
             return self._write(func, *args)
-        if name == "binary_cross_entropy_with_logits" and _is_elementwise(kwargs or {}):
+        if name == "binary_cross_entropy_with_logits" and _is_elementwise(kwargs or {}) and args[1].is_floating_point():
             return (1.0 - args[1]) * args[0] - _LogSigmoid.apply(args[0])
         if name == "expand":
             wide = func(*args, **(kwargs or {}))
