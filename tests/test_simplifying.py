@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import fx, nn
 
-from inference.graphs import elements, fold, functional, merge
-from inference.recording import draft
+from inference.density import _identity
+from inference.graphs import elements, fold, functional, merge, shortened
+from inference.recording import constants, draft
 from inference.simplifying import simplified
 
 CONSTANT = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(3, 2)
@@ -127,3 +129,20 @@ def test_random_functions_stay(seed):
     _, graph = _both(function, [x])
     for scale in (1.0, 0.3):
         assert torch.allclose(graph.written()(scale * x), function(scale * x), rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_constants_of_a_graph_are_all_there_and_part_of_its_identity() -> None:
+    """A weight that is no input, under two names; other values are another graph to the compiler's store."""
+    x = torch.randn(3, dtype=torch.float64)
+
+    def graph(weight: nn.Parameter) -> fx.GraphModule:
+        return draft(lambda x: (x * weight, weight.detach() + x), [x]).written()
+
+    first, second = (graph(nn.Parameter(torch.full((3,), value, dtype=torch.float64))) for value in (1.0, 2.0))
+    assert constants(first) and all(not isinstance(value, nn.Parameter) for value in constants(first).values())
+    assert torch.equal(shortened(first).written()(x), x)
+    assert first.code == second.code
+    assert (
+        len({_identity(made, [x], [x.stride()]) for made in (first, second, graph(nn.Parameter(torch.ones(3).double())))})
+        == 2
+    )
