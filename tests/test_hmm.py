@@ -158,7 +158,7 @@ def test_samplers_agree_on_what_does_not_depend_on_labels() -> None:
     backends = [
         Gibbs(chains=16, warmup=60, draws=100, **QUIET),
         HMC(chains=16, warmup=120, draws=60, **QUIET),
-        MetropolisHastings(chains=16, warmup=400, draws=60, thin=15, **QUIET),
+        MetropolisHastings(chains=16, warmup=400, draws=120, thin=30, **QUIET),
     ]
     found = []
     for backend in backends:
