@@ -40,12 +40,12 @@ GIBBS_THIN = {
     "gmm": 4, "topics": 2, "robust": 2, "horseshoe": 8, "imputed": 6, "schools": 20, "radon": 3, "abundance": 4,
     "logistic": 4, "cox": 15, "block_model": 2, "GMM, full": 10, "GMM, tied": 4, "GMM, diagonal": 10, "GMM, spherical": 4,
     "GMM, isotropic": 2, "GMM, sticks": 10, "PPCA": 6, "FactorAnalysis": 6, "Mixture, bernoulli": 2,
-    "Mixture, mixed columns": 6, "HMM": 4,
+    "Mixture, mixed columns": 6, "HMM": 4, "NaiveBayes": 3,
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
     "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 80, "schools": 20,
-    "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 100,
+    "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 150,
     "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 40, "GMM, diagonal": 80, "GMM, spherical": 60,
     "GMM, sticks": 240, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
     "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 90, "HMM": 60,

@@ -386,7 +386,7 @@ def test_importance_weights_average_to_the_evidence(name: str) -> None:
 BACKENDS = {
     "Gibbs": Gibbs(chains=24, warmup=100, draws=150, thin=2, **RUN),
     "HMC": HMC(chains=24, warmup=150, draws=150, thin=2, **RUN),
-    "MetropolisHastings": MetropolisHastings(chains=24, warmup=200, draws=150, thin=10, **RUN),
+    "MetropolisHastings": MetropolisHastings(chains=24, warmup=200, draws=150, thin=40, **RUN),
 }
 
 
