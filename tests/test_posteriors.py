@@ -32,7 +32,11 @@ from zoo import BY_NAME, ZOO, Instance, markdown
 LIMIT = 4.0  # Monte-Carlo standard errors
 LEAST = 400  # effective draws, so that a standard error means something
 NEAR = 0.5  # posterior standard deviations, of the means of a guide of independent normals
-LONG_FITS = {"horseshoe": (10000, 0.01), "cox": (3000, 0.03)}  # steps and learning rate where a guide is far from the start
+LONG_FITS = {
+    "horseshoe": (10000, 0.01),
+    "cox": (3000, 0.03),
+    "schools_apart": (1500, 0.03),
+}  # steps and learning rate where a guide is far from the start
 AROUND = 0.5  # posterior standard deviations, of the point of an EM that averages by drawing
 
 
