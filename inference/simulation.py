@@ -54,6 +54,7 @@ def simulate(program: Program, values: Mapping[str, Tensor], count: int, with_da
         trace = program.trace(given, resampled=data, evaluated=False)
         return tuple(trace.nodes[name]["value"].detach() for name in names)
 
+    program.arguments()  # what is transformed once is so before many draws are made at once
     index = torch.arange(count, device=program.device)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of batching rules that torch lacks, which cost time only
