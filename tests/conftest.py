@@ -46,7 +46,7 @@ METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
     "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 80, "schools": 20,
     "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 150,
-    "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 40, "GMM, diagonal": 80, "GMM, spherical": 60,
+    "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 40, "GMM, diagonal": 80, "GMM, spherical": 60, "GMM, isotropic": 20,
     "GMM, sticks": 240, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
     "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 90, "HMM": 60,
 }  # fmt: skip
