@@ -44,17 +44,17 @@ GIBBS_THIN = {
 }  # fmt: skip
 METROPOLIS_THIN = {
     "hierarchical": 30, "mixture": 20, "crossed": 20, "random_walk": 15, "local_level": 40, "annotators": 15, "topics": 40,
-    "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 80, "schools": 20,
+    "gmm": 40, "stick_breaking": 15, "robust": 80, "errors_in_variables": 20, "horseshoe": 160, "schools": 20,
     "schools_apart": 20, "batting": 15, "radon": 15, "rasch": 25, "item_response": 60, "ratings": 80, "cox": 150,
-    "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 40, "GMM, diagonal": 80, "GMM, spherical": 60, "GMM, isotropic": 20,
+    "gaussian_process": 15, "hmm": 10, "GMM, full": 150, "GMM, tied": 80, "GMM, diagonal": 120, "GMM, spherical": 60, "GMM, isotropic": 20,
     "GMM, sticks": 240, "Mixture, mixed columns": 60, "NaiveBayes": 20, "LinearRegression": 20, "MarginClassifier": 20,
-    "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 90, "HMM": 60,
+    "PPCA": 90, "PPCA, summed": 20, "FactorAnalysis": 180, "HMM": 60,
 }  # fmt: skip
 # Sweeps before the first draw, where labels take long to leave the clusters that a chain starts from.
-GIBBS_WARMUP = {"Mixture, mixed columns": 200}
-HMC_THIN = {"hmm": 2, "horseshoe": 4, "PPCA": 3, "GMM, full": 2}
+GIBBS_WARMUP = {"Mixture, mixed columns": 400}
+HMC_THIN = {"hmm": 2, "horseshoe": 4, "MarginClassifier": 4, "PPCA": 3, "GMM, full": 2}
 # Far out its curvature is two hundred times as large, and a chain that strays there in warm-up takes long to leave.
-HMC_WARMUP = {"horseshoe": 300}
+HMC_WARMUP = {"horseshoe": 300, "MarginClassifier": 300}
 # Chains where one evaluation is dear: the change-point has a table of years by years.
 CHAINS = {"coal": 16}
 
