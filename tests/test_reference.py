@@ -38,6 +38,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The mapping interface for autodoc options")  # of sphinx 9, by its own napoleon
 def test_all_pages_are_built_without_a_warning(tmp_path: Path) -> None:
     index = reference.build(tmp_path / "pages")
     assert index.is_file()
