@@ -67,6 +67,9 @@ def _settings() -> dict[str, Any]:
         "project": "pyro-genmodels",
         "release": __version__,
         "extensions": ["sphinx.ext.autodoc", "sphinx.ext.napoleon"],
+        "suppress_warnings": [
+            f"app.add_{what}" for what in ("directive", "node", "role", "generic_role", "source_parser")
+        ],  # twice
         "autodoc_member_order": "bysource",
         "autodoc_typehints": "none",
         "napoleon_google_docstring": True,
