@@ -35,27 +35,17 @@ from inference.conditionals import Conditional, Points
 from inference.contract import Backend, Draw, Started, Unsupported
 from inference.density import Density
 from inference.distributed import check_shards
-from inference.expectation import (
-    ALL,
-    Batch,
-    Completed,
-    Enumerated,
-    Expectation,
-    GaussianLatents,
-    Moved,
-    PositiveLatents,
-    Sampled,
-    Sampler,
-    Weights,
-)
+from inference.expectation import ALL, Batch, Completed, Enumerated, Expectation, Moved, Weights
 from inference.fit import Optimise
 from inference.gibbs import Gibbs
 from inference.handlers import isolated, reproducible
 from inference.information import WIDEST, standard_errors
+from inference.latents import GaussianLatents, PositiveLatents
 from inference.marginal import MarginalSampler
 from inference.maximisation import FEW, Adam, climb, grow, is_growing, stroll
 from inference.messages import Family, candidates, kind_of
 from inference.metropolis import MetropolisHastings
+from inference.monte_carlo import Sampled, Sampler
 from inference.plan import Plan, Update, assign
 from inference.program import Program
 from inference.sites import Site

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from inference.density import RUNGS, highest_rung
 from inference.graphs import fold, merge
 from inference.recording import draft, quicken
+from inference.staging import RUNGS, highest_rung
 
 __all__ = ["Objective"]
 

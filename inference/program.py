@@ -89,7 +89,7 @@ class Program:
         dtype: Floating type to run in; None follows the weights, else is float64.
         device: Where to run; None follows the data.
         follow: Whether dtype None follows the data instead of being float64, as stochastic gradients do.
-        evaluations: How many evaluations of the density the run asks for; decides the rung (see ``inference.density``).
+        evaluations: How many evaluations of the density the run asks for; decides the rung (see ``inference.staging``).
         is_fixed: Whether to refuse a program whose structure changes from run to run.
         batch_size: Rows that are seen at a time; None sees all. Only as many are looked at, but for a check of the data.
         transform: Applied to the first tensor of every batch, such as ``torch.bernoulli``; may draw.

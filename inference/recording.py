@@ -191,9 +191,8 @@ def quicken(graph: fx.GraphModule) -> fx.GraphModule:
     quick = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     names = {name: getattr(torch, name) for name in _FUNCTIONS.split()}
     names |= {name: getattr(Tensor, name) for name in _METHODS.split()}
-    names["view"] = names["reshape"] = (
-        Tensor.reshape
-    )  # which takes inputs that are laid out in another way than those that were recorded, too
+    # reshape takes inputs that are laid out in another way than those that were recorded, too
+    names["view"] = names["reshape"] = Tensor.reshape
     for node in quick.graph.nodes:
         name = getattr(node.target, "_opname", None)
         is_plain = name not in ("add", "sub") or len(node.args) == 2  # a third argument would be their alpha

@@ -13,7 +13,7 @@ stay in the cache (``log_sum``), and what is left of them are the sum and its gr
 
 The terms of that product can be much larger than what they add up to, for a component that is narrow beside the spread of
 the rows. Rows are centred and scaled, and a component whose rounding would show is NaN here: whoever evaluates a density
-computes it row by row then (``inference.density.Staged``).
+computes it row by row then (``inference.staging.Staged``).
 """
 
 from __future__ import annotations

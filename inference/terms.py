@@ -21,8 +21,9 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from inference.density import Density, Staged
+from inference.density import Density
 from inference.program import Program
+from inference.staging import Staged
 
 __all__ = ["Coordinates", "Elements", "colour", "depends", "one_by_one", "term_values"]
 

@@ -26,11 +26,12 @@ from torch.autograd.functional import jacobian
 from torch.distributions import biject_to
 from torch.func import grad, jvp, vmap
 
-from inference.density import RUNGS, Density, Staged, Unconstrained
+from inference.density import Density, Unconstrained
 from inference.graphs import fold, functional, merge, shortened
 from inference.handlers import Arithmetic, isolated, quiet, reproducible
 from inference.program import Program
 from inference.recording import quicken, record
+from inference.staging import RUNGS, Staged
 from inference.transforms import PositiveDefinite, Stereographic, StickBreaking, bijection
 from pyro_genmodels import datasets
 from pyro_genmodels.distributions import InverseWishart
@@ -316,7 +317,7 @@ def test_a_graph_that_gives_another_first_result_alone_is_not_used(monkeypatch: 
             output.args = (short.graph.call_function(torch.ops.aten.mul.Scalar, (output.args[0], 1.001)),)
         return short
 
-    monkeypatch.setattr("inference.density.shortened", broken)
+    monkeypatch.setattr("inference.staging.shortened", broken)
     density, size = unconstrained(programs()["eight schools"], "staged", gradient=True)
     for position in positions(size, 2 * CALLS):
         assert torch.equal(density.first(position, {}), density(position, {})[0])

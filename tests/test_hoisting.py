@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.density import Random, Staged
 from inference.hoisting import Prelude, hoist
 from inference.recording import record
+from inference.staging import Random, Staged
 
 
 def _whole(function, inputs, steady):

@@ -18,8 +18,8 @@ from agreement import assert_agree
 from exact import Moments, array, averaged, grid, moments, noise
 from inference import EM, Gibbs
 from inference.conditionals import InverseGaussianConditional, PowerGammaConditional
-from inference.expectation import PositiveLatents
 from inference.handlers import isolated
+from inference.latents import PositiveLatents
 from inference.messages import InverseGaussian
 from zoo import BY_NAME
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from inference.density import _identity
 from inference.graphs import elements, fold, functional, merge, shortened
+from inference.machine_code import identity
 from inference.recording import constants, draft
 from inference.simplifying import simplified
 
@@ -131,7 +131,7 @@ def test_random_functions_stay(seed):
         assert torch.allclose(graph.written()(scale * x), function(scale * x), rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
-def test_constants_of_a_graph_are_all_there_and_part_of_its_identity() -> None:
+def test_constants_of_a_graph_are_all_there_and_part_of_itsidentity() -> None:
     """A weight that is no input, under two names; other values are another graph to the compiler's store."""
     x = torch.randn(3, dtype=torch.float64)
 
@@ -143,6 +143,6 @@ def test_constants_of_a_graph_are_all_there_and_part_of_its_identity() -> None:
     assert torch.equal(shortened(first).written()(x), x)
     assert first.code == second.code
     assert (
-        len({_identity(made, [x], [x.stride()]) for made in (first, second, graph(nn.Parameter(torch.ones(3).double())))})
+        len({identity(made, [x], [x.stride()]) for made in (first, second, graph(nn.Parameter(torch.ones(3).double())))})
         == 2
     )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move, is_certified
 from inference.contract import Unsupported
-from inference.density import Density, Staged
+from inference.density import Density
 from inference.handlers import base
 from inference.messages import kind_of
+from inference.staging import Staged
 
 __all__ = ["EllipticalSlice", "Prior"]
 

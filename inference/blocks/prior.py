@@ -12,8 +12,9 @@ from torch import Tensor
 
 from inference.blocks.block import Block, Current, Move
 from inference.contract import Unsupported
-from inference.density import Density, Staged
+from inference.density import Density
 from inference.handlers import base
+from inference.staging import Staged
 from inference.terms import Coordinates, Elements, colour, one_by_one
 
 __all__ = ["PriorDraw"]
