@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from inference import Posterior, arviz, relabel
 from pyro_genmodels.plots.style import COLOURS, FAINT, INK, dress, figure_of, mix, panels_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 Posteriors = Posterior | Mapping[str, Posterior]
+RGB = tuple[float, float, float]
 
 _ROWS, _LINES, _NAMED = 8, 40, 4
 
@@ -38,24 +40,14 @@ def traces(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure
     named = _chained(posteriors, 2)
     if not named:
         raise ValueError("There is nothing to trace: no posterior has Markov chains of two draws.")
-    found = {name: elements(posterior, sites) for name, (posterior, _) in named.items()}
-    labels = list(next(iter(found.values())))[:_ROWS]
-    figure = figure_of(2.6 * max(len(named), 2) + 0.6, 0.95 * len(labels) + 0.8)
-    grid = figure.subplots(len(labels), len(named), squeeze=False, sharex="col", sharey="row")
-    for j, (name, (_, colour)) in enumerate(named.items()):
-        for i, label in enumerate(labels):
-            axis, values = grid[i, j], found[name][label]
-            dress(axis)
-            step = -(-values.shape[1] // 1000)
-            for chain, shade in zip(values[:, ::step], np.linspace(1.35, 0.45, len(values))):
-                axis.plot(np.arange(len(chain)) * step, chain, color=mix(colour, shade), linewidth=0.4, alpha=0.8)
-            axis.set_xlim(0, values.shape[1] - 1)
-        grid[0, j].set_title(f"{name} ({len(found[name][labels[0]])} chains)")
-        grid[-1, j].set_xlabel("draw")
-    for i, label in enumerate(labels):
-        grid[i, 0].set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.align_ylabels(grid[:, 0])
-    return figure
+
+    def draw(axis: Axes, values: np.ndarray, colours: Sequence[RGB]) -> None:
+        step = -(-values.shape[1] // 1000)
+        for chain, colour in zip(values[:, ::step], colours):
+            axis.plot(np.arange(len(chain)) * step, chain, color=colour, linewidth=0.4, alpha=0.8)
+        axis.set_xlim(0, values.shape[1] - 1)
+
+    return _grid(named, sites, draw, "draw", sharey="row")
 
 
 def effective_sizes(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
@@ -119,32 +111,20 @@ def ranks(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
     named = {name: pair for name, pair in _chained(posteriors, 4).items() if pair[0].shape[0] > 1}
     if not named:
         raise ValueError("There are no ranks to compare: no posterior has two Markov chains of four draws.")
-    found = {name: elements(posterior, sites) for name, (posterior, _) in named.items()}
-    labels = list(next(iter(found.values())))[:_ROWS]
-    figure = figure_of(2.6 * max(len(named), 2) + 0.6, 0.95 * len(labels) + 0.8)
-    grid = figure.subplots(len(labels), len(named), squeeze=False)
-    for j, (name, (_, colour)) in enumerate(named.items()):
-        for i, label in enumerate(labels):
-            axis, values = grid[i, j], found[name][label]
-            dress(axis)
-            chains, draws = values.shape
-            bins = min(20, max(4, draws // 20))
-            rank = rankdata(values, method="average").reshape(values.shape)
-            edges = np.linspace(0.5, chains * draws + 0.5, bins + 1)
-            low, high = binom.ppf([0.005, 0.995], draws, 1.0 / bins)
-            axis.axhspan(low, high, color=FAINT, alpha=0.6, linewidth=0)
-            for own, shade in zip(rank, np.linspace(1.35, 0.45, chains)):
-                axis.stairs(np.histogram(own, edges)[0], edges, color=mix(colour, shade), linewidth=0.8, alpha=0.9)
-            axis.set_xlim(edges[0], edges[-1])
-            axis.set_ylim(bottom=0.0)
-            if i < len(labels) - 1:
-                axis.set_xticklabels([])
-        grid[0, j].set_title(f"{name} ({len(found[name][labels[0]])} chains)")
-        grid[-1, j].set_xlabel("rank among all draws")
-    for i, label in enumerate(labels):
-        grid[i, 0].set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.align_ylabels(grid[:, 0])
-    return figure
+
+    def draw(axis: Axes, values: np.ndarray, colours: Sequence[RGB]) -> None:
+        chains, draws = values.shape
+        bins = min(20, max(4, draws // 20))
+        rank = rankdata(values, method="average").reshape(values.shape)
+        edges = np.linspace(0.5, chains * draws + 0.5, bins + 1)
+        low, high = binom.ppf([0.005, 0.995], draws, 1.0 / bins)
+        axis.axhspan(low, high, color=FAINT, alpha=0.6, linewidth=0)
+        for own, colour in zip(rank, colours):
+            axis.stairs(np.histogram(own, edges)[0], edges, color=colour, linewidth=0.8, alpha=0.9)
+        axis.set_xlim(edges[0], edges[-1])
+        axis.set_ylim(bottom=0.0)
+
+    return _grid(named, sites, draw, "rank among all draws")
 
 
 def forest(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure:
@@ -187,6 +167,34 @@ def forest(posteriors: Posteriors, sites: Sequence[str] | None = None) -> Figure
 
         handles = [Line2D([], [], color=colour, marker="o", markersize=4, label=name) for name, (_, colour) in named.items()]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(named)), frameon=False, fontsize=8)
+    return figure
+
+
+def _grid(
+    named: Mapping[str, tuple[Posterior, str]],
+    sites: Sequence[str] | None,
+    draw: Callable[[Axes, np.ndarray, Sequence[RGB]], None],
+    below: str,
+    **shared: Any,
+) -> Figure:
+    """A row for each element of the sites, at most eight, a column for each posterior.
+
+    ``draw(axis, values (chain, draw), colours of the chains)`` fills a panel; ``below`` names the horizontal axis.
+    """
+    found = {name: elements(posterior, sites) for name, (posterior, _) in named.items()}
+    labels = list(next(iter(found.values())))[:_ROWS]
+    figure = figure_of(2.6 * max(len(named), 2) + 0.6, 0.95 * len(labels) + 0.8)
+    grid = figure.subplots(len(labels), len(named), squeeze=False, sharex="col", **shared)
+    for j, (name, (_, colour)) in enumerate(named.items()):
+        for i, label in enumerate(labels):
+            values = found[name][label]
+            dress(grid[i, j])
+            draw(grid[i, j], values, [mix(colour, shade) for shade in np.linspace(1.35, 0.45, len(values))])
+        grid[0, j].set_title(f"{name} ({len(found[name][labels[0]])} chains)")
+        grid[-1, j].set_xlabel(below)
+    for i, label in enumerate(labels):
+        grid[i, 0].set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.align_ylabels(grid[:, 0])
     return figure
 
 
