@@ -42,8 +42,8 @@ def _written_anew(graph: Graph) -> Graph:
 def fold(graph: Graph) -> Graph:
     """Evaluates once, in place, what does not depend on the inputs of a graph: data, constants and priors.
 
-    What an in-place operation may write to is left alone: a constant that is written to would remember. Factors of 1 are
-    left out, and what is the same along a dimension takes memory for one of them.
+    What an in-place operation may write to is left alone: a constant that is written to would remember. Factors and
+    divisors of 1 are left out, and what is the same along a dimension takes memory for one of them.
     """
     unsteady = changing(graph)
     known: dict[fx.Node, Any] = {}
@@ -73,11 +73,11 @@ def fold(graph: Graph) -> Graph:
 
 
 def _times_one(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node | None:
-    """The factor of a product whose other factor is a constant of ones, if that is its value."""
-    if node.op != "call_function" or node.target is not _aten.mul.Tensor:
+    """What is multiplied or divided by a constant of ones, if that is the value of a node."""
+    if node.op != "call_function" or node.target not in (_aten.mul.Tensor, _aten.div.Tensor):
         return None
     left, right = node.args[:2]
-    for source, other in ((left, right), (right, left)):
+    for source, other in ((left, right), (right, left))[: 1 + (node.target is _aten.mul.Tensor)]:
         if isinstance(source, fx.Node) and isinstance(other, fx.Node) and other in known and "val" in source.meta:
             is_alike = source.meta["val"] == node.meta.get("val")  # neither wider nor of another type
             if is_alike and bool((known[other] == 1).all()):

@@ -339,21 +339,8 @@ def _finite(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
     return self.made(known, _aten.eq.Scalar, self.made(before, _aten.sub.Tensor, x, x), 0)
 
 
-def _times_one(self: _Simplifying, node: fx.Node, known: Meta) -> fx.Node | None:
-    """A product with a constant that is 1 everywhere."""
-    if not self.is_plain(node, {_aten.mul.Tensor, _aten.div.Tensor}, 2) or not self.both(node):
-        return None
-    for x, one in (arguments(node), arguments(node)[::-1])[: 1 + (node.target is _aten.mul.Tensor)]:
-        if self.meta(x) == known and one.op == "get_attr" and one not in self.unsteady:
-            value = constant(self.graph, one)
-            if value.numel() <= LARGEST_CONSTANT and value.device.type == "cpu" and bool((value == 1).all()):
-                same: fx.Node = x
-                return same
-    return None
-
-
 _RULES: tuple[Callable[[_Simplifying, fx.Node, Meta], fx.Node | None], ...] = (
-    _one_view, _no_sum, _sign, _finite, _times_one
+    _one_view, _no_sum, _sign, _finite
 )  # fmt: skip
 _MOST_PASSES = 4
 
