@@ -48,7 +48,7 @@ from inference import (
     Until,
     checkpoint,
     codec,
-    density,
+    staging,
 )
 from inference.diagnosis import worst
 from inference.objective import Objective
@@ -359,7 +359,7 @@ def test_a_run_may_stop_many_times_and_stay_in_one_folder(tmp_path: Path) -> Non
 def test_a_run_goes_on_on_the_rung_where_it_was(rung: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Before graphs are made, while they are held against the program, and after."""
     monkeypatch.setenv("PYRO_GENMODELS_RUNG", rung)
-    monkeypatch.setattr(density, "_SECONDS_TO_COMPILE", (0.0, 0.0))
+    monkeypatch.setattr(staging, "_SECONDS_TO_COMPILE", (0.0, 0.0))
     if rung == "compiled" and not shutil.which("g++"):
         pytest.skip("needs a compiler")
     options = {**CHAINS, "warmup": 20, "draws": 14}
