@@ -599,13 +599,23 @@ def _formed(factor: Factor) -> Factor:
 
 
 def _log_sum(parts: list[Rows], maximise: bool) -> Tensor:
-    """Log-probability of rows under several components, one for each value of a variable; a scalar."""
+    """Log-probability of rows under several components, one for each value of a variable; a scalar.
+
+    What is the same under all of them is taken out of the sum over components.
+    """
     choices = max(part.constant.numel() for part in parts)
     constants = [part.constant.reshape(-1).expand(choices) for part in parts]
     products = [part for part in parts if part.is_product]
-    naturals = [part.natural.reshape(-1, part.natural.shape[-1]).expand(choices, -1) for part in products]
-    statistics = torch.cat([part.statistics for part in products], -1) if len(products) > 1 else products[0].statistics
-    return log_sum(statistics, torch.cat(naturals, -1), torch.stack(constants).sum(0), maximise)
+    widths = [part.natural.shape[-1] - part.shared for part in products]
+    naturals = [part.natural.reshape(-1, part.natural.shape[-1]) for part in products]
+    own = [natural[:, :width].expand(choices, -1) for natural, width in zip(naturals, widths, strict=True)]
+    tables = [part.statistics[:, :width] for part, width in zip(products, widths, strict=True)]
+    statistics = torch.cat(tables, -1) if len(tables) > 1 else tables[0]
+    found = log_sum(statistics, torch.cat(own, -1), torch.stack(constants).sum(0), maximise)
+    for part, natural, width in zip(products, naturals, widths, strict=True):
+        if part.shared:
+            found = found + natural[0, width:] @ part.statistics.sum(0)[width:]
+    return found
 
 
 def _multiplied(

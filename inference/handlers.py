@@ -204,7 +204,7 @@ class Arithmetic(TorchFunctionMode):
         self.expanded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def origin(self, tensor: Tensor) -> Tensor:
-        """What a tensor was before plates expanded it: a gradient need not be as large as they made it."""
+        """What a tensor was before plates or broadcasting expanded it: a gradient need not be as large as they made it."""
         while id(tensor) in self.expanded:
             tensor = self.expanded[id(tensor)][1]
         return tensor
@@ -233,6 +233,10 @@ class Arithmetic(TorchFunctionMode):
             wide = func(*args, **(kwargs or {}))
             self.expanded[id(wide)] = wide, args[0]
             return wide
+        if name == "broadcast_tensors":
+            wider = func(*args)
+            self.expanded |= {id(wide): (wide, arg) for wide, arg in zip(wider, args, strict=True) if wide is not arg}
+            return wider
         if name in _WRITES:
             self.has_written = True
         if self.zero is not None and name in _MAKES:

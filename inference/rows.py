@@ -66,12 +66,14 @@ class Rows(NamedTuple):
         natural: η, (*component, statistic).
         constant: c, (*component).
         axis: Which dimension of the table the rows have, counted from the right, negative.
+        shared: How many of the last statistics have one η for all components, such as x xᵀ where these share Σ.
     """
 
     statistics: Tensor
     natural: Tensor
     constant: Tensor
     axis: int
+    shared: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -203,8 +205,7 @@ def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known:
     location, spread = origin(fn.loc), origin(fn._unbroadcasted_scale_tril if is_full else fn.scale)
     if not is_full and not events:  # rows of one number each
         value, location, spread = value.unsqueeze(-1), location.unsqueeze(-1), spread.unsqueeze(-1)
-    elif not location.dim() or not spread.dim():
-        return None
+    location, spread = torch.atleast_1d(location, spread)  # one number for all columns
     *batch, width = value.shape
     axes = [i - len(batch) for i, size in enumerate(batch) if size > 1]
     if len(axes) != 1 or batch[axes[0]] < FEWEST or value.dtype not in _ROUNDING:
@@ -217,6 +218,8 @@ def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known:
     location, spread = _without(location, axis - 1), _without(spread, axis - 1 - is_full)
     found = (known or Known()).statistics(value, value.reshape(batch[axis], width), is_full)
     unit, m = found.unit, (location - found.centre) / found.unit
+    own = 2 if is_full else 1
+    is_shared = spread.shape[:-own].numel() == 1 < location.shape[:-1].numel()
     if is_full:
         natural, constant = _full(m, spread / unit.unsqueeze(-1))
     else:
@@ -227,7 +230,8 @@ def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known:
     short = -axis - 1 - constant.dim()  # dimensions right of the rows
     if short > 0:
         natural, constant = natural.reshape(*(1,) * short, *natural.shape), constant.reshape(*(1,) * short, *constant.shape)
-    return Rows(found.table, natural, constant, axis).scaled(float(node["scale"]))
+    shared = natural.shape[-1] - width if is_shared else 0
+    return Rows(found.table, natural, constant, axis, shared).scaled(float(node["scale"]))
 
 
 def _is_shared(parameter: Tensor, axis: int, events: int) -> bool:

@@ -128,7 +128,20 @@ def counted(x: Tensor) -> None:
         pyro.sample("n", dist.Poisson(1.0 + z), obs=x[:, 2].abs().round())
 
 
-SUMMED = {"labelled": labelled, "switched": switched, "paired": paired, "counted": counted,
+def alike(x: Tensor) -> None:
+    """Components of one width beside components of widths of their own."""
+    weights = pyro.sample("weights", dist.Dirichlet(x.new_ones(2)))
+    spread = pyro.sample("spread", dist.LogNormal(x.new_zeros(2), 1.0).to_event(1))
+    with pyro.plate("components", 2):
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(2), 100.0).to_event(1))
+        height = pyro.sample("height", dist.LogNormal(x.new_tensor(0.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(mean[z], spread).to_event(1), obs=x[:, :2])
+        pyro.sample("y", dist.Normal(mean[z, 0], height[z]), obs=x[:, 2])
+
+
+SUMMED = {"labelled": labelled, "switched": switched, "paired": paired, "counted": counted, "alike": alike,
           **{covariance: GMM(3, covariance) for covariance in COVARIANCES}}  # fmt: skip
 
 
@@ -179,6 +192,21 @@ def test_a_component_without_weight_has_no_share_of_the_rows() -> None:
     assert log_sum(t, eta, torch.full_like(c, torch.nan)).isnan()
 
 
+@pytest.mark.parametrize("name, own", [("alike", 2 + 2), ("paired", 2 + 1), ("full", 3 + 6), ("tied", 3), ("diagonal", 6)])
+def test_what_components_share_is_not_summed_over_them(name: str, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = set()
+
+    def seen(statistics: Tensor, *rest: Any) -> Tensor:
+        widths.add(statistics.shape[-1])
+        return log_sum(statistics, *rest)
+
+    monkeypatch.setattr(inference.rows, "_LEAST_TABLE", 1)
+    monkeypatch.setattr("inference.enumeration.log_sum", seen)
+    _, staged, position = densities(SUMMED[name], X)
+    staged._evaluated(position, {})
+    assert widths == {own}
+
+
 def spots(x: Tensor) -> None:
     """Two components of one width; the second may be far narrower than the rows are wide."""
     weights = pyro.sample("weights", dist.Dirichlet(x.new_ones(2)))
@@ -207,6 +235,27 @@ def test_em_from_expected_statistics_is_em_from_the_weights_of_rows(
     for name in start:
         torch.testing.assert_close(point[name], expected[name], rtol=1e-8, atol=0.0)
     torch.testing.assert_close(point["spread"][1], x[700:].std(0, correction=0), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_em_of_components_that_share_a_width_is_em_from_the_weights_of_rows(
+    hard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means = X[[0, -1], :2]
+    start = {
+        "mean": means,
+        "height": X.new_tensor([5.0, 4.0]),
+        "spread": X.new_tensor([5.0, 6.0]),
+        "weights": X.new_ones(2) / 2,
+    }
+    backend = EM(start=start, steps=10, tolerance=0.0, hard=hard, objective="mle", seed=0, progress=False)
+    monkeypatch.setattr(inference.rows, "_LEAST_TABLE", 1)
+    point = backend.fit(alike, X).point()
+    monkeypatch.setattr(inference.rows, "FEWEST", 10_000)
+    monkeypatch.setattr("inference.stacking.FEWEST", 10_000)
+    expected = backend.fit(alike, X).point()
+    for name in start:
+        torch.testing.assert_close(point[name], expected[name], rtol=1e-8, atol=0.0)
 
 
 def test_em_in_float32_is_em_in_float64_but_for_rounding() -> None:
