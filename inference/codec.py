@@ -5,8 +5,8 @@
 
 What is code or belongs to the program (the program itself, its density, its weights) is written as the name of a *link*, and
 is whatever the reader has under that name. Classes are named, and found among those that are already imported, in a few
-modules; objects are made without their constructors. Tensors keep the order of their memory: a sum over the same numbers
-in another order ends in other last digits.
+modules; objects are made without their constructors, of fields that are there and of the types that their class says.
+Tensors keep the order of their memory: a sum over the same numbers in another order ends in other last digits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import dataclasses
 import functools
 import math
 import sys
+import types
+import typing
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -190,7 +192,10 @@ class _Reader:
         if tag in ("float", "size", "dtype", "device", "link", "class"):
             return getattr(self, f"_{tag}")(*parts)
         if tag == "record":
-            return self._class(parts[0], self.modules)._make(self.value(part) for part in parts[1:])
+            cls = self._class(parts[0], self.modules)
+            record = cls._make(self.value(part) for part in parts[1:])
+            _check_fields(cls, record._asdict())
+            return record
         if tag == "dict":
             return {self.value(key): self.value(value) for key, value in parts}
         if tag in ("tuple", "list", "partial"):
@@ -259,5 +264,50 @@ class _Reader:
     def _object(self, name: str, held: Mapping[str, Any]) -> Any:
         cls = self._class(name, self.modules)
         found = object.__new__(cls)
-        found.__dict__.update({key: self.value(part) for key, part in held.items()})
+        fields = {key: self.value(part) for key, part in held.items()}
+        if dataclasses.is_dataclass(cls) and fields.keys() != (own := {field.name for field in dataclasses.fields(cls)}):
+            raise TypeError(f"{name} has other fields: {', '.join(sorted(fields.keys() ^ own))}")
+        _check_fields(cls, fields)
+        found.__dict__.update(fields)
         return found
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    """The types of the fields of a class, as far as it says them."""
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, TypeError, AttributeError):  # names that are known to type checkers only
+        return {}
+
+
+def _check_fields(cls: type, fields: Mapping[str, Any]) -> None:
+    """Refuses what a whole checkpoint would not have, before it is an error somewhere in the middle of a run."""
+    for name, value in fields.items():
+        if not _fits(value, _types(cls).get(name, Any)):
+            raise TypeError(f"{cls.__name__}.{name} cannot be {value if value is None else 'a ' + type(value).__name__}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as annotations say it; what cannot be told is."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    outer = kind if origin is None else origin
+    if kind is Any or not isinstance(outer, type):
+        return True
+    if outer is type(None):
+        return value is None
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return all(_fits(element, parts[0]) for element in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if not getattr(outer, "_is_protocol", False) and not isinstance(value, outer):
+        return False
+    if isinstance(value, dict) and len(parts) == 2:
+        return all(_fits(key, parts[0]) and _fits(element, parts[1]) for key, element in value.items())
+    return not isinstance(value, list) or len(parts) != 1 or all(_fits(element, parts[0]) for element in value)

@@ -195,6 +195,29 @@ def test_a_state_names_nothing_but_what_has_a_place_in_it(tree: Any) -> None:
         codec.decode(codec.Encoded(tree, {"0": torch.zeros(2)}), {})
 
 
+@pytest.mark.parametrize(
+    "tree, which",
+    [
+        (
+            ["record", "inference.gibbs:GibbsInfo", ["tensor", "0", None, False, "cpu"], 1.0],
+            "acceptance_rate cannot be a float",
+        ),
+        (["record", "inference.plan:Update", ["tuple", "mu", 3], "HMC", 1.0, None, "", "exact"], "sites cannot be a tuple"),
+        (["record", "inference.plan:Update", ["list", "mu"], "HMC", 1.0, None, "", "exact"], "sites cannot be a list"),
+        (["record", "inference.plan:Update", ["tuple"], "HMC", None, None, "", "exact"], "acceptance cannot be None"),
+        (["record", "inference.plan:Update", ["tuple"], "HMC", True, None, "", "exact"], "acceptance cannot be a bool"),
+        (["record", "inference.plan:Update", ["tuple"], "HMC", 1, "none", "", "exact"], "certificate cannot be a str"),
+        (["object", "inference.until:Until", {"rhat": 1.01}], "has other fields: ess"),
+    ],
+    ids=str,
+)
+def test_a_state_has_fields_of_the_types_of_its_class(tree: Any, which: str) -> None:
+    with pytest.raises(ValueError, match=f"A checkpoint is damaged: .*{which}"):
+        codec.decode(codec.Encoded(tree, {"0": torch.zeros(2)}), {})
+    whole = ["record", "inference.plan:Update", ["tuple", "mu"], "HMC", 1, None, "", "exact"]
+    assert codec.decode(codec.Encoded(whole, {}), {}).sites == ("mu",)
+
+
 def test_json_that_is_nested_too_deeply_is_damage(tmp_path: Path) -> None:
     folder, deep = saved(tmp_path / "saved"), "[" * 100_000 + "]" * 100_000
     (folder / "checkpoint.json").write_text(deep)
