@@ -18,6 +18,7 @@ from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Unsupported, arvi
 from inference.handlers import isolated
 from pyro_genmodels import GAN, InfoGAN
 from pyro_genmodels.implicit import ConvCritic, Critic, Generator, ImplicitDistribution, NoiseReparam
+from pyro_genmodels.implicit.distribution import row_scores
 from pyro_genmodels.metrics.divergences import energy_distance, null_band
 
 X = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -361,3 +362,15 @@ def test_every_weight_of_the_generator_has_a_gradient(make: Any) -> None:
 def test_wrong_input_is_answered_in_a_sentence(make: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_critic_that_runs_out_of_memory_says_so(error: RuntimeError) -> None:
+    def critic(x: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(RuntimeError, match="memory") as found:
+        row_scores(critic, torch.zeros(3, 2))
+    assert found.value is error
