@@ -7,12 +7,19 @@ no longer: a chain of a thousand states needs two. Nothing has to be marked with
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pyro import poutine
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Followed", "lanes", "lifetimes"]
+from inference.handlers import isolated, reproducible
+from inference.sites import is_statement
+
+if TYPE_CHECKING:
+    from inference.program import Program
+
+__all__ = ["Followed", "dependence", "is_read", "lanes", "lifetimes", "parameters_follow"]
 
 
 _READERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "__array__")
@@ -93,3 +100,33 @@ def lanes(lives: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         lane = next(i for i in range(len(taken) + 1) if taken.get(i, -1) < first)
         assigned[site], taken[lane] = lane, last
     return assigned
+
+
+def is_read(program: Program, trace: poutine.Trace) -> bool:
+    """Whether Python reads the value of a latent site, so that rare sites may hang on it that no look has shown."""
+    values = {name: trace.nodes[name]["value"].clone() for name in program.latents}
+    with Followed(values) as followed:
+        program.trace(values)
+    return followed.is_read
+
+
+def dependence(program: Program, trace: poutine.Trace) -> dict[str, frozenset[str]]:
+    """Statement to the finite sites that its density depends on, in the order of the program."""
+    values = {name: trace.nodes[name]["value"].clone() for name in program.latents}
+    with Followed({name: values[name] for name in program.finite}) as followed:
+        nodes = program.trace(values).nodes
+        statements = {name: node for name, node in nodes.items() if is_statement(node)}
+        return {
+            name: followed.of(node["log_prob"]) for name, node in statements.items() if name not in program.deterministic
+        }
+
+
+def parameters_follow(program: Program, name: str) -> frozenset[str]:
+    """The latent sites that the parameters of a site's distribution depend on."""
+    with isolated(0, program.device), reproducible(program.dtype, program.device):
+        nodes = program.trace({}, evaluated=False).nodes
+        apart = nodes[name]["value"].detach().clone()
+        values = {latent: nodes[latent]["value"].clone() for latent in program.latents}
+        with Followed(values) as followed:
+            fn = program.trace(values, evaluated=False).nodes[name]["fn"]
+            return followed.of(fn.log_prob(apart))

@@ -39,6 +39,7 @@ from inference.plan import Plan, Update
 from inference.posterior import End, Posterior
 from inference.program import Program
 from inference.relabel import Axis
+from inference.screening import check_constants
 from inference.symmetry import exchangeable
 from inference.until import Until
 
@@ -172,7 +173,7 @@ def run(
                 is_fixed=backend.changing is None,
                 **backend.view,
             )
-            program.check_constants(type(backend).__name__, backend.takes_unnormalised)
+            check_constants(program, type(backend).__name__, backend.takes_unnormalised)
             sites = (*program.latents, *program.deterministic)
             unknown = [name for name in backend.keep or () if name not in sites]
             if unknown and not program.is_changing:  # whose sites are known when it has run

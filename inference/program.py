@@ -28,11 +28,11 @@ from inference.contract import (
     Surrogate,
     Unsupported,
 )
-from inference.dependence import Followed
+from inference.dependence import dependence, is_read
 from inference.distributed import ALONE, Processes
 from inference.handlers import Arithmetic, Gradients, Substitute, Table, Weights, base, isolated, quiet, reproducible
 from inference.rows import Known
-from inference.screening import check_data, check_support
+from inference.screening import check_data, check_randomness, check_structure, check_support, check_supports
 from inference.sites import (
     Plate,
     Shape,
@@ -47,7 +47,6 @@ from inference.sites import (
     largest,
     moving,
     resized,
-    shape_of,
     site_of,
 )
 from inference.stacking import Stack, log_probs
@@ -66,7 +65,6 @@ _CHUNK = 4096  # rows that are checked at a time, where a run sees batches; all 
 _MANY_ROWS = 16_384  # that many or more
 _LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
 _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
-_FEW = 12  # numbers of a value that an error spells out
 
 
 def _tensor(leaf: Any) -> Any:
@@ -165,7 +163,7 @@ class Program:
         default = torch.get_default_dtype() if follow else torch.float64
         self.dtype: torch.dtype = dtype or (floating[0].dtype if follow and floating else default)
         self.device = torch.device(device) if device else (tensors or parameters or [torch.empty(0)])[0].device
-        self._is_fixed, self.is_changing = is_fixed, False
+        self.is_fixed, self.is_changing = is_fixed, False
         self.is_simulated, self.is_run, self._takes_surrogates = is_simulated, is_run, takes_surrogates
         self.fitted: Guide | None = None
         self._replicated: dict[str, Tensor] = {}
@@ -181,7 +179,7 @@ class Program:
         is_plain = is_fixed and is_run and not is_simulated and transform is None
         is_large = self.rows is not None and self.rows >= _MANY_ROWS and is_plain
         self.part: int | None = batch_size if is_batched else _CHUNK if is_large and batch_size is None else None
-        used = self._seen(is_batched, lambda: self._used_weights(owner))
+        used = self._seen(is_batched, lambda: self.used_weights(owner))
         if used and dtype is None:
             self.dtype = next(iter(used.values())).dtype
         elif isinstance(owner, nn.Module) and not used and not follow:
@@ -283,7 +281,7 @@ class Program:
 
     def _look_for_weights(self) -> None:
         self._look()
-        self.weights = self._used_weights(self.owner)
+        self.weights = self.used_weights(self.owner)
         _ = self.row_plates, self.knows_rows, self.row_loops  # found with the rows that are seen
 
     def arguments(self, data: list[Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -449,23 +447,23 @@ class Program:
             self.nesting = 0
             traces = [self.trace({}, evaluated=False)] if self.is_run else []
             if traces:
-                looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self._is_fixed else _MORE_LOOKS
+                looks = _FEWER_LOOKS if len(traces[0].nodes) >= _MANY else _LOOKS if self.is_fixed else _MORE_LOOKS
                 traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
-                self._check_structure(traces)
+                check_structure(self, traces)
             nodes = largest(traces)
             self._take_down(nodes, traces)
-            self._check_supports(traces)
+            check_supports(self, traces)
             supports = {n: [t.nodes[n]["fn"].support for t in traces if n in t.nodes] for n in self.observed_sites}
             self.moving = {name: moving(found) for name, found in supports.items()}
             check_data(self, traces, self.observed)
             self._leaf_of = self._leaves_observed(traces)
-            self._check_randomness(self._settings(traces))
-            if not self._is_fixed and not self.is_changing:
-                self.is_changing = self._is_read(traces[0])
+            check_randomness(self, self._settings(traces))
+            if not self.is_fixed and not self.is_changing:
+                self.is_changing = is_read(self, traces[0])
             self._resized = resized(traces) if self.is_changing else set()
             statements = [name for name in nodes if name not in self.deterministic]
             is_followed = self.finite and not self.is_changing and not self.is_simulated
-            self.dependence = self._follow(traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
+            self.dependence = dependence(self, traces[0]) if is_followed else dict.fromkeys(statements, frozenset[str]())
             for name in [name for name, site in self.latents.items() if site.is_linked]:
                 self.latents[name] = replace(self.latents[name], plates=self._along(name, nodes))
 
@@ -522,7 +520,7 @@ class Program:
                 self._leaf_of = self._leaves_observed([trace])
                 settings = self._settings([trace])
                 del trace  # which holds a parameter of each row
-                self._check_randomness(settings)
+                check_randomness(self, settings)
         return is_same
 
     def _along(self, site: str, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[Plate, ...]:
@@ -538,107 +536,11 @@ class Program:
             )
         return tuple(Plate(name, -1, size) for name in found)
 
-    def _is_read(self, trace: poutine.Trace) -> bool:
-        """Whether Python reads the value of a latent site, so that rare sites may hang on it that no look has shown."""
-        values = {name: trace.nodes[name]["value"].clone() for name in self.latents}
-        with Followed(values) as followed:
-            self.trace(values)
-        return followed.is_read
-
-    def _follow(self, trace: poutine.Trace) -> dict[str, frozenset[str]]:
-        """Statement to the finite sites that its density depends on, in the order of the program."""
-        values = {name: trace.nodes[name]["value"].clone() for name in self.latents}
-        with Followed({name: values[name] for name in self.finite}) as followed:
-            nodes = self.trace(values).nodes
-            statements = {name: node for name, node in nodes.items() if is_statement(node)}
-            return {
-                name: followed.of(node["log_prob"]) for name, node in statements.items() if name not in self.deterministic
-            }
-
-    def _check_structure(self, traces: list[poutine.Trace]) -> None:
-        seen = [{name: kind_of(node) for name, node in t.nodes.items() if is_statement(node)} for t in traces]
-        for name in dict.fromkeys(itertools.chain.from_iterable(seen)):
-            kinds = sorted({sites[name] for sites in seen if name in sites})
-            if len(kinds) > 1:
-                raise Unsupported(
-                    f"Site '{name}' of {self.name} is {kinds[0]} in some runs, and {kinds[1]} in others. Give it two names."
-                )
-            if any(name not in sites for sites in seen):
-                self._refuse(
-                    f"Site '{name}' appears only in some runs of {self.name}, but this back-end needs each site on every "
-                    "run. Use MetropolisHastings(proposal=Prior()). Or sample it always, and choose with torch.where."
-                )
-            shapes = (
-                {shape_of(t.nodes[name]) for t in traces if name in t.nodes} if kinds[0] in ("latent", "observed") else ()
-            )
-            if len(shapes) > 1:
-                one, other, *_ = sorted(shapes)
-                self._refuse(
-                    f"The shape of '{name}' changes from run to run of {self.name}, such as from {tuple(one)} to "
-                    f"{tuple(other)}, but this back-end needs each site in one shape. Use "
-                    "MetropolisHastings(proposal=Prior()). Or take the largest shape always, and mask what is too much."
-                )
-        is_empty = not self.is_simulated and not any("latent" in sites.values() for sites in seen)
-        if is_empty and not self._used_weights(self.owner):
-            raise Unsupported(f"{self.name} has no latent site: there is nothing to infer.")
-        for name, node in traces[0].nodes.items():
-            if node["type"] == "sample" and poutine.util.site_is_subsample(node):
-                size, kept = node["fn"].size, node["value"].shape[0]
-                if kept < size:
-                    raise Unsupported(
-                        f"Plate '{name}' takes {kept} of {size} rows at random. Write the program for all rows; "
-                        "SVI(batch_size=...) sub-samples it."
-                    )
-
-    def check_constants(self, who: str, takes_unnormalised: bool = False) -> None:
-        """Whether no constant is missed that a log-density lacks.
-
-        Raises:
-            Unsupported: If one is needed, or if it changes, as it does with parameters that depend on what is hidden.
-        """
-        if self.is_simulated:  # draws alone are looked at
-            return
-        for name, site in (self.latents | self.observed_sites).items():
-            if site.is_unnormalised and not takes_unnormalised:
-                raise Unsupported(
-                    f"Site '{name}' is {site.family}, whose log_prob lacks a constant that nobody knows, but {who} needs a "
-                    "density that integrates to 1. Sample from it by HMC() or MetropolisHastings(), and train its weights "
-                    "by Denoising(loss=...)."
-                )
-            hidden = self._parameters_follow(name) if site.is_unnormalised or name in self.surrogates else ()
-            if hidden:
-                raise Unsupported(
-                    f"Site '{name}' is {site.family}, whose log_prob lacks a constant that changes with its parameters, and "
-                    f"they depend on '{min(hidden)}', which is hidden. Give that a fixed value, or '{name}' a density."
-                )
-
-    def _parameters_follow(self, name: str) -> frozenset[str]:
-        """The latent sites that the parameters of a site's distribution depend on."""
-        with isolated(0, self.device), reproducible(self.dtype, self.device):
-            nodes = self.trace({}, evaluated=False).nodes
-            apart = nodes[name]["value"].detach().clone()
-            values = {latent: nodes[latent]["value"].clone() for latent in self.latents}
-            with Followed(values) as followed:
-                fn = self.trace(values, evaluated=False).nodes[name]["fn"]
-                return followed.of(fn.log_prob(apart))
-
-    def _refuse(self, sentence: str) -> None:
-        """Refuses a program whose structure changes, or notes that it does."""
-        if self._is_fixed:
+    def changes(self, sentence: str) -> None:
+        """Refuses a program whose structure changes from run to run, in words, or notes that it does."""
+        if self.is_fixed:
             raise Unsupported(sentence)
         self.is_changing = True
-
-    def _check_supports(self, traces: list[poutine.Trace]) -> None:
-        for name, site in self.latents.items():
-            if self.is_changing or (self._is_fixed and not site.is_continuous):
-                continue
-            if site.is_continuous:
-                _ = site.transform  # raises if there is none
-            if moving([trace.nodes[name]["fn"].support for trace in traces]):
-                self._refuse(
-                    f"The support of '{name}' depends on other latent sites. Use MetropolisHastings(proposal=Prior()). Or "
-                    "sample it on a fixed support and scale it: u ~ Uniform(0, 1), x = low + (high - low) * u."
-                )
 
     def _widen(self, part: int) -> None:
         """Makes of what a part of the rows has shown what all rows have, and checks the data of all."""
@@ -717,34 +619,6 @@ class Program:
         """The latent values of each trace."""
         return [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]
 
-    def _check_randomness(self, settings: list[dict[str, Tensor]]) -> None:
-        if not self.latents or self.is_simulated:
-            return
-        if self.is_changing and any(self._latents_at(values) != values.keys() for values in settings):
-            raise Unsupported(
-                f"{self.name} has hidden randomness: at the same values it has other sites. Draw by pyro.sample only."
-            )
-        first, second = self.log_joint(settings[0]), self.log_joint(settings[0])
-        if not torch.equal(first, second) and not (first.isnan() and second.isnan()):
-            raise Unsupported(
-                f"{self.name} has hidden randomness: its log-density at the same values is {first:.6g}, then {second:.6g}. "
-                "Draw by pyro.sample only, and switch dropout off with .eval()."
-            )
-        if not any(self.log_joint(values).isfinite() for values in settings):
-            for label, tensor in self._labelled():
-                bad = (~tensor.isfinite()).nonzero()
-                if len(bad):
-                    where = tuple(bad[0].tolist())
-                    raise ValueError(
-                        f"{label} holds {len(bad)} values that are NaN or infinite (the first at {where}), and "
-                        f"{self.name} has no use for them. Remove those rows, or write the program with a mask."
-                    )
-
-    def _latents_at(self, values: Mapping[str, Tensor]) -> set[str]:
-        """Names of the latent sites that a run at these values has."""
-        nodes = self.trace(values, evaluated=False).nodes
-        return {name for name, node in nodes.items() if is_statement(node) and kind_of(node) == "latent"}
-
     @property
     def named_arguments(self) -> list[tuple[str, Any]]:
         """The arguments, by the names of the program's parameters."""
@@ -753,11 +627,12 @@ class Program:
         named = zip(names + [f"argument {i}" for i in range(len(names), len(args))], args, strict=False)
         return [*named, *kwargs.items()]
 
-    def _labelled(self) -> list[tuple[str, Tensor]]:
+    @property
+    def tensors(self) -> list[tuple[str, Tensor]]:
         """The tensors among the arguments, by the names of the program's parameters."""
         return [(label, value) for label, value in self.named_arguments if isinstance(value, Tensor)]
 
-    def _used_weights(self, owner: Any) -> dict[str, Tensor]:
+    def used_weights(self, owner: Any) -> dict[str, Tensor]:
         """The trainable tensors that the log-density depends on, or what is drawn of a program known through draws."""
         named: dict[str, Tensor] = dict(owner.named_parameters()) if isinstance(owner, nn.Module) else {}
         named = {name: weight for name, weight in named.items() if weight.requires_grad}
@@ -950,7 +825,7 @@ class Program:
         seen = list(self.observed.values())
         return {
             label: value
-            for label, value in self._labelled()
+            for label, value in self.tensors
             if not (self.transform is not None and value is self.data[0])
             and not any(value.shape == data.shape and torch.equal(value, data.to(value.dtype)) for data in seen)
         }

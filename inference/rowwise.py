@@ -28,6 +28,7 @@ from inference.enumeration import Factor, eliminate, factors, plates_of
 from inference.guides import Guide, is_drawn, is_plain
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
+from inference.screening import check_constants
 from inference.sites import Site, is_statement
 from inference.start import starting_values
 
@@ -142,7 +143,7 @@ class Rowwise:
         with evaluating(self._own, owner(self._call)):
             self.program = self._looked_at([arg[:few] if row else arg for arg, row in zip(given, is_row)])
         self.program.check_rows(purpose)
-        self.program.check_constants(purpose)
+        check_constants(self.program, purpose)
         self._plates = frozenset(self.program.row_plates)
         pairs = [(arg, row) for arg, row in zip(given, is_row) if isinstance(arg, Tensor)]
         self._data = [self.program._cast(arg) for arg, _ in pairs]

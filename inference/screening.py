@@ -1,7 +1,8 @@
-"""Data that no run can use are refused before the first step, in words."""
+"""Programs and data that no run can use are refused before the first step, in words."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,136 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.contract import Unsupported
+from inference.dependence import parameters_follow
 from inference.handlers import Arithmetic, base, quiet
-from inference.sites import Site, firm
+from inference.sites import Site, firm, is_statement, kind_of, moving, shape_of
 
 if TYPE_CHECKING:
     from inference.program import Program
 
-__all__ = ["check_data", "check_support"]
+__all__ = ["check_constants", "check_data", "check_randomness", "check_structure", "check_support", "check_supports"]
 
 _FEW = 12  # numbers of a value that an error spells out
+
+
+def check_structure(program: Program, traces: list[poutine.Trace]) -> None:
+    """Whether runs have the same sites, of the same kinds and shapes, and there is something to infer.
+
+    Raises:
+        Unsupported: If not; a program that may change is noted to do so.
+    """
+    seen = [{name: kind_of(node) for name, node in t.nodes.items() if is_statement(node)} for t in traces]
+    for name in dict.fromkeys(itertools.chain.from_iterable(seen)):
+        kinds = sorted({sites[name] for sites in seen if name in sites})
+        if len(kinds) > 1:
+            raise Unsupported(
+                f"Site '{name}' of {program.name} is {kinds[0]} in some runs, and {kinds[1]} in others. Give it two names."
+            )
+        if any(name not in sites for sites in seen):
+            program.changes(
+                f"Site '{name}' appears only in some runs of {program.name}, but this back-end needs each site on every "
+                "run. Use MetropolisHastings(proposal=Prior()). Or sample it always, and choose with torch.where."
+            )
+        shapes = {shape_of(t.nodes[name]) for t in traces if name in t.nodes} if kinds[0] in ("latent", "observed") else ()
+        if len(shapes) > 1:
+            one, other, *_ = sorted(shapes)
+            program.changes(
+                f"The shape of '{name}' changes from run to run of {program.name}, such as from {tuple(one)} to "
+                f"{tuple(other)}, but this back-end needs each site in one shape. Use "
+                "MetropolisHastings(proposal=Prior()). Or take the largest shape always, and mask what is too much."
+            )
+    is_empty = not program.is_simulated and not any("latent" in sites.values() for sites in seen)
+    if is_empty and not program.used_weights(program.owner):
+        raise Unsupported(f"{program.name} has no latent site: there is nothing to infer.")
+    for name, node in traces[0].nodes.items():
+        if node["type"] == "sample" and poutine.util.site_is_subsample(node):
+            size, kept = node["fn"].size, node["value"].shape[0]
+            if kept < size:
+                raise Unsupported(
+                    f"Plate '{name}' takes {kept} of {size} rows at random. Write the program for all rows; "
+                    "SVI(batch_size=...) sub-samples it."
+                )
+
+
+def check_supports(program: Program, traces: list[poutine.Trace]) -> None:
+    """Whether supports of latent sites stay where they are from run to run, and can be made unconstrained.
+
+    Raises:
+        Unsupported: If not; a program that may change is noted to do so.
+    """
+    for name, site in program.latents.items():
+        if program.is_changing or (program.is_fixed and not site.is_continuous):
+            continue
+        if site.is_continuous:
+            _ = site.transform  # raises if there is none
+        if moving([trace.nodes[name]["fn"].support for trace in traces]):
+            program.changes(
+                f"The support of '{name}' depends on other latent sites. Use MetropolisHastings(proposal=Prior()). Or "
+                "sample it on a fixed support and scale it: u ~ Uniform(0, 1), x = low + (high - low) * u."
+            )
+
+
+def check_randomness(program: Program, settings: list[dict[str, Tensor]]) -> None:
+    """Whether the same values have the same log-joint, and some have a finite one.
+
+    Args:
+        program: The program.
+        settings: Values of its latent sites.
+
+    Raises:
+        Unsupported: If the program draws where Pyro does not see it.
+        ValueError: If the data are not finite, and so the log-joint never is.
+    """
+    if not program.latents or program.is_simulated:
+        return
+    if program.is_changing and any(_latents_at(program, values) != values.keys() for values in settings):
+        raise Unsupported(
+            f"{program.name} has hidden randomness: at the same values it has other sites. Draw by pyro.sample only."
+        )
+    first, second = program.log_joint(settings[0]), program.log_joint(settings[0])
+    if not torch.equal(first, second) and not (first.isnan() and second.isnan()):
+        raise Unsupported(
+            f"{program.name} has hidden randomness: its log-density at the same values is {first:.6g}, then {second:.6g}. "
+            "Draw by pyro.sample only, and switch dropout off with .eval()."
+        )
+    if not any(program.log_joint(values).isfinite() for values in settings):
+        for label, tensor in program.tensors:
+            bad = (~tensor.isfinite()).nonzero()
+            if len(bad):
+                where = tuple(bad[0].tolist())
+                raise ValueError(
+                    f"{label} holds {len(bad)} values that are NaN or infinite (the first at {where}), and "
+                    f"{program.name} has no use for them. Remove those rows, or write the program with a mask."
+                )
+
+
+def _latents_at(program: Program, values: Mapping[str, Tensor]) -> set[str]:
+    """Names of the latent sites that a run at these values has."""
+    nodes = program.trace(values, evaluated=False).nodes
+    return {name for name, node in nodes.items() if is_statement(node) and kind_of(node) == "latent"}
+
+
+def check_constants(program: Program, who: str, takes_unnormalised: bool = False) -> None:
+    """Whether no constant is missed that a log-density lacks.
+
+    Raises:
+        Unsupported: If one is needed, or if it changes, as it does with parameters that depend on what is hidden.
+    """
+    if program.is_simulated:  # draws alone are looked at
+        return
+    for name, site in (program.latents | program.observed_sites).items():
+        if site.is_unnormalised and not takes_unnormalised:
+            raise Unsupported(
+                f"Site '{name}' is {site.family}, whose log_prob lacks a constant that nobody knows, but {who} needs a "
+                "density that integrates to 1. Sample from it by HMC() or MetropolisHastings(), and train its weights "
+                "by Denoising(loss=...)."
+            )
+        hidden = parameters_follow(program, name) if site.is_unnormalised or name in program.surrogates else ()
+        if hidden:
+            raise Unsupported(
+                f"Site '{name}' is {site.family}, whose log_prob lacks a constant that changes with its parameters, and "
+                f"they depend on '{min(hidden)}', which is hidden. Give that a fixed value, or '{name}' a density."
+            )
 
 
 def check_data(program: Program, traces: list[poutine.Trace], observed: Mapping[str, Tensor], first: int = 0) -> None:
