@@ -25,6 +25,7 @@ from inference import ELBO, EM, HMC, SVI, Gibbs, GuideDraw, MetropolisHastings, 
 from inference.enumeration import log_normalizer
 from inference.handlers import isolated, reproducible
 from inference.program import Program
+from parameters import quick
 from pyro_genmodels import CVAE, IWAE, VAE, Autoencoder, SemiSupervisedVAE, VaDE
 from pyro_genmodels.autoencoders import priors
 from pyro_genmodels.autoencoders.likelihoods import Gaussian
@@ -375,8 +376,10 @@ BACKENDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
+IN_TURN = [(case, [*BACKENDS][i % len(BACKENDS)]) for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("case", "backend"), quick(itertools.product(CASES, BACKENDS), IN_TURN))
 def test_samplers_find_the_posterior_of_what_is_hidden(case: str, backend: str) -> None:
     """Four standard errors, 8 to 16 comparisons each, 200 in all: a false alarm in one of 80 runs under fresh seeds."""
     make, data, sites, finite = CASES[case]

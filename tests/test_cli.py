@@ -84,6 +84,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     yield folder, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow  # .ci/run has it as a step of its own
 def test_the_main_job_prints_a_column_for_every_back_end(main_job: tuple[Path, str, str]) -> None:
     _, printed, _ = main_job
     lines = printed.splitlines()

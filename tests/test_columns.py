@@ -160,6 +160,7 @@ def test_conditionals_and_maxima_are_closed_forms() -> None:
     assert climbed["locations"].update == "Normal" and climbed["squares"].update == "InverseGamma"
 
 
+@pytest.mark.slow
 def test_em_climbs_to_where_no_step_is_left() -> None:
     """The slope of scipy's log-likelihood by differences is zero at the "mle" point, along every parameter."""
     x = rows(150)
@@ -191,6 +192,7 @@ def test_a_row_of_weight_two_is_two_rows(kinds: Any) -> None:
     torch.testing.assert_close(one.stats["lp"], two.stats["lp"], rtol=1e-8, atol=0.0)
 
 
+@pytest.mark.slow
 def test_svi_tells_the_components_apart() -> None:
     x = rows()
     posterior = SVI(steps=300, seed=0, progress=False).fit(Mixture(2, ALL), x)

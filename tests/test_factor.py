@@ -21,6 +21,7 @@ from agreement import assert_agree, assert_alike
 from exact import Moments, array, grid, moments, noise
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Posterior
 from inference.handlers import isolated
+from parameters import quick
 from pyro_genmodels import PPCA, FactorAnalysis
 
 decomposition = pytest.importorskip("sklearn.decomposition")
@@ -105,7 +106,8 @@ def test_em_reaches_the_likelihood_of_scikit_learn_and_never_decreases() -> None
     np.testing.assert_allclose(posterior.point()["covariance"], peer.get_covariance(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["PPCA", pytest.param("FactorAnalysis", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PPCA", "FactorAnalysis"])
 def test_with_and_without_factors_em_has_the_same_maximum_of_the_posterior(name: str) -> None:
     """By closed forms and by gradients, of a table with gaps. Both objectives end within 1e-4 of one another."""
     x, ends = gappy(rows=30), []
@@ -302,7 +304,7 @@ def draws_of(posterior: Posterior) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "backend", "latent"),
     [
-        ("PPCA", "Gibbs", True), ("PPCA", "HMC", True), ("PPCA", "MetropolisHastings", False),
+        *quick([("PPCA", "Gibbs", True), ("PPCA", "HMC", True), ("PPCA", "MetropolisHastings", False)], ()),
         ("FactorAnalysis", "Gibbs", True), ("FactorAnalysis", "HMC", False), ("FactorAnalysis", "MetropolisHastings", False),
     ],
 )  # fmt: skip

@@ -150,6 +150,7 @@ def test_em_climbs_to_the_states_that_made_the_series(emission: str) -> None:
     assert max(agreement, 1.0 - agreement) > best - 0.05
 
 
+@pytest.mark.slow
 def test_samplers_agree_on_what_does_not_depend_on_labels() -> None:
     """Rates of two states far apart, in order: every pair of back-ends within 4.5 Monte-Carlo errors (1 in 15,000 each)."""
     import arviz

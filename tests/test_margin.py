@@ -16,6 +16,7 @@ from torch import Tensor
 from agreement import assert_agree
 from exact import Moments, array, grid, moments, noise
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
+from parameters import quick
 from posteriordb import FOLDER
 from pyro_genmodels import MarginClassifier
 
@@ -99,7 +100,7 @@ SAMPLERS: dict[str, tuple[bool, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", quick(SAMPLERS, ("HMC with latent", "MetropolisHastings")))
 def test_samplers_agree_with_the_hinge(name: str) -> None:
     """Whether λ is drawn (Gibbs) or not: it is summed out of one and the same posterior."""
     latent, backend = SAMPLERS[name]

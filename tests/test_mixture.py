@@ -15,6 +15,7 @@ from torch import Tensor
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Posterior, relabel
 from inference.enumeration import log_normalizer
 from inference.program import Program
+from parameters import quick
 from pyro_genmodels import GMM, datasets
 from pyro_genmodels.classical.gmm import COVARIANCES
 
@@ -87,7 +88,7 @@ def test_scores_and_labels_are_those_of_scikit_learn(covariance: str, device: to
     assert torch.equal(model.predict(x, draws).cpu(), torch.from_numpy(peer.predict(X.numpy())))
 
 
-@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("covariance", quick(COVARIANCES, ("full", "spherical")))
 def test_scores_average_densities_over_the_draws(covariance: str, device: torch.device) -> None:
     x = X.to(device)
     model = GMM(2, covariance)
@@ -306,7 +307,7 @@ def test_svi_fits_gappy_and_weighted_rows() -> None:
 COUNTS = torch.randint(0, 4, (len(X),), generator=torch.Generator().manual_seed(1)).double()
 
 
-@pytest.mark.parametrize("covariance", KINDS)
+@pytest.mark.parametrize("covariance", quick(KINDS, ("full", "isotropic")))
 def test_a_row_of_weight_two_is_two_rows(covariance: str) -> None:
     x = gappy(0.2)
     start = {"means": MEANS}
@@ -378,7 +379,7 @@ def test_a_start_needs_no_distinct_rows() -> None:
     assert bool(posterior.point()["covariances"].isfinite().all())
 
 
-@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("covariance", quick(COVARIANCES, ("full", "spherical")))
 def test_variances_of_float32_rows_far_from_zero_are_positive(covariance: str) -> None:
     x = 1000.0 + torch.randn(3000, 2, generator=torch.Generator().manual_seed(0))
     backend = EM(objective="mle", dtype=torch.float32, seed=0, progress=False, standard_errors=False)
@@ -394,6 +395,7 @@ def test_one_known_value_in_a_column_is_enough() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ sticks
+@pytest.mark.slow
 def test_sticks_break_as_they_should() -> None:
     """w_k = v_k Π (1 − v_j), and the rest for the last; the labels of a Gibbs run empty most of twelve components."""
     model = GMM(12, weights="stick-breaking", concentration=None)
@@ -515,7 +517,7 @@ def test_a_mixture_refuses_weights_that_it_does_not_know(arguments: dict[str, An
         GMM(1, weights="stick-breaking")
 
 
-@pytest.mark.parametrize("covariance", ["tied", "full"])
+@pytest.mark.parametrize("covariance", quick(["tied", "full"], ("full",)))
 def test_no_chain_starts_in_a_mode_that_it_cannot_leave(covariance: str, device: torch.device) -> None:
     """From the prior 7 of 24 chains stayed with one component for all rows; each starts from clusters of its own."""
     posterior = Gibbs(chains=24, warmup=40, draws=30, seed=0, progress=False).fit(GMM(2, covariance), X.to(device))

@@ -29,6 +29,7 @@ from inference.mcmc import HamiltonianKernel, Moments, RandomWalkKernel
 from inference.program import Program
 from inference.proposals import LangevinKernel
 from inference.trees import TreeKernel
+from parameters import quick
 from targets import TARGETS, assert_stationary, steps_of
 from test_kernels import EXACT, FACTORS, LAW, tensor
 from zoo import BY_NAME
@@ -443,19 +444,16 @@ def break_(where: str, old: str, new: str, patch: Patch) -> None:
     patch.setattr(owner, name, made[name])
 
 
-@pytest.mark.parametrize("check", CHECKS)
+# A kernel on traces takes many seconds for its matrix.
+LONG = (traces_have_their_matrix, points_stay_points)
+
+
+@pytest.mark.parametrize("check", quick(CHECKS, [name for name, check in CHECKS.items() if check not in LONG]))
 def test_the_unbroken_code_passes(check: str, monkeypatch: Patch) -> None:
     CHECKS[check](monkeypatch)
 
 
-# A kernel on traces takes seconds for its matrix; what it is without its number of sites stands for its other mutants.
-QUICK = [
-    pytest.param(name, marks=[pytest.mark.slow] if SITE in str(mutant) and "without" not in name else [])
-    for name, mutant in MUTANTS.items()
-]
-
-
-@pytest.mark.parametrize("mutant", QUICK)
+@pytest.mark.parametrize("mutant", quick(MUTANTS, [name for name, mutant in MUTANTS.items() if mutant.check not in LONG]))
 def test_a_mutant_is_caught(mutant: str, monkeypatch: Patch) -> None:
     broken = MUTANTS[mutant]
     break_(broken.where, broken.old, broken.new, monkeypatch)

@@ -40,8 +40,17 @@ LONG_FITS = {
 AROUND = 0.5  # posterior standard deviations, of the point of an EM that averages by drawing
 
 
-def cells(*backends: str, where: Callable[[Instance], bool] = lambda instance: True) -> Any:
-    """Parameters of a test: every instance with every back-end that takes it; what is slow is marked so."""
+def cells(*backends: str, where: Callable[[Instance], bool] = lambda instance: True, in_turn: bool = False) -> Any:
+    """Parameters of a test: every instance with every back-end that takes it; what is slow is marked so.
+
+    In turn, each instance has one back-end that is not left to ``-m slow``, the next instance the next.
+    """
+
+    def is_slow(number: int, backend: str) -> bool:
+        instance = ZOO[number]
+        quick = [name for name in backends if name not in instance.refused and name not in instance.slow]
+        return backend not in (quick[number % len(quick) :][:1] if in_turn and quick else quick)
+
     return pytest.mark.parametrize(
         ("instance", "backend"),
         [
@@ -49,9 +58,9 @@ def cells(*backends: str, where: Callable[[Instance], bool] = lambda instance: T
                 instance,
                 backend,
                 id=f"{instance.name}-{backend}",
-                marks=[pytest.mark.slow] if backend in instance.slow else [],
+                marks=[pytest.mark.slow] if is_slow(number, backend) else [],
             )
-            for instance in ZOO
+            for number, instance in enumerate(ZOO)
             for backend in backends
             if backend not in instance.refused and where(instance)
         ],
@@ -69,7 +78,7 @@ def z_scores(draws: np.ndarray, exact: Moments) -> tuple[np.ndarray, np.ndarray]
     return mean, (draws.std((0, 1)) - exact.sd) / np.hypot(arviz.mcse(draws, method="sd"), exact.sd_error)
 
 
-@cells(*SAMPLERS)
+@cells(*SAMPLERS, in_turn=True)
 def test_samplers_agree_with_the_exact_posterior(instance: Instance, backend: str, sampled: Any) -> None:
     known = instance.known(sampled(instance, backend))
     assert known.keys() == instance.moments.keys()
