@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings, Unsupported, arviz
 from inference.handlers import isolated
 from pyro_genmodels import GAN, InfoGAN
-from pyro_genmodels.implicit import ConvCritic, Critic, Generator, ImplicitDistribution, NoiseReparam
+from pyro_genmodels.implicit import ConvCritic, Critic, Generator, ImplicitDistribution, NoiseReparam, PackedCritic
 from pyro_genmodels.implicit.distribution import row_scores
 from pyro_genmodels.metrics.divergences import energy_distance, null_band
 
@@ -374,3 +374,31 @@ def test_a_critic_that_runs_out_of_memory_says_so(error: RuntimeError) -> None:
     with pytest.raises(RuntimeError, match="memory") as found:
         row_scores(critic, torch.zeros(3, 2))
     assert found.value is error
+
+
+def test_a_packed_critic_judges_rows_together() -> None:
+    inner = Critic((2, 3), context=2 * 1, hidden=(8,))
+    packed, x, context = PackedCritic(inner, 2), torch.randn(5, 3), torch.randn(5, 1)
+    pairs = [(0, 1), (2, 3), (4, 0)]  # the last begins anew
+    expected = torch.stack([inner(x[None, pair], context[None, pair])[0] for pair in pairs])
+    torch.testing.assert_close(packed(x, context), expected.repeat_interleave(2)[:5])
+    torch.testing.assert_close(PackedCritic(Critic((1, 3)).requires_grad_(False), 1)(x).shape, x[:, 0].shape)
+    with pytest.raises(ValueError, match="rows is 0"):
+        PackedCritic(inner, 0)
+
+
+def test_a_packed_critic_sees_that_draws_are_alike() -> None:
+    """Data are −1 or 1, draws too, but two of them in a row are equal: no single row shows it, and a pair does."""
+    sides = torch.tensor([-1.0, 1.0])
+    data = sides[torch.randint(2, (4096, 1), generator=torch.Generator().manual_seed(0))]
+    draws = sides[torch.randint(2, (2048, 1), generator=torch.Generator().manual_seed(1))].repeat_interleave(2, 0)
+    for rows, loss in ((1, 2 * math.log(2.0)), (2, math.log(3.0) / 2 + math.log(1.5))):
+        torch.manual_seed(0)
+        critic = PackedCritic(Critic((rows, 1), hidden=(16,)), rows)
+        optimiser = torch.optim.Adam(critic.parameters(), lr=0.02)
+        for _ in range(300):
+            value = torch.nn.functional.softplus(-critic(data)).mean() + torch.nn.functional.softplus(critic(draws)).mean()
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+        assert float(value.detach()) == pytest.approx(loss, abs=0.03)

@@ -5,7 +5,7 @@ around it, and ``inference.Adversarial`` trains them with a critic. ``RatioLikel
 likelihood of a simulator.
 """
 
-from pyro_genmodels.implicit.critics import ConvCritic, Critic
+from pyro_genmodels.implicit.critics import ConvCritic, Critic, PackedCritic
 from pyro_genmodels.implicit.distribution import ImplicitDistribution, NoiseReparam
 from pyro_genmodels.implicit.gan import GAN
 from pyro_genmodels.implicit.generator import Generator
@@ -20,6 +20,7 @@ __all__ = [
     "ImplicitDistribution",
     "InfoGAN",
     "NoiseReparam",
+    "PackedCritic",
     "RatioDistribution",
     "RatioLikelihood",
 ]
