@@ -40,16 +40,25 @@ LONG_FITS = {
 AROUND = 0.5  # posterior standard deviations, of the point of an EM that averages by drawing
 
 
-def cells(*backends: str, where: Callable[[Instance], bool] = lambda instance: True, in_turn: bool = False) -> Any:
+def cells(
+    *backends: str,
+    where: Callable[[Instance], bool] = lambda instance: True,
+    in_turn: bool = False,
+    every: int = 1,
+) -> Any:
     """Parameters of a test: every instance with every back-end that takes it; what is slow is marked so.
 
-    In turn, each instance has one back-end that is not left to ``-m slow``, the next instance the next.
+    Args:
+        *backends: Names of back-ends.
+        where: Which instances.
+        in_turn: Whether each instance leaves all but one of the back-ends to ``-m slow``, the next instance the next.
+        every: Of how many instances one is not left to ``-m slow``.
     """
 
     def is_slow(number: int, backend: str) -> bool:
         instance = ZOO[number]
         quick = [name for name in backends if name not in instance.refused and name not in instance.slow]
-        return backend not in (quick[number % len(quick) :][:1] if in_turn and quick else quick)
+        return number % every > 0 or backend not in (quick[number % len(quick) :][:1] if in_turn and quick else quick)
 
     return pytest.mark.parametrize(
         ("instance", "backend"),
@@ -194,7 +203,7 @@ def test_a_guide_that_contains_the_posterior_finds_it(instance: Instance, device
         assert (np.abs(found[site].sd / exact.sd - 1)).max() < 0.02, site
 
 
-@cells("SVI", where=lambda instance: instance.guide is None and not instance.scattered)
+@cells("SVI", where=lambda instance: instance.guide is None and not instance.scattered, every=2)
 def test_means_of_an_automatic_guide_are_not_far_off(instance: Instance, backend: str, device: torch.device) -> None:
     """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
     steps, rate = LONG_FITS.get(instance.name, (500, 0.03))
