@@ -35,8 +35,8 @@ __all__ = ["FEWEST", "Known", "Rows", "Statistics", "gaussian", "is_rewritten", 
 FEWEST = 200  # rows; fewer are evaluated one by one, which costs no more
 _WIDEST = 2**27  # numbers in a table of statistics
 _LEAST_TABLE = 2**15  # entries of a table; smaller ones are formed
-_CHUNK, _LEAST_CHUNK = 2**15, 512  # entries of a table that stay in a cache, and the least number of rows at once
-_CHUNK_ON_GPU = 2**24
+_CHUNK, _LEAST_CHUNK = 3 * 2**19, 512  # bytes of rows and their table that stay in a cache, and the least rows at once
+_CHUNK_ON_GPU = 2**26
 _ROWS = 2**13  # whose statistics are made at once
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # bound on the error of the log-probability of one row
 
@@ -287,7 +287,8 @@ def _log_sum(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bo
     total = statistics.new_zeros(lead, dtype=torch.float64)
     moments = statistics.new_zeros(lead * components, width, dtype=torch.float64)
     counts = statistics.new_zeros(lead * components, dtype=torch.float64)
-    rows = max(_LEAST_CHUNK, (_CHUNK_ON_GPU if statistics.is_cuda else _CHUNK) // max(len(eta), 1))
+    size = (len(eta) + width) * statistics.element_size()
+    rows = max(_LEAST_CHUNK, (_CHUNK_ON_GPU if statistics.is_cuda else _CHUNK) // max(size, 1))
     for t in statistics.split(rows):
         table = torch.addmm(c, eta, t.mT).view(lead, components, -1)
         top = table.amax(1, keepdim=True)
