@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -31,6 +32,7 @@ _SHORTEST = 64  # axis that is looked at
 _GAIN = 4  # times that the axis must be longer than the span of the constants
 _WIDEST = 256  # span
 _LARGEST = 2**26  # numbers in the constants along the axis
+_ROWS = 2**13  # that are compared at once
 
 _aten = torch.ops.aten
 
@@ -104,7 +106,7 @@ class _Projection:
         """Finds the span of the constants; whether it is small."""
         tables = []
         for node in self.graph.graph.nodes:
-            if node.op != "get_attr" or node in self.unsteady:
+            if node.op != "get_attr" or node in self.unsteady or not any(map(_is_followed, node.users)):
                 continue
             value = constant(self.graph, node)
             if (
@@ -120,13 +122,14 @@ class _Projection:
                     value = first
             self.tables[node] = value
             if not bool((value == value.narrow(axis, 0, 1)).all()):
-                tables.append(value.movedim(axis, 0).reshape(self.length, -1).double())
+                tables.append(value.movedim(axis, 0).reshape(self.length, -1))
         most = min(_WIDEST, self.length // _GAIN)
         if not tables or sum(table.shape[1] for table in tables) > _LARGEST // self.length:
             return False
-        columns = torch.cat(tables, 1).unique(dim=1)
-        if 1 + columns.shape[1] > most:
+        kept = _first_of_each(tables)
+        if 1 + sum(map(len, kept)) > most:
             return False
+        columns = torch.cat([table[:, places].double() for table, places in zip(tables, kept, strict=True)], 1)
         self.basis = torch.linalg.qr(torch.cat([torch.ones_like(columns[:, :1]), columns], 1)).Q  # (N, J)
         self.ones = self.basis.sum(0)
         return True
@@ -201,9 +204,9 @@ class _Projection:
         if node.kwargs:
             return None
         shape, target, args = _meta(node).shape, operation(node), arguments(node)
-        if target in (_aten.sum.dim_IntList, _aten.sum.default):
+        if target in _SUMS:
             return self._sum(node, args)
-        if target in (_aten.mm.default, _aten.bmm.default):
+        if target in _PRODUCTS:
             return self._product(node, *args)
         if target is _aten.expand.default:
             return self._expand(node, args[0], shape)
@@ -376,10 +379,46 @@ class _Projection:
         return form.map(seen, axis)
 
 
+_SUMS, _PRODUCTS = {_aten.sum.dim_IntList, _aten.sum.default}, {_aten.mm.default, _aten.bmm.default}
 _MOVES = {
     _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.view.default, _aten._unsafe_view.default,
     _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default, _aten.reshape.default,
 }  # fmt: skip
+
+
+def _is_followed(node: fx.Node) -> bool:
+    """Whether an operation may have a form, so that what it is done to is worth a basis."""
+    target = operation(node)
+    is_linear = target in _MOVES or target in _SUMS or target in _PRODUCTS or target is _aten.expand.default
+    return is_linear or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def _first_of_each(tables: Sequence[Tensor]) -> list[Tensor]:
+    """The columns of some tables, (row, column), of each table those that no column before them is equal to.
+
+    Columns are told apart by sums of their mixed bits with weights that are random but always the same, modulo 2⁶⁴.
+    """
+    weights = torch.randint(2**62, (len(tables[0]), 1), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    sums = []
+    for table in tables:
+        own = weights.to(table.device)
+        parts = zip(table.split(_ROWS), own.split(_ROWS), strict=True)
+        sums.append(torch.stack([(_mixed(part) * weight).sum(0) for part, weight in parts]).sum(0).cpu())
+    first = np.unique(torch.cat(sums).numpy(), return_index=True)[1]
+    found, offset = [], 0
+    for table in tables:
+        places = np.sort(first[(first >= offset) & (first < offset + table.shape[1])]) - offset
+        found.append(torch.from_numpy(places).to(table.device))
+        offset += table.shape[1]
+    return found
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Integers that each depend on all bits of a number, its sign among them, as in Vigna's splitmix64."""
+    bits = numbers.double().contiguous().view(torch.int64)
+    bits = (bits ^ (bits >> 30)) * -0x40A7B892E31B1A47
+    bits = (bits ^ (bits >> 27)) * -0x6B2FB644ECCEEE15
+    return bits ^ (bits >> 31)
 
 
 def _meta(node: fx.Node) -> Meta:

@@ -18,8 +18,9 @@ from inference.density import Unconstrained
 from inference.graphs import elements, fold, merge
 from inference.handlers import isolated, quiet, reproducible
 from inference.program import Program
-from inference.projection import project
+from inference.projection import _first_of_each, project
 from inference.recording import draft
+from inference.rows import log_sum
 
 ROWS, COLUMNS, CHAINS = 400, 3, 5
 
@@ -207,3 +208,19 @@ def test_all_tensors_of_a_graph_are_described() -> None:
     assert made and all("val" in node.meta for node in made)
     leaves = tree_flatten(graph.written()(chains(COLUMNS), chains()))[0]
     assert [leaf.shape for leaf in leaves] == [(CHAINS, COLUMNS), (CHAINS,), (CHAINS,)]
+
+
+def test_columns_that_are_equal_are_found_once() -> None:
+    signed = torch.cat([X, -X], 1)
+    tables = [torch.cat([X, X[:, :1]], 1), signed, X.float(), X.flip(0)]
+    assert [places.tolist() for places in _first_of_each(tables)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [0, 1, 2]]
+    assert [places.tolist() for places in _first_of_each([X[:, :1].expand(-1, 7)])] == [[0]]
+
+
+def test_rows_that_only_an_operation_of_its_own_takes_need_no_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def summed(eta: Tensor, c: Tensor) -> Tensor:
+        return log_sum(X, eta, c)
+
+    monkeypatch.setattr(torch.linalg, "qr", lambda *_: pytest.fail("a basis was made"))
+    before, after = projected(summed, torch.randn(4, COLUMNS), torch.randn(4))
+    assert before == after
