@@ -32,7 +32,7 @@ _SHORTEST = 64  # axis that is looked at
 _GAIN = 4  # times that the axis must be longer than the span of the constants
 _WIDEST = 256  # span
 _LARGEST = 2**26  # numbers in the constants along the axis
-_ROWS = 2**13  # that are compared at once
+_ROWS, _FEW = 2**13, 2**9  # rows that are compared at once, and that are looked at first
 
 _aten = torch.ops.aten
 
@@ -126,9 +126,10 @@ class _Projection:
         most = min(_WIDEST, self.length // _GAIN)
         if not tables or sum(table.shape[1] for table in tables) > _LARGEST // self.length:
             return False
-        kept = _first_of_each(tables)
-        if 1 + sum(map(len, kept)) > most:
-            return False
+        for every in (-(-self.length // _FEW), 1):  # columns that differ in a few rows differ
+            kept = _first_of_each([table[::every] for table in tables])
+            if 1 + sum(map(len, kept)) > most:
+                return False
         columns = torch.cat([table[:, places].double() for table, places in zip(tables, kept, strict=True)], 1)
         self.basis = torch.linalg.qr(torch.cat([torch.ones_like(columns[:, :1]), columns], 1)).Q  # (N, J)
         self.ones = self.basis.sum(0)
