@@ -87,7 +87,7 @@ def z_scores(draws: np.ndarray, exact: Moments) -> tuple[np.ndarray, np.ndarray]
     return mean, (draws.std((0, 1)) - exact.sd) / np.hypot(arviz.mcse(draws, method="sd"), exact.sd_error)
 
 
-@cells(*SAMPLERS, in_turn=True)
+@cells(*SAMPLERS, in_turn=True, every=2)
 def test_samplers_agree_with_the_exact_posterior(instance: Instance, backend: str, sampled: Any) -> None:
     known = instance.known(sampled(instance, backend))
     assert known.keys() == instance.moments.keys()
@@ -126,7 +126,7 @@ def test_em_finds_the_mode(instance: Instance, backend: str, device: torch.devic
         np.testing.assert_allclose(found, exact, rtol=limit, atol=limit * np.abs(exact).max())
 
 
-@cells("EM", where=lambda instance: instance.rough)
+@cells("EM", where=lambda instance: instance.rough, every=2)
 def test_em_by_drawing_stays_near_the_mode(instance: Instance, backend: str, device: torch.device) -> None:
     """Within half a posterior standard deviation: an eighth is the error of an average over 64 draws, and steps add up."""
     posterior = _em(instance, device, steps=100, tolerance=0.0)
