@@ -111,6 +111,7 @@ class _Projection:
             value = constant(self.graph, node)
             if (
                 not value.is_floating_point()
+                or not value.numel()
                 or list(value.shape).count(self.length) != 1
                 or not bool(value.isfinite().all())
             ):
@@ -389,6 +390,8 @@ _MOVES = {
 
 def _is_followed(node: fx.Node) -> bool:
     """Whether an operation may have a form, so that what it is done to is worth a basis."""
+    if node.op != "call_function":
+        return False
     target = operation(node)
     is_linear = target in _MOVES or target in _SUMS or target in _PRODUCTS or target is _aten.expand.default
     return is_linear or torch.Tag.pointwise in getattr(target, "tags", ())

@@ -224,3 +224,8 @@ def test_rows_that_only_an_operation_of_its_own_takes_need_no_basis(monkeypatch:
     monkeypatch.setattr(torch.linalg, "qr", lambda *_: pytest.fail("a basis was made"))
     before, after = projected(summed, torch.randn(4, COLUMNS), torch.randn(4))
     assert before == after
+
+
+def test_rows_may_be_a_result_themselves() -> None:
+    before, after = projected(lambda b, s: (residuals(b, s), X), chains(COLUMNS), chains())
+    assert after < before

@@ -19,6 +19,7 @@ from inference.density import Density, Unconstrained
 from inference.handlers import isolated
 from inference.program import Program
 from inference.rows import Rows, log_sum
+from inference.staging import Staged
 from pyro_genmodels import GMM
 from pyro_genmodels.classical.gmm import COVARIANCES
 
@@ -344,3 +345,23 @@ def test_chains_come_back_from_where_rounding_would_show() -> None:
     start = {"mean": X[0], "spread": torch.full((3,), 1e-6, dtype=torch.float64)}
     posterior = HMC(chains=2, warmup=150, draws=50, most_steps=64, start=start, seed=0, progress=False).fit(vectors, X)
     torch.testing.assert_close(posterior.point()["spread"], X.std(0), rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_the_steps_of_em_are_graphs(covariance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafted = Staged._drafted
+    made = []
+
+    def seen(self: Staged, *rest: Any) -> Any:
+        made.append(False)
+        graphs = drafted(self, *rest)
+        made[-1] = True
+        return graphs
+
+    monkeypatch.setattr(Staged, "_drafted", seen)
+    looked = Program(GMM(2, covariance), (X,))
+    backend = EM(steps=20, seed=0, progress=False)
+    state = backend.init(looked)
+    for _ in range(10):
+        state, _ = backend.step(state, looked)
+    assert made and all(made)
