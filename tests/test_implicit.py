@@ -385,6 +385,8 @@ def test_a_packed_critic_judges_rows_together() -> None:
     torch.testing.assert_close(PackedCritic(Critic((1, 3)).requires_grad_(False), 1)(x).shape, x[:, 0].shape)
     with pytest.raises(ValueError, match="rows is 0"):
         PackedCritic(inner, 0)
+    with pytest.raises(ValueError, match=r"one number a row, \(3,\) or \(3, 1\), but gave shape \(3, 2, 1\)"):
+        PackedCritic(nn.Linear(3, 1), 2)(x)
 
 
 def test_a_packed_critic_sees_that_draws_are_alike() -> None:

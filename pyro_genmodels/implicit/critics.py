@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pyro_genmodels.implicit.distribution import row_scores
 from pyro_genmodels.nets import MLP, ConvEncoder
 
 __all__ = ["ConvCritic", "Critic", "PackedCritic"]
@@ -109,7 +110,7 @@ class PackedCritic(nn.Module):
         rows: m, how many are judged together.
 
     Raises:
-        ValueError: If there is not at least one row in a pack.
+        ValueError: If there is not at least one row in a pack, or a pack does not get one number.
 
     References:
         Z. Lin, A. Khetan, G. Fanti and S. Oh, PacGAN: the power of two samples in generative adversarial networks (2018).
@@ -129,8 +130,8 @@ class PackedCritic(nn.Module):
         """One number a row, (batch,), of x (batch, *shape) and what is given beside it, (batch, …)."""
         index = torch.arange(-(-len(x) // self.rows) * self.rows, device=x.device) % len(x)
         packs = [part[index].unflatten(0, (-1, self.rows)) for part in (x, *context)]
-        scores: Tensor = self.critic(*packs)
-        return scores.reshape(-1).repeat_interleave(self.rows)[: len(x)]
+        scores = row_scores(self.critic, *packs)
+        return scores.repeat_interleave(self.rows)[: len(x)]
 
 
 def _normalise(network: nn.Module) -> None:

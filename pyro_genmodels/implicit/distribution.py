@@ -94,7 +94,7 @@ def row_scores(critic: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     try:
         scores = critic(*rows)
     except RuntimeError as error:  # of torch, of shapes: what the critic's own layers say names neither it nor the rows
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         shapes = " and ".join(str(tuple(part.shape)) for part in rows)
         advice = " Give it what it was built for, or build it for these, such as Critic(shape, context=numbers)."
