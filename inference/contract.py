@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, 
 import torch
 from torch import Tensor
 
+from inference.structure import Structure
+
 if TYPE_CHECKING:
     from inference.fit import Optimise, Sample
     from inference.plan import Plan
@@ -52,7 +54,7 @@ class Draw(NamedTuple):
 
 
 @runtime_checkable
-class Programmed(Protocol):
+class Programmed(Structure, Protocol):
     """A model object: its generative story is the method ``model``."""
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +62,7 @@ class Programmed(Protocol):
 
 
 @runtime_checkable
-class Guided(Protocol):
+class Guided(Structure, Protocol):
     """A model that brings a guess at what was hidden, as a Pyro program of the same signature."""
 
     def guide(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +81,7 @@ class Guessing(Guided, Protocol):
 
 
 @runtime_checkable
-class Blocked(Protocol):
+class Blocked(Structure, Protocol):
     """A model that brings moves of its own for ``Gibbs``, for structure that its log-joint does not show.
 
     ``blocks``, of the signature of ``model``, maps a tuple of sites to ``propose(position)``. A position maps every latent
@@ -98,7 +100,7 @@ class Blocked(Protocol):
 
 
 @runtime_checkable
-class Stepped(Protocol):
+class Stepped(Structure, Protocol):
     """A model that brings a fixed-point iteration of its own for ``EM``, for structure that its log-joint does not show.
 
     ``steps``, of the signature of ``model``, maps a tuple of continuous sites to ``step(values, memory)``. Values map every
@@ -116,7 +118,7 @@ class Stepped(Protocol):
 
 
 @runtime_checkable
-class Movable(Protocol):
+class Movable(Structure, Protocol):
     """A sampler whose chains can be put at other values, under other data of theirs, with all that warm-up has taught it."""
 
     def moved(self, state: Any, values: Mapping[str, Tensor], program: Program) -> Any:
@@ -124,7 +126,7 @@ class Movable(Protocol):
 
 
 @runtime_checkable
-class Independent(Protocol):
+class Independent(Structure, Protocol):
     """A back-end whose readings are independent of one another, so that it can make many at once."""
 
     def most_readings(self, program: Program) -> int:
@@ -138,7 +140,7 @@ class Independent(Protocol):
 
 
 @runtime_checkable
-class Prepared(Protocol):
+class Prepared(Structure, Protocol):
     """A model whose prior is scaled to the data: every fit calls ``prepare`` once, with all the data, before it looks."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +148,7 @@ class Prepared(Protocol):
 
 
 @runtime_checkable
-class Tempered(Protocol):
+class Tempered(Structure, Protocol):
     """A model to be trained with ``beta`` times the divergence of its guide from its prior, as a beta-VAE is.
 
     The program is what it is: β is no part of its density, and so of no sampler's target and of no evaluation.
@@ -156,7 +158,7 @@ class Tempered(Protocol):
 
 
 @runtime_checkable
-class Started(Protocol):
+class Started(Structure, Protocol):
     """A model that knows where a fit may start: site to value, another one at every call.
 
     EM takes the best of several, and so does each chain of a sampler.
@@ -167,7 +169,7 @@ class Started(Protocol):
 
 
 @runtime_checkable
-class Augmented(Protocol):
+class Augmented(Structure, Protocol):
     """A distribution p(x) = ∫ p(x, h) dh that hides something inside: missing entries of a row, the component of a mixture.
 
     Its log-density is that of x. EM fills h in, at the parameters of the E-step: what it then maximises may have closed
@@ -195,7 +197,7 @@ class Augmented(Protocol):
 
 
 @runtime_checkable
-class Linked(Protocol):
+class Linked(Structure, Protocol):
     """A distribution over sequences of finitely many states, (T,), each of which depends on the one before it alone.
 
     Such a site is summed out and drawn as one: forward filtering and backward sampling, in logarithmic depth. A statement
@@ -210,7 +212,7 @@ class Linked(Protocol):
 
 
 @runtime_checkable
-class Scored(Protocol):
+class Scored(Structure, Protocol):
     """A distribution that knows its score ∇ log p(x), whether or not it knows log p."""
 
     def score(self, value: Tensor) -> Tensor:
@@ -218,7 +220,7 @@ class Scored(Protocol):
 
 
 @runtime_checkable
-class Unnormalised(Protocol):
+class Unnormalised(Structure, Protocol):
     """A distribution whose ``log_prob`` is log p(x) + c, where nobody knows c, which may change with the parameters.
 
     It is enough for the moves of MCMC as long as the parameters stay, and not for a bound or an evidence, nor for the
@@ -235,7 +237,7 @@ class Unnormalised(Protocol):
 
 
 @runtime_checkable
-class Persistent(Protocol):
+class Persistent(Structure, Protocol):
     """A module that keeps draws of itself, for a chain that goes on from one step of training to the next.
 
     Attributes:
@@ -248,7 +250,7 @@ class Persistent(Protocol):
 
 
 @runtime_checkable
-class Surrogate(Protocol):
+class Surrogate(Structure, Protocol):
     """A distribution of which ∇ log p is known and log p is not, such as one by a score network: it refuses ``log_prob``.
 
     A back-end that needs gradients alone asks for ``gradients``, and reports no value that comes of it; any other is refused
@@ -260,7 +262,7 @@ class Surrogate(Protocol):
 
 
 @runtime_checkable
-class Fitted(Protocol):
+class Fitted(Structure, Protocol):
     """What a model needs of a Posterior: its draws, site to (chain, draw, *site), as they are and with labels matched."""
 
     @property

@@ -26,6 +26,7 @@ from inference.networks import first_not_finite
 from inference.noising import SimpleLoss
 from inference.objective import Objective
 from inference.program import Program
+from inference.structure import Structure
 from inference.training import (
     NOT_FINITE,
     PowerAverage,
@@ -45,7 +46,7 @@ _CHUNK = 4096  # rows that are checked at a time
 
 
 @runtime_checkable
-class RowLoss(Protocol):
+class RowLoss(Structure, Protocol):
     """What a module is trained for, a frozen dataclass; ``Denoising`` lowers its mean over the rows.
 
     Times and noise are drawn inside, by torch's global generator. Fields that are modules are what it remembers: a run has a
@@ -220,6 +221,7 @@ class Denoising(Backend[DenoisingState, DenoisingInfo]):
             name=program.name,
             is_watched=self.is_watched,
             is_compiled=self.compile,
+            precision=self.autocast,
         )
         self._try(program, copy.deepcopy(loss))
         optimiser = adam(weights, self.learning_rate) if self.optimiser is None else self.optimiser(weights)

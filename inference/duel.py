@@ -159,6 +159,7 @@ class Duel(Backend[DuelState, I]):
             name=program.name,
             is_watched=self.is_watched,
             is_compiled=self.compile,
+            precision=self.autocast,
         )
         owners = [program.owner, None if guide is None or guide.owner is None else guide.owner.module]
         networks = [critic, *(part for owner in owners if isinstance(owner, nn.Module) for part in owner.children())]

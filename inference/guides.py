@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from inference.contract import Unsupported
 from inference.density import Unconstrained
-from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, quiet
+from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, placed, quiet
 from inference.program import Program
 from inference.sites import evaluate
 
@@ -96,7 +96,7 @@ class Guide:
         beside = (
             contextlib.nullcontext() if particles is None else pyro.plate(PARTICLES, particles[0], dim=-1 - particles[1])
         )
-        with quiet():
+        with quiet(), placed(program.device):
             tracer = poutine.trace(handled)
             with beside:
                 trace = tracer.get_trace(*args, **kwargs)
@@ -180,7 +180,7 @@ def is_plain(node: Mapping[str, Any]) -> bool:
 
 def log_prob(trace: poutine.Trace) -> Tensor:
     """log q of everything that a run of a guide drew, a scalar; 0 if nothing is hidden."""
-    terms = [node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"]
+    terms = [node["log_prob_sum"] for node in trace.nodes.values() if _is_sampled(node)]
     return torch.stack([torch.as_tensor(term) for term in terms]).sum() if terms else torch.zeros(())
 
 

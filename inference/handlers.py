@@ -21,7 +21,10 @@ from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
+from torch.nn.functional import logsigmoid, softplus
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
 
 from inference.contract import Surrogate, Unnormalised, Unsupported
 
@@ -321,6 +324,8 @@ def _is_whole(index: Any) -> bool:
 def _picked(table: Tensor, index: Any) -> Tensor:
     """``table[index]``; a 0-dimensional integer tensor stays a tensor (torch would call ``.item()`` on a wrapped one)."""
     parts = index if isinstance(index, tuple) else (index,)
+    if table.is_cuda:
+        _check_reach(table, parts)
     whole = [i for i, part in enumerate(parts) if _is_whole(part)]
     if whole and all(isinstance(part, Tensor) for part in parts):
         found = table[tuple(part.unsqueeze(0) if _is_whole(part) else part for part in parts)]
@@ -330,6 +335,24 @@ def _picked(table: Tensor, index: Any) -> Tensor:
         rest = tuple(part for i, part in enumerate(parts) if i != axis)
         return table.index_select(axis, parts[axis].reshape(1)).squeeze(axis)[rest]
     return table[index]
+
+
+def _check_reach(table: Tensor, parts: tuple[Any, ...]) -> None:
+    """Raises what a processor would: on a GPU, an index out of reach ends all that the process does there."""
+    for axis, part in enumerate(parts):
+        if isinstance(part, (int, slice)):
+            continue
+        if not isinstance(part, Tensor) or part.dtype == torch.bool or part.is_floating_point():
+            return  # a mask, or an ellipsis: it cannot be said which axis comes next
+        plain, size = part, table.shape[axis]
+        while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+            plain = torch._C._functorch.get_unwrapped(plain)
+        if not plain.numel():
+            continue
+        with torch._C._DisableFuncTorch(), _disable_current_modes():
+            least, most = (int(end) for end in plain.aminmax())
+        if not -size <= least <= most < size:
+            raise IndexError(f"index {most if most >= size else least} is out of bounds for axis {axis} of size {size}")
 
 
 def _widened(argument: Any, dtype: torch.dtype) -> Any:
@@ -360,6 +383,9 @@ def _is_elementwise(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("reduction") == "none" and {name for name in kwargs if kwargs[name] is not None} == {"reduction"}
 
 
+_THRESHOLD = 40.0  # where exp(−x) is nothing beside 1, in double precision
+
+
 class _LogSigmoid(torch.autograd.Function):
     """log σ(x), with one operation for a slope, σ(−x): where that is all that is wanted, no logarithm is taken.
 
@@ -370,7 +396,8 @@ class _LogSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return torch.nn.functional.logsigmoid(x)
+        # log_sigmoid has a second result, which vmap of vmap does not take on a GPU
+        return -softplus(-x, threshold=_THRESHOLD) if x.is_cuda else logsigmoid(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -424,6 +451,11 @@ def quiet() -> Iterator[None]:
     finally:
         pyro.ops.special._SafeLog = logarithm
         Distribution.set_default_validate_args(validates)
+
+
+def placed(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes tensors of numbers where the data are, if that is a GPU: a program that says 0.0 does not say where."""
+    return DeviceContext(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -497,7 +529,8 @@ def reproducible(dtype: torch.dtype, device: torch.device | None = None) -> Iter
     settings.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            for words in ("does not have a deterministic implementation", "defaults to a non-deterministic algorithm"):
+                warnings.filterwarnings("ignore", message=f".*{words}.*")
             yield
     finally:
         torch.set_default_dtype(before[0])

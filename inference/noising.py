@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.contract import Unsupported
+from inference.structure import Structure
 
 __all__ = [
     "BoundLoss", "Chain", "Curve", "DataError", "Denoises", "EDMError", "Even", "EvenLogSNR", "FlowError", "HybridLoss",
@@ -45,7 +46,7 @@ __all__ = [
 
 # ------------------------------------------------------------------------------------------- what a module must have
 @runtime_checkable
-class Curve(Protocol):
+class Curve(Structure, Protocol):
     """A curve of noise levels over times from ``start``, with the least noise, to ``stop``."""
 
     start: float
@@ -62,7 +63,7 @@ class Curve(Protocol):
 
 
 @runtime_checkable
-class Denoises(Protocol):
+class Denoises(Structure, Protocol):
     """A model with a ``denoiser``: a function of x_t, (rows, …), of t, (rows,), and of a context if there is one.
 
     What it returns has a ``mean``, x̂_0 in the shape of x_t. Its attribute ``schedule`` is a ``Curve``.
@@ -74,7 +75,7 @@ class Denoises(Protocol):
 
 
 @runtime_checkable
-class Chain(Protocol):
+class Chain(Structure, Protocol):
     """A model that is a chain of links between the times of a grid, and knows the terms of its variational bound.
 
     Attributes:
@@ -98,7 +99,7 @@ class Chain(Protocol):
 
 
 @runtime_checkable
-class Standardised(Protocol):
+class Standardised(Structure, Protocol):
     """A model whose denoiser is one of data on another scale."""
 
     def standardised(self, x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class Standardised(Protocol):
 
 # -------------------------------------------------------------------------------------------------- how levels count
 @runtime_checkable
-class Weighting(Protocol):
+class Weighting(Structure, Protocol):
     """How much the error of the noise counts at a level, a frozen dataclass."""
 
     def __call__(self, log_snr: Tensor) -> Tensor: ...
@@ -195,7 +196,7 @@ class Span(NamedTuple):
 
 
 @runtime_checkable
-class Times(Protocol):
+class Times(Structure, Protocol):
     """How times are drawn: a function of uniform numbers."""
 
     def at(self, uniform: Tensor, span: Span) -> tuple[Tensor, Tensor]:

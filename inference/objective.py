@@ -3,7 +3,8 @@
 Forward and backward pass are one graph; random operations are recorded as such and draw afresh at each call. What the
 program reads twice is computed once there, no handler of Pyro runs, and no Python of the program. A graph is trusted
 after its loss, its gradients, what it wrote into buffers and what it took from the random generator have equalled those
-of the program, from equal states.
+of the program, from equal states. On a GPU its kernels are then captured, and started by one call; this is held against
+the program as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from inference.capture import Captured
 from inference.graphs import fold, merge
 from inference.recording import draft, quicken
 from inference.staging import RUNGS, highest_rung
@@ -30,6 +32,7 @@ _PATIENCE = 12  # steps before a graph is recorded, which costs as much as about
 _CHECKS = 2  # at the steps after it, and then at every power of two
 _LARGEST = 100_000  # nodes of a graph
 _VARIANTS = 16  # graphs for other batch shapes and other states of the Python objects
+_ALLOWED = 16.0  # roundings
 _STAGED = RUNGS.index("staged")
 
 _log = logging.getLogger("inference")
@@ -46,6 +49,13 @@ class _Variant:
         self.calls = self.recorded = 0
         self.graph: fx.GraphModule | None = None
         self.held: list[Tensor] = []  # weights and buffers, which the graph takes after the data
+        self.captured: Captured | None = None
+        self.is_settled = False  # whether it is captured, or cannot be
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the graph has been held against the program."""
+        return self.calls - self.recorded > _CHECKS
 
     @property
     def is_due(self) -> bool:
@@ -72,6 +82,8 @@ class Objective:
         name: Of the program, for the log.
         is_watched: Whether code of the user runs between steps, which may change what the owners are.
         is_compiled: Whether a graph is compiled by ``torch.compile``.
+        precision: The smaller floating type of parts of the arithmetic. A compiler, which rounds less often, may then differ
+            by as much as that rounds.
 
     Attributes:
         rung: The rung that the last call ran on.
@@ -85,9 +97,11 @@ class Objective:
         name: str,
         is_watched: bool = False,
         is_compiled: bool = False,
+        precision: torch.dtype | None = None,
     ) -> None:
         self.loss, self.weights, self.name, self.is_watched = loss, list(weights), name, is_watched
         self.is_compiled = is_compiled
+        self.allowance = _ALLOWED * torch.finfo(precision).eps if precision is not None and is_compiled else None
         self.owners = list({id(owner): owner for owner in owners if owner is not None}.values())
         self.can_stage = highest_rung() >= _STAGED and not self._has_hooks()
         self.rung = "looped"
@@ -155,8 +169,14 @@ class Objective:
         self.rung = "staged"
         for weight in self.weights:
             weight.grad = None  # whose memory the next gradients take
+        if not variant.is_settled and variant.is_trusted:
+            self._capture(variant, data)
         with torch.no_grad():
-            loss, gradients = variant.graph.forward(*(data or ()), *variant.held)
+            if variant.captured is not None and variant.captured.is_in_place:
+                loss, gradients = variant.captured(*(data or ()))
+                loss = loss.clone()
+            else:
+                loss, gradients = variant.graph.forward(*(data or ()), *variant.held)
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
         return loss
@@ -202,12 +222,46 @@ class Objective:
         if len(graph.graph.nodes) <= _LARGEST:
             variant.graph, variant.held, variant.recorded = graph, held, variant.calls
             if self.is_compiled:
-                torch.compiler.reset()
-                with torch._inductor.config.patch(fallback_random=True):
-                    graph.forward = torch.compile(graph.forward, dynamic=False)
+                self._compile(variant, data)
+
+    def _compile(self, variant: _Variant, data: list[Tensor] | None) -> None:
+        """Makes machine code of the graph, where that can be done."""
+        assert variant.graph is not None
+        before = _Before(self._written(variant), self.weights[0].device)
+        torch.compiler.reset()
+        code = torch.compile(variant.graph.forward, dynamic=False, options={"fallback_random": True})
+        try:
+            with torch.no_grad():
+                code(*(data or ()), *variant.held)
+            variant.graph.forward = code
+        except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.info("The steps of %s cannot be compiled (%s); they run as recorded.", self.name, why)
+        finally:
+            before.restore()
+
+    def _capture(self, variant: _Variant, data: list[Tensor] | None) -> None:
+        """Makes one launch of the graph, where that can be done."""
+        assert variant.graph is not None
+        variant.is_settled = True
+        device = self.weights[0].device
+        if device.type != "cuda":
+            return
+        before = _Before(self._written(variant), device)
+        try:
+            with torch.no_grad():
+                variant.captured = Captured(variant.graph.forward, data or [], variant.held)
+        except Exception as error:
+            _log.info("The steps of %s cannot be captured (%s); their kernels are started one by one.", self.name, error)
+        finally:
+            before.restore()
+
+    def _written(self, variant: _Variant) -> list[Tensor]:
+        """The buffers that a graph holds."""
+        return variant.held[len(self.weights) :]
 
     def _checked(self, variant: _Variant, data: list[Tensor] | None) -> Tensor:
-        buffers = variant.held[len(self.weights) :]
+        buffers = self._written(variant)
         before = _Before(buffers, self.weights[0].device)
         staged = [self._staged(variant, data), *(weight.grad for weight in self.weights)]
         after = _Before(buffers, self.weights[0].device)
@@ -215,9 +269,12 @@ class Objective:
         loss = self._unstaged(data)
         unstaged = [loss, *(weight.grad for weight in self.weights)]
         pairs = [*zip(staged, unstaged, strict=True), *zip(after.values, buffers, strict=True)]
-        if not (all(_agree(*pair) for pair in pairs) and after.has_equal_generators()):
-            _log.info("%s: a staged step gave other values than the program; running without it.", self.name)
-            variant.graph = None
+        if not (all(_agree(*pair, self.allowance) for pair in pairs) and after.has_equal_generators()):
+            what = "staged" if variant.captured is None else "captured"
+            _log.info("%s: a %s step gave other values than the program; running without it.", self.name, what)
+            if variant.captured is None:
+                variant.graph = None
+            variant.captured = None
         return loss
 
 
@@ -259,12 +316,14 @@ def _laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(gradient)
 
 
-def _agree(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are equal up to rounding, by the scale of the largest entry."""
+def _agree(one: Tensor | None, other: Tensor | None, allowance: float | None) -> bool:
+    """Whether two tensors are equal up to rounding, by the scale of the largest entry, or as vectors up to an allowance."""
     if one is None or other is None:
         return one is other
     if not one.is_floating_point():
         return torch.equal(one, other)
+    if allowance is not None and other.isfinite().all():
+        return bool((one - other).norm() <= allowance * other.norm())
     tolerance = 1e-9 if one.dtype == torch.float64 else 1e-4
     finite = other[other.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0

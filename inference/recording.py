@@ -18,7 +18,19 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Draft", "Meta", "assuming", "constants", "draft", "is_assuming", "is_random", "quicken", "record", "unlikely"]
+__all__ = [
+    "Draft",
+    "Meta",
+    "assuming",
+    "constants",
+    "draft",
+    "first_come",
+    "is_assuming",
+    "is_random",
+    "quicken",
+    "record",
+    "unlikely",
+]
 
 _assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
 
@@ -198,7 +210,34 @@ def quicken(graph: fx.GraphModule) -> fx.GraphModule:
         is_plain = name not in ("add", "sub") or len(node.args) == 2  # a third argument would be their alpha
         if name in names and is_plain and node.target._overloadname not in ("out", "int_out", "dtype"):
             node.target = names[name]
+        elif name == "multinomial":
+            node.target = drawn_one
     quick.recompile()
+    _name_tuples(quick)
     for name in list(quick._buffers):  # whose look-up is Python code
         quick.__dict__[name] = quick._buffers.pop(name)
     return quick
+
+
+def drawn_one(p: Tensor, count: int, *rest: Any, **options: Any) -> Tensor:
+    """``torch.multinomial``; on a GPU a draw of one without its look at the weights, for which the processor would wait."""
+    if count != 1 or not p.is_cuda:
+        return torch.multinomial(p, count, *rest, **options)
+    return first_come(p)
+
+
+def first_come(p: Tensor) -> Tensor:
+    """An index by its weight, (…, 1): the first event of Poisson processes of these rates. These are torch's own draws."""
+    return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+
+
+def _name_tuples(graph: fx.GraphModule) -> None:
+    """Makes known to the code of a graph the classes of the named tuples that it returns: torch before 2.13 forgets some."""
+    known = type(graph).forward.__globals__
+    parts: list[Any] = [node.args for node in graph.graph.nodes if node.op == "output"]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            kind = type(part)
+            known.setdefault(kind.__name__, kind)
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, (tuple, list)) else ()

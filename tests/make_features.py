@@ -1,6 +1,6 @@
-"""Makes the networks of ``pyro_genmodels.metrics.images``: classifiers of digits, whose last layer but one are the features.
+"""Makes the networks of ``pyro_genmodels.metrics.images``: classifiers, whose last layer but one are the features.
 
-    python tests/make_features.py            all of them; MNIST is read from the folder that PYRO_GENMODELS_DATA names
+    python tests/make_features.py            all of them; all but digits are read from PYRO_GENMODELS_DATA
     python tests/make_features.py digits     one of them, seconds
 
 A classifier is a program that hides nothing: y ~ Categorical(network(x)). SVI trains it, on pictures that are moved by up to
@@ -29,9 +29,11 @@ from pyro_genmodels import datasets
 from pyro_genmodels.metrics.images import FeatureNetwork
 
 FOLDER = Path(pyro_genmodels.__file__).parent / "metrics" / "files"
-SETTINGS = {  # name: channels, features, steps
-    "digits": ((16, 32), 32, 3000),
-    "mnist": ((8, 16, 32), 32, 2500),
+SETTINGS = {  # name: channels, features, steps, type in the file
+    "digits": ((16, 32), 32, 3000, torch.float32),
+    "mnist": ((8, 16, 32), 32, 2500, torch.float32),
+    "fashion_mnist": ((16, 32, 32), 32, 4000, torch.float16),
+    "cifar10": ((16, 32, 32), 32, 8000, torch.float16),
 }
 
 
@@ -52,23 +54,30 @@ class Classifier(nn.Module):
 
 
 def moved(x: Tensor) -> Tensor:
-    """Pictures (rows, height, width), each moved by up to a tenth of its width, with noise of one scale a picture."""
+    """Pictures (rows, …, height, width), each moved by up to a tenth of its width, with noise of one scale a picture."""
+    planes = x.reshape(len(x), -1, *x.shape[-2:])
     shift = 0.2 * (2.0 * torch.rand(len(x), 2, 1) - 1.0)  # affine_grid goes from −1 to 1
     there = torch.cat([torch.eye(2).expand(len(x), 2, 2), shift], -1)
-    grid = functional.affine_grid(there, [len(x), 1, *x.shape[1:]], align_corners=False)
-    result = functional.grid_sample(x[:, None], grid, align_corners=False)[:, 0]
-    return (result + 0.1 * torch.rand(len(x), 1, 1) * torch.randn_like(result)).clamp(0.0, 1.0)
+    grid = functional.affine_grid(there, [*planes.shape], align_corners=False)
+    result = functional.grid_sample(planes, grid, align_corners=False)
+    return (result + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(result)).clamp(0.0, 1.0).reshape(x.shape)
 
 
 def labelled(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pictures and their digits, to train on and to judge by."""
+    """Pictures and their classes, to train on and to judge by."""
     found = datasets.pictures(name)
     assert found.test is not None
     if name == "digits":
         y = datasets.load("digits")["y"]
         return found.train, y[: len(found.train)], found.test, y[len(found.train) :]
-    with np.load(Path(os.environ["PYRO_GENMODELS_DATA"]) / f"{name}.npz") as arrays:
-        y, new = (torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test"))
+    files, folder = [name], Path(os.environ["PYRO_GENMODELS_DATA"])
+    if name == "cifar10":
+        files = [f"{name}_train_{i}" for i in range(5)] + [f"{name}_test"]
+    labels = []
+    for file in files:
+        with np.load(folder / f"{file}.npz") as arrays:
+            labels += [arrays[key].astype(np.int64) for key in ("y", "y_train", "y_test") if key in arrays]
+    y, new = torch.from_numpy(np.concatenate(labels)).split([len(found.train), len(found.test)])
     return found.train, y, found.test, new
 
 
@@ -78,7 +87,7 @@ def accuracy(network: FeatureNetwork, x: Tensor, y: Tensor) -> float:
 
 
 def main(name: str) -> None:
-    channels, features, steps = SETTINGS[name]
+    channels, features, steps, kind = SETTINGS[name]
     x, y, new, truth = labelled(name)
     torch.manual_seed(0)
     network = FeatureNetwork(x.shape[1:], channels=channels, features=features, name=name)
@@ -92,6 +101,8 @@ def main(name: str) -> None:
         for weight in (first.weight, first.bias):
             weight /= scale
         last.weight *= scale
+        for weight in network.parameters():
+            weight.copy_(weight.to(kind))
     about = (
         f"{len(x)} training pictures of {name} ({'x'.join(map(str, x.shape[1:]))}), {steps} steps of SVI with batches of "
         f"100, moved and noisy, seed 0; accuracy {accuracy(network, x, y):.3f} on them, "
@@ -99,7 +110,7 @@ def main(name: str) -> None:
         f"Python {platform.python_version()}"
     )
     told = {"about": about, "shape": " ".join(map(str, x.shape[1:])), "channels": " ".join(map(str, channels))}
-    weights = {key: weight.detach().contiguous() for key, weight in network.state_dict().items()}
+    weights = {key: weight.detach().to(kind).contiguous() for key, weight in network.state_dict().items()}
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.safetensors"
     save_file(weights, path, told)

@@ -96,7 +96,7 @@ def chain(symbols: Tensor) -> None:
         emission = pyro.sample("emission", dist.Dirichlet(torch.ones(3)))
     z: Any = None
     for t in pyro.markov(range(len(symbols))):
-        z = pyro.sample(f"z_{t}", dist.Categorical(INITIAL if z is None else transition[z]))
+        z = pyro.sample(f"z_{t}", dist.Categorical(INITIAL.to(symbols.device) if z is None else transition[z]))
         pyro.sample(f"x_{t}", dist.Categorical(emission[z]), obs=symbols[t])
 
 

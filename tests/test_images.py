@@ -50,17 +50,17 @@ def test_features_say_what_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_digits_are_told_as_well_as_is_said(name: str) -> None:
+def test_pictures_are_told_as_well_as_is_said(name: str) -> None:
     network = feature_network(name)
     if name == "digits":
         x, y = DIGITS.test, LABELS[len(DIGITS.train) :]
     else:
-        path = FOLDER / f"{name}.npz"
+        path = FOLDER / f"{name}{'_test' if name == 'cifar10' else ''}.npz"
         if not path.exists():
             pytest.skip(f"There is no {path}: set PYRO_GENMODELS_DATA.")
         with np.load(path) as arrays:
-            x, y = (torch.from_numpy(arrays[key].astype(np.float32)) for key in ("x_test", "y_test"))
-        x = x / 255.0
+            y = torch.from_numpy(next(arrays[key] for key in ("y_test", "y") if key in arrays).astype(np.float32))
+        x = datasets.pictures(name).test
     assert x is not None
     found = torch.cat([network.classify(part).argmax(-1) for part in x.split(1000)])
     share = float(found.eq(y).double().mean())
@@ -178,7 +178,10 @@ def test_a_name_is_no_network() -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: feature_network("inception"), "no features 'inception'; there are digits, mnist, or give"),
+        (
+            lambda: feature_network("inception"),
+            "no features 'inception'; there are cifar10, digits, fashion_mnist, mnist, or give",
+        ),
         (lambda: feature_network()(torch.zeros(5, 28, 28)), r"pictures \(rows, 8, 8\), but came \(5, 28, 28\)"),
         (lambda: feature_network()(torch.zeros(0, 8, 8)), r"but came \(0, 8, 8\)"),
         (lambda: feature_network()(torch.full((1, 8, 8), 16)), "go from 16 to 16. Divide them by the largest"),

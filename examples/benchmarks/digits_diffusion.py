@@ -128,7 +128,7 @@ def bits_of(model: ScoreModel, x: Tensor, probes: int) -> tuple[Tensor, Tensor]:
     size, network = x[0].numel(), model.denoiser
     model.probes = likelihood.rademacher(probes, x[:1], torch.Generator().manual_seed(0))
     z, volume = model.standardised(x), size * model.deviation.log().sum()
-    chain = torch.cat([network.schedule.grid(200, "log_snr"), model.grid.new_zeros(1)])
+    chain = torch.cat([network.schedule.grid(200, "log_snr").to(model.grid), model.grid.new_zeros(1)])
     bound = likelihood.variational_bound(network, z, chain).total - volume
     flow, bound = (likelihood.bits_per_dimension(value, size, LEVELS) for value in (model().log_prob(x), bound))
     return flow, bound
@@ -138,7 +138,7 @@ def bits_of(model: ScoreModel, x: Tensor, probes: int) -> tuple[Tensor, Tensor]:
 def by(model: ScoreModel, sampler: Callable[..., Tensor], steps: int, count: int) -> Tensor:
     """Draws by a sampler of this many steps, the last of them to no noise."""
     schedule = model.denoiser.schedule
-    grid = torch.cat([schedule.grid(steps - 1, "karras"), model.grid.new_zeros(1)])
+    grid = torch.cat([schedule.grid(steps - 1, "karras").to(model.grid), model.grid.new_zeros(1)])
     start = samplers.terminal(model.denoiser, grid, model.grid.float()).sample((count, *model.shape))
     return sampler(model.denoiser, start, grid) * model.deviation + model.location
 

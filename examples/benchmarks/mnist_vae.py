@@ -23,6 +23,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ def measured(name: str, options: argparse.Namespace, x: Tensor, test: Tensor) ->
     if options.weights:
         Path(options.weights).mkdir(parents=True, exist_ok=True)
         kept = {"weights": model.state_dict(), "log_p": found.log_p}
-        torch.save(kept, Path(options.weights) / f"{name.replace(', ', '_').replace(' ', '')}.pt")
+        torch.save(kept, Path(options.weights) / f"{re.sub('[^0-9A-Za-z]+', '_', name)}.pt")
     return Row(found.log_p.cpu(), unreliable, active, float(last.mean()) / len(x), fitting, testing)
 
 
