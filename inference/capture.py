@@ -31,26 +31,26 @@ class Captured:
 
     def __init__(self, run: Callable[..., Any], inputs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
         self._inputs = [leaf.clone() for leaf in inputs]
-        self._held, self._places = [*held], [leaf.data_ptr() for leaf in held]
+        self._run, self._places = run, [leaf.data_ptr() for leaf in held]
         device = next(leaf.device for leaf in (*held, *inputs) if leaf.is_cuda)
         with torch.cuda.device(device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                run(*self._inputs, *held)  # whatever is set up at a first call
-                with _without_waiting():  # a capture that breaks off would leave the generator unusable
-                    run(*self._inputs, *held)
-            torch.cuda.current_stream().wait_stream(aside)
+            try:
+                with torch.cuda.stream(aside):
+                    run(*self._inputs, *held)  # whatever is set up at a first call
+                    with _without_waiting():  # a capture that breaks off would leave the generator unusable
+                        run(*self._inputs, *held)
+            finally:
+                torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._found = run(*self._inputs, *held)
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether what it holds is where it was."""
-        return [leaf.data_ptr() for leaf in self._held] == self._places
-
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *given: Tensor) -> Any:
+        inputs, held = given[: len(self._inputs)], given[len(self._inputs) :]
+        if [leaf.data_ptr() for leaf in held] != self._places:
+            return self._run(*given)  # what it holds has moved
         for own, leaf in zip(self._inputs, inputs, strict=True):
             own.copy_(leaf)
         self._graph.replay()

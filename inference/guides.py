@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from inference.contract import Unsupported
 from inference.density import Unconstrained
-from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, placed, quiet
+from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, on_device, quiet
 from inference.program import Program
 from inference.sites import evaluate
 
@@ -96,7 +96,7 @@ class Guide:
         beside = (
             contextlib.nullcontext() if particles is None else pyro.plate(PARTICLES, particles[0], dim=-1 - particles[1])
         )
-        with quiet(), placed(program.device):
+        with quiet(), on_device(program.device):
             tracer = poutine.trace(handled)
             with beside:
                 trace = tracer.get_trace(*args, **kwargs)

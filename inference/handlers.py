@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, transform_to
 from torch.nn.functional import logsigmoid, softplus
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
 from inference.contract import Surrogate, Unnormalised, Unsupported
@@ -340,11 +340,12 @@ def _picked(table: Tensor, index: Any) -> Tensor:
 def _check_reach(table: Tensor, parts: tuple[Any, ...]) -> None:
     """Raises what a processor would: on a GPU, an index out of reach ends all that the process does there."""
     for axis, part in enumerate(parts):
-        if isinstance(part, (int, slice)):
+        index = torch.tensor(part) if isinstance(part, list) else part
+        if isinstance(index, slice) or (isinstance(index, int) and not isinstance(index, bool)):
             continue
-        if not isinstance(part, Tensor) or part.dtype == torch.bool or part.is_floating_point():
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype in (torch.bool, torch.uint8):
             return  # a mask, or an ellipsis: it cannot be said which axis comes next
-        plain, size = part, table.shape[axis]
+        plain, size = index, table.shape[axis]
         while torch._C._functorch.is_functorch_wrapped_tensor(plain):
             plain = torch._C._functorch.get_unwrapped(plain)
         if not plain.numel():
@@ -453,9 +454,25 @@ def quiet() -> Iterator[None]:
         Distribution.set_default_validate_args(validates)
 
 
-def placed(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+class _Factories(TorchFunctionMode):
+    """Makes tensors on a device where none is named. Unlike torch's own before 2.11, it may stand inside another."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.factories = device, _device_constructors()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in self.factories and named.get("device") is None:
+            named["device"] = self.device
+        return func(*args, **named)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes tensors of numbers where the data are, if that is a GPU: a program that says 0.0 does not say where."""
-    return DeviceContext(device) if device.type == "cuda" else contextlib.nullcontext()
+    return _Factories(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType
@@ -29,15 +30,31 @@ from inference.staging import RUNGS, highest_rung
 __all__ = ["Objective"]
 
 _PATIENCE = 12  # steps before a graph is recorded, which costs as much as about so many
-_CHECKS = 2  # at the steps after it, and then at every power of two
+_CHECKS = 2  # of a way that is new; after them, at every power of two of steps
 _LARGEST = 100_000  # nodes of a graph
 _VARIANTS = 16  # graphs for other batch shapes and other states of the Python objects
-_ALLOWED = 16.0  # roundings
+_CAPTURED = 2  # of them, each of which keeps the memory of a step
+_ALLOWED, _ALLOWED_OF_VALUES = 16.0, 4.0  # roundings, of gradients and of what is no gradient
 _STAGED = RUNGS.index("staged")
 
 _log = logging.getLogger("inference")
 
 Loss = Callable[[list[Tensor] | None, bool], tuple[Tensor, Tensor]]
+
+
+class _Way(NamedTuple):
+    """One way to run a recorded step.
+
+    Attributes:
+        name: "recorded", "compiled" or "captured".
+        run: Takes the data, then the weights and buffers; returns the loss and the gradients.
+        eps: That of a smaller floating type, whose roundings a compiler leaves out in part; 0 where the operations are the
+            program's own.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    eps: float = 0.0
 
 
 class _Variant:
@@ -47,21 +64,24 @@ class _Variant:
         self.shapes = shapes  # of a batch
         self.alive = alive  # an id in a key is good only while its tensor lives
         self.calls = self.recorded = 0
-        self.graph: fx.GraphModule | None = None
+        self.ways: list[_Way] = []  # the last is taken; those before it are for where that gives other values
+        self.tried: list[str] = []  # names of ways
+        self.proofs = 0  # how often the last way has been held against the program
         self.held: list[Tensor] = []  # weights and buffers, which the graph takes after the data
-        self.captured: Captured | None = None
-        self.is_settled = False  # whether it is captured, or cannot be
-
-    @property
-    def is_trusted(self) -> bool:
-        """Whether the graph has been held against the program."""
-        return self.calls - self.recorded > _CHECKS
 
     @property
     def is_due(self) -> bool:
-        """Whether the graph is to be held against the program at this call."""
+        """Whether the last way is to be held against the program at this call."""
         since = self.calls - self.recorded
-        return since <= _CHECKS or not since & (since - 1)
+        return self.proofs < _CHECKS or not since & (since - 1)
+
+    def add(self, way: _Way) -> None:
+        self.ways.append(way)
+        self.proofs = 0
+
+    def drop(self) -> None:
+        self.ways.pop()
+        self.proofs = 0
 
 
 class _Seen(NamedTuple):
@@ -100,8 +120,7 @@ class Objective:
         precision: torch.dtype | None = None,
     ) -> None:
         self.loss, self.weights, self.name, self.is_watched = loss, list(weights), name, is_watched
-        self.is_compiled = is_compiled
-        self.allowance = _ALLOWED * torch.finfo(precision).eps if precision is not None and is_compiled else None
+        self.is_compiled, self.precision = is_compiled, precision
         self.owners = list({id(owner): owner for owner in owners if owner is not None}.values())
         self.can_stage = highest_rung() >= _STAGED and not self._has_hooks()
         self.rung = "looped"
@@ -111,8 +130,11 @@ class Objective:
 
     @property
     def calls(self) -> dict[str, list[Any]]:
-        """For each batch shape, how often it was asked for, when its graph was recorded and whether that is trusted."""
-        now = {shapes: [v.calls, v.recorded, v.graph is not None] for shapes, v in self._latest.items()}
+        """For each batch shape, how often it was asked for, when its graph was recorded, and how that is run and trusted."""
+        now = {
+            shapes: [v.calls, v.recorded, bool(v.ways), [way.name for way in v.ways], v.tried, v.proofs]
+            for shapes, v in self._latest.items()
+        }
         return self._past | now
 
     def recall(self, calls: Mapping[str, list[Any]]) -> None:
@@ -126,10 +148,13 @@ class Objective:
 
     def _recalled(self, variant: _Variant, data: list[Tensor] | None) -> None:
         """Makes of a variant what it was in an earlier run."""
-        calls, recorded, is_staged = self._past.pop(repr(variant.shapes))
+        calls, recorded, is_staged, *rest = self._past.pop(repr(variant.shapes))
+        ways, tried, proofs = rest or ([], [], _CHECKS)
         if is_staged:
             self._stage(variant, data)
-        variant.calls, variant.recorded = calls, recorded
+        for name in ways[1:] if variant.ways else ():
+            self._faster(variant, data, name)
+        variant.calls, variant.recorded, variant.tried, variant.proofs = calls, recorded, [*tried], proofs
 
     def __call__(self, data: list[Tensor] | None = None) -> Tensor:
         """Puts the gradients into the weights' ``grad``; returns the loss of a batch, or of all data."""
@@ -139,8 +164,10 @@ class Objective:
         if variant.calls == _PATIENCE:
             self._stage(variant, data)
         variant.calls += 1
-        if variant.graph is None:
+        if not variant.ways:
             return self._unstaged(data)
+        if variant.proofs >= _CHECKS and self._next_way(variant):
+            self._faster(variant, data, self._next_way(variant))
         return self._checked(variant, data) if variant.is_due else self._staged(variant, data)
 
     def _variant(self, data: list[Tensor] | None) -> _Variant | None:
@@ -165,18 +192,12 @@ class Objective:
         return loss.detach()
 
     def _staged(self, variant: _Variant, data: list[Tensor] | None) -> Tensor:
-        assert variant.graph is not None
         self.rung = "staged"
         for weight in self.weights:
             weight.grad = None  # whose memory the next gradients take
-        if not variant.is_settled and variant.is_trusted:
-            self._capture(variant, data)
         with torch.no_grad():
-            if variant.captured is not None and variant.captured.is_in_place:
-                loss, gradients = variant.captured(*(data or ()))
-                loss = loss.clone()
-            else:
-                loss, gradients = variant.graph.forward(*(data or ()), *variant.held)
+            loss, gradients = variant.ways[-1].run(*(data or ()), *variant.held)
+            loss = loss.clone() if variant.ways[-1].name == "captured" else loss  # which the next call writes over
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
         return loss
@@ -209,7 +230,7 @@ class Objective:
         attributes = [(vars(module), dict(vars(module))) for module in self._modules()]
         attributes += [(module._buffers, dict(module._buffers)) for module in self._modules()]
         try:
-            graph = quicken(fold(merge(draft(flat, data or [], held))).written())
+            graph = quicken(_apart(fold(merge(draft(flat, data or [], held))).written()))
             if seen.key != _seen(self.owners, self._modules()).key or before.has_drawn_in_python():
                 raise RuntimeError("a run changes Python objects, or draws by other means than torch")
         except Exception as error:
@@ -220,39 +241,35 @@ class Objective:
                 held_now.update(held_before)
             before.restore()
         if len(graph.graph.nodes) <= _LARGEST:
-            variant.graph, variant.held, variant.recorded = graph, held, variant.calls
-            if self.is_compiled:
-                self._compile(variant, data)
+            variant.held, variant.recorded = held, variant.calls
+            variant.add(_Way("recorded", graph.forward))
 
-    def _compile(self, variant: _Variant, data: list[Tensor] | None) -> None:
-        """Makes machine code of the graph, where that can be done."""
-        assert variant.graph is not None
-        before = _Before(self._written(variant), self.weights[0].device)
-        torch.compiler.reset()
-        code = torch.compile(variant.graph.forward, dynamic=False, options={"fallback_random": True})
-        try:
-            with torch.no_grad():
-                code(*(data or ()), *variant.held)
-            variant.graph.forward = code
-        except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            _log.info("The steps of %s cannot be compiled (%s); they run as recorded.", self.name, why)
-        finally:
-            before.restore()
+    def _next_way(self, variant: _Variant) -> str:
+        """The name of the next way to try; "" if there is none."""
+        if self.is_compiled and "compiled" not in variant.tried:
+            return "compiled"
+        if self.weights[0].device.type != "cuda" or "captured" in variant.tried:
+            return ""
+        return "captured" if sum("captured" in other.tried for other in self._variants.values()) < _CAPTURED else ""
 
-    def _capture(self, variant: _Variant, data: list[Tensor] | None) -> None:
-        """Makes one launch of the graph, where that can be done."""
-        assert variant.graph is not None
-        variant.is_settled = True
-        device = self.weights[0].device
-        if device.type != "cuda":
-            return
+    def _faster(self, variant: _Variant, data: list[Tensor] | None, name: str) -> None:
+        """Adds a faster way to run the graph, where it can be had."""
+        variant.tried.append(name)
+        way, device = variant.ways[-1], self.weights[0].device
         before = _Before(self._written(variant), device)
         try:
             with torch.no_grad():
-                variant.captured = Captured(variant.graph.forward, data or [], variant.held)
+                if name == "compiled":
+                    torch.compiler.reset()
+                    run = torch.compile(way.run, dynamic=False, options={"fallback_random": True})
+                    run(*(data or ()), *variant.held)
+                    eps = 0.0 if self.precision is None else torch.finfo(self.precision).eps
+                    variant.add(_Way(name, run, eps))
+                else:
+                    variant.add(_Way(name, Captured(way.run, data or [], variant.held), way.eps))
         except Exception as error:
-            _log.info("The steps of %s cannot be captured (%s); their kernels are started one by one.", self.name, error)
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.info("The steps of %s cannot be %s (%s); they go on as %s.", self.name, name, why, way.name)
         finally:
             before.restore()
 
@@ -261,21 +278,48 @@ class Objective:
         return variant.held[len(self.weights) :]
 
     def _checked(self, variant: _Variant, data: list[Tensor] | None) -> Tensor:
-        buffers = self._written(variant)
-        before = _Before(buffers, self.weights[0].device)
-        staged = [self._staged(variant, data), *(weight.grad for weight in self.weights)]
-        after = _Before(buffers, self.weights[0].device)
-        before.restore()
-        loss = self._unstaged(data)
-        unstaged = [loss, *(weight.grad for weight in self.weights)]
-        pairs = [*zip(staged, unstaged, strict=True), *zip(after.values, buffers, strict=True)]
-        if not (all(_agree(*pair, self.allowance) for pair in pairs) and after.has_equal_generators()):
-            what = "staged" if variant.captured is None else "captured"
-            _log.info("%s: a %s step gave other values than the program; running without it.", self.name, what)
-            if variant.captured is None:
-                variant.graph = None
-            variant.captured = None
-        return loss
+        """A step of the program, held against the ways of the graph, the last first: those that give other values go."""
+        buffers, device = self._written(variant), self.weights[0].device
+        before = _Before(buffers, device)
+        told: tuple[Tensor, list[Tensor | None], _Before] | None = None
+        while variant.ways:
+            way = variant.ways[-1]
+            loss = self._staged(variant, data)
+            found, after = [weight.grad for weight in self.weights], _Before(buffers, device)
+            before.restore()
+            if told is None:
+                told = self._told(variant, data, before)
+            if variant.ways[-1:] != [way]:
+                continue  # there was no memory for it beside the program
+            pairs = [(loss, told[0]), *zip(after.values, told[2].values, strict=True)]
+            is_one = all(_agree(*pair, _ALLOWED_OF_VALUES * way.eps) for pair in pairs) and after.has_equal(told[2])
+            if is_one and _agree_in_all(found, told[1], _ALLOWED * way.eps):
+                variant.proofs += 1
+                break
+            _log.info("%s: a %s step gave other values than the program; running without it.", self.name, way.name)
+            variant.drop()
+            before.restore()
+        assert told is not None
+        told[2].restore()
+        for weight, gradient in zip(self.weights, told[1], strict=True):
+            weight.grad = gradient
+        self.rung = "looped"
+        return told[0]
+
+    def _told(
+        self, variant: _Variant, data: list[Tensor] | None, before: _Before
+    ) -> tuple[Tensor, list[Tensor | None], _Before]:
+        """Loss and gradients of the program, and what it leaves behind."""
+        try:
+            loss = self._unstaged(data)
+        except torch.OutOfMemoryError:
+            if variant.ways[-1].name != "captured":
+                raise
+            variant.drop()  # it keeps the memory of a step
+            torch.cuda.empty_cache()
+            before.restore()
+            loss = self._unstaged(data)
+        return loss, [weight.grad for weight in self.weights], _Before(self._written(variant), self.weights[0].device)
 
 
 class _Before:
@@ -296,8 +340,9 @@ class _Before:
         if len(self.generators) > 1:
             torch.cuda.set_rng_state(self.generators[1], self.device)
 
-    def has_equal_generators(self) -> bool:
-        return all(torch.equal(was, is_now) for was, is_now in zip(self.generators, _generators(self.device), strict=True))
+    def has_equal(self, other: _Before) -> bool:
+        """Whether torch's generators were alike."""
+        return all(torch.equal(own, its) for own, its in zip(self.generators, other.generators, strict=True))
 
     def has_drawn_in_python(self) -> bool:
         was, is_now = self.python[1], np.random.get_state(legacy=False)
@@ -316,17 +361,63 @@ def _laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(gradient)
 
 
-def _agree(one: Tensor | None, other: Tensor | None, allowance: float | None) -> bool:
-    """Whether two tensors are equal up to rounding, by the scale of the largest entry, or as vectors up to an allowance."""
+def _apart(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with gradients in memory of their own: they are scaled and summed in place."""
+    (output,) = graph.graph.find_nodes(op="output")
+    loss, gradients = output.args[0]
+    taken, own = {_memory(loss)}, list(gradients)
+    for i, node in enumerate(gradients):
+        memory = None if node is None else _memory(node)
+        if memory is not None and (memory.op != "call_function" or memory in taken):
+            with graph.graph.inserting_before(output):
+                own[i] = graph.graph.call_function(torch.clone, (node,))
+        elif memory is not None:
+            taken.add(memory)
+    output.args = ((loss, own),)
+    graph.recompile()
+    return graph
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose result a node is a view of, or is written into; itself if it is none."""
+    while node.op == "call_function":
+        source = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(source, fx.Node)
+        returns = getattr(getattr(source.target, "_schema", None), "returns", ())
+        if not any(part.alias_info is not None for part in returns):
+            return node
+        (node,) = source.args[:1]  # type: ignore[assignment]
+    return node
+
+
+def _agree_in_all(found: list[Tensor | None], expected: list[Tensor | None], allowance: float) -> bool:
+    """Whether gradients are those expected; beside the largest of a step, a small one may be rounding alone."""
+    norms = [float(part.norm()) for part in expected if part is not None and part.isfinite().all()]
+    most = _SMALL * max(norms, default=0.0)
+    return all(_agree(*pair, allowance, most) for pair in zip(found, expected, strict=True))
+
+
+_SMALL = 0.01
+
+
+def _agree(one: Tensor | None, other: Tensor | None, allowance: float = 0.0, least: float = 0.0) -> bool:
+    """Whether two tensors are equal up to rounding, by the scale of the largest entry, or as vectors up to an allowance.
+
+    Args:
+        one: One.
+        other: Other.
+        allowance: Share of the norm; 0 compares entries.
+        least: Scale below which no difference is looked for.
+    """
     if one is None or other is None:
         return one is other
     if not one.is_floating_point():
         return torch.equal(one, other)
-    if allowance is not None and other.isfinite().all():
-        return bool((one - other).norm() <= allowance * other.norm())
-    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-4
     finite = other[other.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    if allowance and len(finite) == other.numel():
+        return float((one - other).norm()) <= allowance * max(float(other.norm()), least)
+    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-4
+    scale = max(float(finite.abs().max()) if finite.numel() else 0.0, least)
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 

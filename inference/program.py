@@ -30,7 +30,18 @@ from inference.contract import (
 )
 from inference.dependence import dependence, is_read
 from inference.distributed import ALONE, Processes
-from inference.handlers import Arithmetic, Gradients, Substitute, Table, Weights, base, isolated, placed, quiet, reproducible
+from inference.handlers import (
+    Arithmetic,
+    Gradients,
+    Substitute,
+    Table,
+    Weights,
+    base,
+    isolated,
+    on_device,
+    quiet,
+    reproducible,
+)
 from inference.rows import Known
 from inference.screening import check_data, check_randomness, check_structure, check_support, check_supports
 from inference.sites import (
@@ -179,14 +190,15 @@ class Program:
         is_plain = is_fixed and is_run and not is_simulated and transform is None
         is_large = self.rows is not None and self.rows >= _MANY_ROWS and is_plain
         self.part: int | None = batch_size if is_batched else _CHUNK if is_large and batch_size is None else None
-        if isinstance(owner, nn.Module):
+        if isinstance(owner, nn.Module) and any(leaf.device != self.device for leaf in (*parameters, *owner.buffers())):
+            if not parameters and not follow:  # its owner keeps it where it is
+                owner = self._copied(model, owner)
             owner.to(self.device)
         used = self._seen(is_batched, lambda: self.used_weights(owner))
         if used and dtype is None:
             self.dtype = next(iter(used.values())).dtype
         elif isinstance(owner, nn.Module) and not used and not follow:
-            copied = copy.deepcopy(owner).to(self.dtype)
-            self._bind(copied if owner is model else getattr(copied, model.__name__), copied)  # type: ignore[union-attr]
+            self._copied(model, owner).to(self.dtype)
         self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         if self._transformed is not None:
             self._transformed = [self._cast(self._transformed[0]), *self.data[1:]]
@@ -203,6 +215,12 @@ class Program:
         self.owner = owner
         self.call = model.model if isinstance(model, Programmed) else model
         self.guide = model.guide if isinstance(model, Guided) else None
+
+    def _copied(self, model: Any, owner: nn.Module) -> nn.Module:
+        """A copy of the owner, which takes its place."""
+        copied = copy.deepcopy(owner)
+        self._bind(copied if isinstance(model, (nn.Module, Programmed)) else getattr(copied, model.__name__), copied)
+        return copied
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
@@ -323,7 +341,7 @@ class Program:
         """
         args, kwargs = self.arguments(data) if arguments is None else arguments
         handled = self.handled(values, resampled)
-        with quiet(), placed(self.device), self._arithmetic(values):
+        with quiet(), on_device(self.device), self._arithmetic(values):
             trace = poutine.trace(handled if handler is None else handler(handled)).get_trace(*args, **kwargs)
             if evaluated and not resampled:
                 evaluate(trace, self.name)
@@ -345,7 +363,7 @@ class Program:
             is_wide: Whether to refuse tensors that would not fit into memory.
         """
         args, kwargs = self.arguments(data)
-        with quiet(), placed(self.device), self._arithmetic(values, is_wide) as arithmetic:
+        with quiet(), on_device(self.device), self._arithmetic(values, is_wide) as arithmetic:
             try:
                 nodes = poutine.trace(self.handled(values)).get_trace(*args, **kwargs).nodes
                 self._writes = self._writes or arithmetic.has_written

@@ -221,13 +221,15 @@ def quicken(graph: fx.GraphModule) -> fx.GraphModule:
 
 def drawn_one(p: Tensor, count: int, *rest: Any, **options: Any) -> Tensor:
     """``torch.multinomial``; on a GPU a draw of one without its look at the weights, for which the processor would wait."""
-    if count != 1 or not p.is_cuda:
-        return torch.multinomial(p, count, *rest, **options)
-    return first_come(p)
+    is_plain = count == 1 and p.is_cuda and options.get("generator") is None
+    return first_come(p) if is_plain else torch.multinomial(p, count, *rest, **options)
 
 
 def first_come(p: Tensor) -> Tensor:
-    """An index by its weight, (…, 1): the first event of Poisson processes of these rates. These are torch's own draws."""
+    """An index by its weight, (…, 1): the first event of Poisson processes of these rates.
+
+    These are torch's own draws where the weights are some: of negative ones, of NaN and of zeros alone it gives any.
+    """
     return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.contract import Unsupported
 from inference.dependence import parameters_follow
-from inference.handlers import Arithmetic, base, placed, quiet
+from inference.handlers import Arithmetic, base, on_device, quiet
 from inference.sites import Site, firm, is_statement, kind_of, moving, shape_of
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _check_fit(program: Program, name: str, node: Mapping[str, Any]) -> None:
     """Raises a sentence if a distribution cannot tell the density of its data."""
     value, distribution = node["value"], node["fn"]
     try:
-        with quiet(), placed(program.device), Arithmetic():
+        with quiet(), on_device(program.device), Arithmetic():
             distribution.log_prob(value)
     except Unsupported as error:
         raise Unsupported(f"Site '{name}' of {program.name}: {error}") from None

@@ -34,7 +34,7 @@ from inference.distributed import check_shards
 from inference.enumeration import log_normalizer
 from inference.fit import Optimise
 from inference.guides import Guide, batched, is_drawn, log_prob, mapped
-from inference.handlers import Arithmetic, isolated, placed, quiet, refill
+from inference.handlers import Arithmetic, isolated, on_device, quiet, refill
 from inference.networks import first_not_finite
 from inference.objective import Objective
 from inference.particles import Weigher
@@ -381,7 +381,7 @@ class SVI(Backend[SVIState, SVIInfo]):
             values = self._best_start(program)
             initial = init_to_value(values=values)
             visible = poutine.block(program.handled({}), hide=[*program.finite])
-            with quiet(), placed(program.device), Arithmetic():
+            with quiet(), on_device(program.device), Arithmetic():
                 guide = (chosen or AutoNormal)(visible, init_loc_fn=initial)
                 args, kwargs = program.arguments()
                 guide(*args, **kwargs)  # an automatic guide makes its weights at its first call
@@ -401,7 +401,12 @@ class SVI(Backend[SVIState, SVIInfo]):
             values = coordinates.values(position)
             return log_normalizer(program, values, program.finite) + coordinates.log_jacobian(position)
 
-        with isolated(0, program.device), quiet(), placed(program.device), Arithmetic():  # a run that goes on makes it anew
+        with (
+            isolated(0, program.device),
+            quiet(),
+            on_device(program.device),
+            Arithmetic(),
+        ):  # a run that goes on makes it anew
             information = -jacrev(grad(log_density))(loc)
             factor, failed = torch.linalg.cholesky_ex(0.5 * (information + information.mT))
             if int(failed):
