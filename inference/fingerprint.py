@@ -11,6 +11,7 @@ import json
 import math
 import os
 import textwrap
+import tokenize
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def source(program: Callable[..., Any]) -> str:
     function = getattr(program, "forward", function) if isinstance(program, nn.Module) else function
     try:
         return textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # of a file that is not where the lines are from
         return ""
 
 

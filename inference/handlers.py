@@ -38,6 +38,7 @@ __all__ = [
     "Weights",
     "base",
     "isolated",
+    "on_device",
     "quiet",
     "random_state",
     "refill",

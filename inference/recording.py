@@ -24,6 +24,7 @@ __all__ = [
     "assuming",
     "constants",
     "draft",
+    "drawn_one",
     "first_come",
     "is_assuming",
     "is_random",

@@ -237,9 +237,8 @@ with reproducible(program.dtype), quiet():
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("steps", "rungs"), [(3, ("compiled",)), pytest.param(10, ("staged", "compiled"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "rungs"), [(3, ("compiled",)), (10, ("staged", "compiled"))])
 def test_a_compiled_chain_of_states_does_not_kill_its_process(steps: int, rungs: tuple[str, ...]) -> None:
     """Three steps once corrupted the heap on two threads; ten are a cycle to the compiler, and stay staged then."""
     command = [sys.executable, "-c", _HIDDEN, str(steps), *rungs]

@@ -46,7 +46,7 @@ def assert_exact(posterior: Any, plan: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "instance",
     [
-        pytest.param(instance, id=instance.name, marks=[pytest.mark.slow] if number % 2 or "Gibbs" in instance.slow else [])
+        pytest.param(instance, id=instance.name, marks=[pytest.mark.slow] if number % 3 or "Gibbs" in instance.slow else [])
         for number, instance in enumerate(ZOO)
     ],
 )

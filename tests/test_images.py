@@ -50,7 +50,8 @@ def test_features_say_what_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", network_names())
-def test_pictures_are_told_as_well_as_is_said(name: str) -> None:
+def test_pictures_are_told_as_well_as_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRO_GENMODELS_DATA", str(FOLDER))
     network = feature_network(name)
     if name == "digits":
         x, y = DIGITS.test, LABELS[len(DIGITS.train) :]

@@ -144,7 +144,7 @@ def test_steps_of_a_model_end_near_the_means(instance: Instance, backend: str, d
         assert far.max() < NEAR, (name, far)
 
 
-@cells("EM", where=lambda instance: instance.peak is None and not instance.stepped)
+@cells("EM", where=lambda instance: instance.peak is None and not instance.stepped, every=2)
 def test_em_climbs_to_a_top(instance: Instance, backend: str, device: torch.device) -> None:
     """The objective never falls, and where it can be written down no point nearby is higher than the last."""
     posterior = _em(instance, device, steps=300, tolerance=1e-9)
@@ -203,7 +203,7 @@ def test_a_guide_that_contains_the_posterior_finds_it(instance: Instance, device
         assert (np.abs(found[site].sd / exact.sd - 1)).max() < 0.02, site
 
 
-@cells("SVI", where=lambda instance: instance.guide is None and not instance.scattered, every=2)
+@cells("SVI", where=lambda instance: instance.guide is None and not instance.scattered, every=4)
 def test_means_of_an_automatic_guide_are_not_far_off(instance: Instance, backend: str, device: torch.device) -> None:
     """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
     steps, rate = LONG_FITS.get(instance.name, (500, 0.03))

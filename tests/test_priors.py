@@ -28,6 +28,7 @@ from agreement import assert_agree
 from exact import Moments, averaged
 from inference import HMC, SVI, Gibbs, MetropolisHastings
 from inference.handlers import Drawing, isolated
+from parameters import quick
 from pyro_genmodels.autoencoders import priors
 from pyro_genmodels.autoencoders.priors import Cube, Flow, NormalMixture, Prior, Sphere, StandardNormal, VampPrior
 from pyro_genmodels.distributions import Beta, Kumaraswamy
@@ -390,8 +391,10 @@ BACKENDS = {
 }
 
 
-@EVERY
-@pytest.mark.parametrize("backend", BACKENDS)
+IN_TURN = [(name, [*BACKENDS][i % len(BACKENDS)]) for i, name in enumerate(PRIORS)]
+
+
+@pytest.mark.parametrize(("name", "backend"), quick(itertools.product(PRIORS, BACKENDS), IN_TURN))
 def test_every_back_end_draws_from_the_posterior(name: str, backend: str) -> None:
     model, x, z, log_joint, _ = small(name)
     posterior = BACKENDS[backend].fit(model, x)

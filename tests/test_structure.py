@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from inference.contract import Guessing, Guided, Persistent, Prepared, Programmed
+from inference.fingerprint import source
 from inference.noising import Curve, Denoises, SimpleLoss, Weighting
 from pyro_genmodels.diffusion import EDM
 
@@ -50,3 +52,13 @@ def test_a_class_that_follows_a_structure_is_its_own() -> None:
 def test_calls_and_attributes_of_curves_are_asked_for() -> None:
     assert isinstance(EDM(), Curve) and not isinstance(SimpleLoss(), Curve)
     assert isinstance(SimpleLoss().weighting, Weighting) and not isinstance(object(), Weighting)
+
+
+def test_a_source_that_is_not_where_it_is_said_to_be_is_none(tmp_path: Path) -> None:
+    """Of code that was made from a text, as in README's own test: what stands in the file of that name may be no Python."""
+    file = tmp_path / "page.md"
+    file.write_text("It's a page.\n" * 3, encoding="utf-8")
+    found: dict[str, Any] = {}
+    exec(compile("\n\ndef program():\n    return 0\n", str(file), "exec"), found)
+    assert isinstance(source(found["program"]), str)  # and no error of what reads Python
+    assert source(test_submodules_and_buffers_are_seen).startswith("@pytest")
