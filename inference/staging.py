@@ -313,8 +313,8 @@ class Staged:
 
     def _steady_leaves(self, structure: Any) -> tuple[int, ...]:
         """The numbers of the tensors of those arguments that seldom change."""
-        counts = [child.num_leaves for child in structure.children()]
-        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        arguments = tree_unflatten([*range(structure.num_leaves)], structure)
+        owners = [i for i, argument in enumerate(arguments) for _ in tree_flatten(argument)[0]]
         return tuple(leaf for leaf, i in enumerate(owners) if i < len(self.steady) and self.steady[i])
 
     def _is_alike(self, run: Callable[..., Any], leaves: list[Tensor], expected: Any) -> bool:

@@ -12,7 +12,6 @@ import torch
 from pyro.distributions.constraints import sphere
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import IndependentTransform, StickBreakingTransform, Transform
 
 __all__ = ["PositiveDefinite", "Stereographic", "StickBreaking", "bijection"]
@@ -135,10 +134,13 @@ def _register() -> None:
             biject_to.register(constraint, factory)
 
 
-_BIJECTIONS: tuple[tuple[Any, Any], ...] = (
+_BIJECTIONS: list[tuple[Any, Any]] = [
     (constraints.positive_definite, lambda constraint: PositiveDefinite()),
     (sphere, lambda constraint: Stereographic()),
-    (MixtureSameFamilyConstraint(constraints.real), lambda constraint: biject_to(constraint.base_constraint)),
-)
+]
+if hasattr(constraints, "MixtureSameFamilyConstraint"):  # not in torch 2.6, where a mixture has the support of its parts
+    _BIJECTIONS.append(
+        (constraints.MixtureSameFamilyConstraint(constraints.real), lambda own: biject_to(own.base_constraint))
+    )
 
 _register()
