@@ -234,7 +234,8 @@ class Completed:
                 choices = program.latents[site].choices
                 assert choices is not None
                 zeros = torch.zeros(program.latents[site].batch_shape, dtype=torch.long, device=choices.device)
-                result[site] = choices[picked.get(site, zeros)]
+                index = picked.get(site, zeros).unsqueeze(0)  # torch before 2.7 takes a batched number for one to be read
+                result[site] = choices[index].squeeze(0)
             return result
 
         others = {name: value for name, value in values.items() if name not in program.finite}
