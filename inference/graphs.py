@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from inference.recording import Draft, Meta, constants, is_random
 
 __all__ = [
     "LARGEST_CONSTANT",
+    "apart",
     "arguments",
     "changing",
     "constant",
@@ -309,3 +311,32 @@ def _filled(node: fx.Node) -> Tensor | None:
     if not isinstance(value, (int, float, bool)):
         return None
     return torch.full(meta.shape, value, dtype=meta.dtype, device=meta.device)
+
+
+def apart(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph of a loss and its gradients, with these in memory of their own: they are scaled and summed in place."""
+    (output,) = graph.graph.find_nodes(op="output")
+    loss, gradients = output.args[0]
+    taken, own = {_memory(loss)}, list(gradients)
+    for i, node in enumerate(gradients):
+        memory = None if node is None else _memory(node)
+        if memory is not None and (memory.op != "call_function" or memory in taken):
+            with graph.graph.inserting_before(output):
+                own[i] = graph.graph.call_function(torch.clone, (node,))
+        elif memory is not None:
+            taken.add(memory)
+    output.args = ((loss, own),)
+    graph.recompile()
+    return graph
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose result a node is a view of, or is written into; itself if it is none."""
+    while node.op == "call_function":
+        source = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(source, fx.Node)
+        returns = getattr(getattr(source.target, "_schema", None), "returns", ())
+        if not any(part.alias_info is not None for part in returns):
+            return node
+        (node,) = source.args[:1]  # type: ignore[assignment]
+    return node

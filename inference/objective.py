@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import operator
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from inference.capture import Captured
-from inference.graphs import fold, merge
+from inference.graphs import apart, fold, merge
 from inference.recording import draft, quicken
 from inference.staging import RUNGS, highest_rung
 
@@ -35,6 +34,7 @@ _LARGEST = 100_000  # nodes of a graph
 _VARIANTS = 16  # graphs for other batch shapes and other states of the Python objects
 _CAPTURED = 2  # of them, each of which keeps the memory of a step
 _ALLOWED, _ALLOWED_OF_VALUES = 16.0, 4.0  # roundings, of gradients and of what is no gradient
+_SMALL = 0.01  # share of the largest gradient, below which one may be rounding alone
 _STAGED = RUNGS.index("staged")
 
 _log = logging.getLogger("inference")
@@ -230,7 +230,7 @@ class Objective:
         attributes = [(vars(module), dict(vars(module))) for module in self._modules()]
         attributes += [(module._buffers, dict(module._buffers)) for module in self._modules()]
         try:
-            graph = quicken(_apart(fold(merge(draft(flat, data or [], held))).written()))
+            graph = quicken(apart(fold(merge(draft(flat, data or [], held))).written()))
             if seen.key != _seen(self.owners, self._modules()).key or before.has_drawn_in_python():
                 raise RuntimeError("a run changes Python objects, or draws by other means than torch")
         except Exception as error:
@@ -361,43 +361,11 @@ def _laid_out(gradient: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(gradient)
 
 
-def _apart(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph with gradients in memory of their own: they are scaled and summed in place."""
-    (output,) = graph.graph.find_nodes(op="output")
-    loss, gradients = output.args[0]
-    taken, own = {_memory(loss)}, list(gradients)
-    for i, node in enumerate(gradients):
-        memory = None if node is None else _memory(node)
-        if memory is not None and (memory.op != "call_function" or memory in taken):
-            with graph.graph.inserting_before(output):
-                own[i] = graph.graph.call_function(torch.clone, (node,))
-        elif memory is not None:
-            taken.add(memory)
-    output.args = ((loss, own),)
-    graph.recompile()
-    return graph
-
-
-def _memory(node: fx.Node) -> fx.Node:
-    """The node whose result a node is a view of, or is written into; itself if it is none."""
-    while node.op == "call_function":
-        source = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(source, fx.Node)
-        returns = getattr(getattr(source.target, "_schema", None), "returns", ())
-        if not any(part.alias_info is not None for part in returns):
-            return node
-        (node,) = source.args[:1]  # type: ignore[assignment]
-    return node
-
-
 def _agree_in_all(found: list[Tensor | None], expected: list[Tensor | None], allowance: float) -> bool:
     """Whether gradients are those expected; beside the largest of a step, a small one may be rounding alone."""
     norms = [float(part.norm()) for part in expected if part is not None and part.isfinite().all()]
     most = _SMALL * max(norms, default=0.0)
     return all(_agree(*pair, allowance, most) for pair in zip(found, expected, strict=True))
-
-
-_SMALL = 0.01
 
 
 def _agree(one: Tensor | None, other: Tensor | None, allowance: float = 0.0, least: float = 0.0) -> bool:

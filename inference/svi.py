@@ -401,12 +401,8 @@ class SVI(Backend[SVIState, SVIInfo]):
             values = coordinates.values(position)
             return log_normalizer(program, values, program.finite) + coordinates.log_jacobian(position)
 
-        with (
-            isolated(0, program.device),
-            quiet(),
-            on_device(program.device),
-            Arithmetic(),
-        ):  # a run that goes on makes it anew
+        # a run that goes on makes it anew
+        with isolated(0, program.device), quiet(), on_device(program.device), Arithmetic():
             information = -jacrev(grad(log_density))(loc)
             factor, failed = torch.linalg.cholesky_ex(0.5 * (information + information.mT))
             if int(failed):

@@ -54,7 +54,7 @@ def test_calls_and_attributes_of_curves_are_asked_for() -> None:
     assert isinstance(SimpleLoss().weighting, Weighting) and not isinstance(object(), Weighting)
 
 
-def test_a_source_that_is_not_where_it_is_said_to_be_is_none(tmp_path: Path) -> None:
+def test_a_source_that_is_not_where_it_is_said_to_be_is_no_error(tmp_path: Path) -> None:
     """Of code that was made from a text, as in README's own test: what stands in the file of that name may be no Python."""
     file = tmp_path / "page.md"
     file.write_text("It's a page.\n" * 3, encoding="utf-8")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from clock import Clock
 from rows import Rows
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,26 +38,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, bool]] = {
 }
 
 
-class Clock:
-    """When each step ended, in processor time, which other processes on the machine do not change much."""
-
-    is_passive = True
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, *_: object) -> None:
-        self.times.append(time.process_time())
-
-    @property
-    def rate(self) -> float:
-        return (len(self.times) - SKIPPED) / (self.times[-1] - self.times[SKIPPED - 1])
+def timer(steps: int) -> Clock:
+    """Of processor time, which other processes on the machine do not change much."""
+    return Clock(SKIPPED, steps, now=time.process_time)
 
 
 def ours(build: Callable[[], nn.Module], x: Tensor, rows: int, is_weighted: bool, steps: int) -> float:
     torch.manual_seed(0)
     model = DDPM(Network(build(), Betas.linear(LEVELS)), x.shape[1:], LEVELS)
-    clock = Clock()
+    clock = timer(steps)
     loss = SimpleLoss(MinSNR()) if is_weighted else SimpleLoss()
     settings = {"loss": loss, "steps": steps, "batch_size": rows, "learning_rate": RATE, "average": DECAY}
     Denoising(seed=0, progress=False, callbacks=(clock,), **settings).fit(model, x)
@@ -65,7 +55,7 @@ def ours(build: Callable[[], nn.Module], x: Tensor, rows: int, is_weighted: bool
 
 def by_hand(build: Callable[[], nn.Module], x: Tensor, rows: int, is_weighted: bool, steps: int) -> float:
     torch.manual_seed(0)
-    network, clock = build(), Clock()
+    network, clock = build(), timer(steps)
     signal = (1.0 - torch.linspace(1e-4, 0.02, LEVELS)).cumprod(0)
     alphas, sigmas, levels = signal.sqrt(), (1.0 - signal).sqrt(), 0.25 * torch.logit(signal)
     weights = (5.0 * (1.0 - signal) / signal).clamp(max=1.0)
@@ -97,7 +87,7 @@ def by_diffusers(build: Callable[[], nn.Module], x: Tensor, rows: int, is_weight
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(0)
-    network, clock, scheduler = build(), Clock(), DDPMScheduler(num_train_timesteps=LEVELS)
+    network, clock, scheduler = build(), timer(steps), DDPMScheduler(num_train_timesteps=LEVELS)
     levels = 0.25 * torch.logit(scheduler.alphas_cumprod)
     optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6)
     average = EMAModel(network.parameters(), decay=DECAY, use_ema_warmup=True)

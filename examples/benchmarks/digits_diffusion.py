@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sklearn
@@ -43,6 +43,18 @@ SAMPLERS: dict[str, tuple[Callable[..., Tensor], int, int]] = {  # calls a step,
     "dpm_solver_pp_3m": (samplers.dpm_solver_pp_3m, 1, 1),
     "unipc(3)": (samplers.unipc, 1, 2),
 }
+
+CALLS = 5, 10, 20
+
+
+def by_calls(found: Callable[[Callable[..., Tensor], int], float]) -> Iterator[tuple[str, list[float]]]:
+    """The name of each sampler, and what is found of it and its steps at so many calls of the network."""
+    for name, (sampler, each, beside) in SAMPLERS.items():
+        numbers = []
+        for calls in CALLS:
+            torch.manual_seed(2)
+            numbers.append(found(sampler, (calls - beside) // each))
+        yield name, numbers
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -109,14 +121,11 @@ def main() -> None:
              peer="mixture of Gaussians", is_difference=True, target=0.0)  # fmt: skip
     rows.add("bits per dimension, held-out digits, by the bound", setting, by_bound)
 
-    budgets = (5, 10, 20)
-    print(f"{'FID at calls':26}" + "".join(f"{calls:>10}" for calls in budgets))
-    for name, (sampler, each, beside) in SAMPLERS.items():
-        distances = []
-        for calls in budgets:
-            torch.manual_seed(2)
-            z = by(model, sampler, (calls - beside) // each, len(x))
-            distances.append(images.frechet_distance(rounded(z).squeeze(1), seen, network))
+    def distance(sampler: Callable[..., Tensor], steps: int) -> float:
+        return images.frechet_distance(rounded(by(model, sampler, steps, len(x))).squeeze(1), seen, network)
+
+    print(f"{'FID at calls':26}" + "".join(f"{calls:>10}" for calls in CALLS))
+    for name, distances in by_calls(distance):
         row(name, distances)
         rows.add("Fréchet distance to held-out digits at 10 calls", f"{setting}, {name}", distances[1])
     rows.show()

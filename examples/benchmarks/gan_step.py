@@ -15,9 +15,9 @@ import datetime
 import os
 import platform
 import statistics
-import time
 
 import torch
+from clock import Clock
 from rows import Rows
 
 from inference import Adversarial, NonSaturating, Wasserstein
@@ -29,22 +29,6 @@ X = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
 SKIPPED, ROWS, RATE, BETAS = 200, 128, 2e-4, (0.5, 0.9)
 
 
-class Clock:
-    """When each step ended."""
-
-    is_passive = True
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, *_: object) -> None:
-        self.times.append(time.perf_counter())
-
-    @property
-    def rate(self) -> float:
-        return (len(self.times) - SKIPPED) / (self.times[-1] - self.times[SKIPPED - 1])
-
-
 def players() -> tuple[GAN, Critic]:
     torch.manual_seed(0)
     return GAN((64,), 16, hidden=(256, 256)), Critic((64,), hidden=(256, 256))
@@ -52,7 +36,7 @@ def players() -> tuple[GAN, Critic]:
 
 def ours(game: Game, critic_steps: int, steps: int) -> float:
     model, critic = players()
-    clock = Clock()
+    clock = Clock(SKIPPED, steps)
     settings = {"objective": game, "critic_steps": critic_steps, "steps": steps, "batch_size": ROWS, "learning_rate": RATE}
     Adversarial(critic=critic, betas=BETAS, seed=0, progress=False, callbacks=(clock,), **settings).fit(model, X)
     return clock.rate
@@ -60,7 +44,7 @@ def ours(game: Game, critic_steps: int, steps: int) -> float:
 
 def by_hand(game: Game, critic_steps: int, steps: int, is_careful: bool) -> float:
     model, critic = players()
-    network, clock = model.generator.network, Clock()
+    network, clock = model.generator.network, Clock(SKIPPED, steps)
     players_of = [torch.optim.Adam(net.parameters(), lr=RATE, betas=BETAS, fused=True) for net in (network, critic)]
     for _ in range(steps):
         for _ in range(critic_steps):

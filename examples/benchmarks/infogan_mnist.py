@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from clock import Clock
 from rows import Rows
 from torch import Tensor, nn
 from torch.nn import functional
@@ -102,38 +103,23 @@ def trained(x: Tensor, seed: int, given: argparse.Namespace) -> tuple[InfoGAN, f
     return model.eval(), float(information)
 
 
-class Clock:
-    """Seconds of the steps that count."""
-
-    is_passive = True
-
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self.device, self.last, self.begun, self.seconds = device, SKIPPED + steps - 1, 0.0, 0.0
-
-    def __call__(self, step: int, _: object = None) -> None:
-        if step in (SKIPPED - 1, self.last):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.begun, self.seconds = time.perf_counter(), time.perf_counter() - self.begun
-
-
 def ours(x: Tensor, width: int, steps: int, kind: torch.dtype | None, is_compiled: bool) -> float:
     torch.manual_seed(0)
     model = GAN((28, 28), FEATURES, network=Drawer(FEATURES, width)).to(x.device)
-    clock = Clock(x.device, steps)
+    clock = Clock(SKIPPED, SKIPPED + steps, x.device)
     Adversarial(critic=reader(1, width).to(x.device), objective=NonSaturating(), steps=SKIPPED + steps, seed=0,
                 progress=False, batch_size=ROWS, autocast=kind, compile=is_compiled, callbacks=(clock,), **RATES,
                 ).fit(model, x)  # fmt: skip
-    return steps / clock.seconds
+    return clock.rate
 
 
 def by_hand(x: Tensor, width: int, steps: int) -> float:
     torch.manual_seed(0)
     network, critic, game = Drawer(FEATURES, width).to(x.device), reader(1, width).to(x.device), NonSaturating()
-    clock = Clock(x.device, steps)
+    clock = Clock(SKIPPED, SKIPPED + steps, x.device)
     players = [torch.optim.Adam(net.parameters(), lr=rate, betas=RATES["betas"], fused=True)
                for net, rate in ((network, 1e-3), (critic, 2e-4))]  # fmt: skip
-    for step in range(SKIPPED + steps):
+    for _ in range(SKIPPED + steps):
         real = x[torch.randint(len(x), (ROWS,), device=x.device)]
         with torch.no_grad():
             drawn = network(torch.randn(ROWS, FEATURES, device=x.device))
@@ -143,8 +129,8 @@ def by_hand(x: Tensor, width: int, steps: int) -> float:
         players[0].zero_grad()
         game.loss(critic(network(torch.randn(ROWS, FEATURES, device=x.device))).squeeze(-1)).backward()
         players[0].step()
-        clock(step)
-    return steps / clock.seconds
+        clock()
+    return clock.rate
 
 
 def speed(x: Tensor, given: argparse.Namespace, table: Rows) -> None:

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from clock import Clock, settle
 from rows import Rows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +39,7 @@ from pyro_genmodels.diffusion import EDM, Network, likelihood
 from pyro_genmodels.metrics import images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from digits_diffusion import SAMPLERS, by
+from digits_diffusion import CALLS, SAMPLERS, by, by_calls
 from train_unet import continuous
 
 SKIPPED = 29  # steps, in which graphs are recorded and checked
@@ -50,25 +51,6 @@ WAYS = {  # type of the products, whether channels are last, whether it is compi
     "bfloat16, channels last, compiled": ("bfloat16", True, True),
 }
 LEVELS = 256
-
-
-class Clock:
-    """Seconds of the steps that count."""
-
-    is_passive = True
-
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self.device, self.last, self.begun, self.seconds = device, SKIPPED + steps - 1, 0.0, 0.0
-
-    def __call__(self, step: int, _: object = None) -> None:
-        if step in (SKIPPED - 1, self.last):
-            settle(self.device)
-            self.begun, self.seconds = time.perf_counter(), time.perf_counter() - self.begun
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def noise() -> SimpleLoss:
@@ -113,20 +95,20 @@ def operations(shape: tuple[int, ...], width: int, device: torch.device) -> floa
 
 def ours(x: Tensor, rows: int, width: int, steps: int, way: tuple[str, bool, bool]) -> float:
     kind, is_last, is_compiled = way
-    model, clock = built(tuple(x.shape[1:]), width, x.device, is_last), Clock(x.device, steps)
+    model, clock = built(tuple(x.shape[1:]), width, x.device, is_last), Clock(SKIPPED, SKIPPED + steps, x.device)
     fit = Denoising(loss=noise(), steps=SKIPPED + steps, batch_size=rows, average=0.999, autocast=allow(kind),
                     compile=is_compiled, learning_rate=2e-4, seed=0, progress=False, callbacks=(clock,))  # fmt: skip
     fit.fit(model, x.contiguous(memory_format=torch.channels_last) if is_last else x)
-    return rows * steps / clock.seconds
+    return rows * clock.rate
 
 
 def by_hand(x: Tensor, rows: int, width: int, steps: int) -> float:
     allow("float32")
-    model, clock = built(tuple(x.shape[1:]), width, x.device, False), Clock(x.device, steps)
+    model, clock = built(tuple(x.shape[1:]), width, x.device, False), Clock(SKIPPED, SKIPPED + steps, x.device)
     network, shape = model.denoiser.network, (-1, 1, 1, 1)
     optimiser = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
     average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    for step in range(SKIPPED + steps):
+    for _ in range(SKIPPED + steps):
         batch = x[torch.randint(len(x), (rows,), device=x.device)]
         sigma = (1.5 * torch.randn(rows, device=x.device) - 1.5).exp().reshape(shape)
         scale = (sigma.square() + 1.0).rsqrt()
@@ -137,8 +119,8 @@ def by_hand(x: Tensor, rows: int, width: int, steps: int) -> float:
         loss.backward()
         optimiser.step()
         average.update_parameters(network)
-        clock(step)
-    return rows * steps / clock.seconds
+        clock()
+    return rows * clock.rate
 
 
 def speed(given: argparse.Namespace, device: torch.device, table: Rows) -> None:
@@ -210,24 +192,16 @@ def quality(name: str, given: argparse.Namespace, device: torch.device, table: R
         settle(device)
         done, before = done + steps, before + time.perf_counter() - begun
         torch.manual_seed(2)
-        distance, found = apart(drawn(model, samplers_of["heun"], 12, draws)), bits(model, new)
+        distance, found = apart(drawn(model, SAMPLERS["heun"][0], 12, draws)), bits(model, new)
         se = float(found.std()) / len(found) ** 0.5
         print(f"{done:14}{before:10.0f}{distance:9.3f}{float(found.mean()):9.3f}{se:7.3f}", flush=True)
     setting = f"{name}, {done} steps of {rows}"
     table.add("Fréchet distance to test pictures", setting, distance, theirs=floor, peer="training pictures")
     table.add("bits per dimension of test pictures", setting, float(found.mean()))
-    calls_of = (5, 10, 20)
-    print(f"{'FID at calls':>24}" + "".join(f"{calls:>9}" for calls in calls_of))
-    for title, (sampler, each, beside) in SAMPLERS.items():
-        distances = []
-        for calls in calls_of:
-            torch.manual_seed(3)
-            distances.append(apart(drawn(model, sampler, (calls - beside) // each, draws)))
+    print(f"{'FID at calls':>24}" + "".join(f"{calls:>9}" for calls in CALLS))
+    for title, distances in by_calls(lambda sampler, steps: apart(drawn(model, sampler, steps, draws))):
         print(f"{title:>24}" + "".join(f"{number:9.3f}" for number in distances), flush=True)
         table.add("Fréchet distance at 10 calls", f"{name}, {title}", distances[1])
-
-
-samplers_of = {name: sampler for name, (sampler, _, _) in SAMPLERS.items()}
 
 
 def main() -> None:

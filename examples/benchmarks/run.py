@@ -33,7 +33,7 @@ from rows import Row, read
 
 FOLDER = Path(__file__).parent
 RESULTS, TABLE = FOLDER / "results", "table.md"
-OTHERS = ("run", "rows")  # files here that are no benchmarks
+OTHERS = ("clock", "run", "rows")  # files here that are no benchmarks
 ON_GPU = ("infogan_mnist", "pictures_diffusion")  # run by name, with a GPU, and kept by hand as results/NAME_CARD.txt
 PACKAGES = ("torch", "pyro-ppl", "numpy", "arviz", "scikit-learn", "numpyro", "tomotopy", "gensim", "pomegranate", "pythae")
 README, MARKS = FOLDER.parents[1] / "README.md", ("<!-- benchmarks -->\n", "<!-- /benchmarks -->")
