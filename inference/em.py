@@ -550,19 +550,15 @@ class EM(Backend[EMState, EMInfo]):
             state, reached = _take(state, proposed, particles, weights, reached, batch)
         else:
             reached = task.expected(state.values, particles, weights, batch)
-        for name, family in roles.families.items():
-            at = family.at(state.points[name])
-            conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
-            mode = conditional.mode()
-            inside = mode.isfinite().all() & task.program.latents[name].support.check(mode).all()
-            if task.program.has_rows and not bool(inside):  # rounding may be all that the statistics of rows have left
-                exact = task.gradients(name, at, state.values, particles, weights, batch, is_exact=True)
-                conditional = family.solve(at, exact)
-                mode = conditional.mode()
-            state, reached = _take(state, {name: mode}, particles, weights, reached, batch)
-            usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
-            merged = _merged(usable, _suggested(family, conditional), state.points[name])
-            state = state._replace(points={**state.points, name: merged})
+        solved = self._solved_all(state, particles, weights, batch)
+        found = task.expected(solved.values, particles, weights, batch) if roles.families else reached
+        if bool((found >= reached - _rounding(found) * (1.0 + reached.abs())).all()):
+            state, reached = solved, found
+        else:
+            for name in roles.families:
+                solved, mode = self._solved(state, name, particles, weights, batch)
+                state, reached = _take(state, {name: mode}, particles, weights, reached, batch)
+                state = state._replace(points=solved.points)
         trained = list(task.program.weights.values())
         if not roles.climbed and not trained:
             return state
@@ -580,6 +576,32 @@ class EM(Backend[EMState, EMInfo]):
             with torch.no_grad():
                 for weight, old in zip(trained, kept.values(), strict=True):
                     weight.copy_(old)
+        return state
+
+    @staticmethod
+    def _solved(
+        state: EMState, name: str, particles: dict[str, Tensor], weights: Weights, batch: Batch
+    ) -> tuple[EMState, Tensor]:
+        """The maximum of Q in one site, and where to differentiate next."""
+        task, family = state.roles.task, state.roles.families[name]
+        at = family.at(state.points[name])
+        conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
+        mode = conditional.mode()
+        inside = mode.isfinite().all() & task.program.latents[name].support.check(mode).all()
+        if task.program.has_rows and not bool(inside):  # rounding may be all that the statistics of rows have left
+            exact = task.gradients(name, at, state.values, particles, weights, batch, is_exact=True)
+            conditional = family.solve(at, exact)
+            mode = conditional.mode()
+        usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
+        merged = _merged(usable, _suggested(family, conditional), state.points[name])
+        return state._replace(points={**state.points, name: merged}), mode
+
+    def _solved_all(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
+        """Each site at the maximum of Q in it, one after the other, where there is one."""
+        for name in state.roles.families:
+            state, mode = self._solved(state, name, particles, weights, batch)
+            is_there = mode.isfinite().reshape(len(mode), -1).all(-1)
+            state = state._replace(values={**state.values, name: _where(is_there, mode, state.values[name])})
         return state
 
     def _owned_step(self, state: EMState) -> EMState:

@@ -609,12 +609,15 @@ def _log_sum(parts: list[Rows], maximise: bool) -> Tensor:
     widths = [part.natural.shape[-1] - part.shared for part in products]
     naturals = [part.natural.reshape(-1, part.natural.shape[-1]) for part in products]
     own = [natural[:, :width].expand(choices, -1) for natural, width in zip(naturals, widths, strict=True)]
-    tables = [part.statistics[:, :width] for part, width in zip(products, widths, strict=True)]
-    statistics = torch.cat(tables, -1) if len(tables) > 1 else tables[0]
-    found = log_sum(statistics, torch.cat(own, -1), torch.stack(constants).sum(0), maximise)
+    constant, (first, *others) = torch.stack(constants).sum(0), products
+    if others or first.shared:
+        tables = [p.columns[:, :width] if p.shared else p.statistics for p, width in zip(products, widths, strict=True)]
+        found = log_sum(torch.cat(tables, -1) if others else tables[0], torch.cat(own, -1), constant, maximise)
+    else:
+        found = log_sum(first.columns, own[0], constant, maximise, first.kind)
     for part, natural, width in zip(products, naturals, widths, strict=True):
         if part.shared:
-            found = found + natural[0, width:] @ part.statistics.sum(0)[width:]
+            found = found + natural[0, width:] @ part.sums[width:]
     return found
 
 

@@ -322,6 +322,13 @@ def _is_whole(index: Any) -> bool:
     return isinstance(index, Tensor) and not index.dim() and not index.is_floating_point() and index.dtype != torch.bool
 
 
+def _is_one(index: Any) -> bool:
+    """Whether an index is one number, expanded."""
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool or index.numel() < 2:
+        return False
+    return all(stride == 0 or size == 1 for stride, size in zip(index.stride(), index.shape, strict=True))
+
+
 def _picked(table: Tensor, index: Any) -> Tensor:
     """``table[index]``; a 0-dimensional integer tensor stays a tensor (torch would call ``.item()`` on a wrapped one)."""
     parts = index if isinstance(index, tuple) else (index,)
@@ -335,6 +342,9 @@ def _picked(table: Tensor, index: Any) -> Tensor:
         (axis,) = whole
         rest = tuple(part for i, part in enumerate(parts) if i != axis)
         return table.index_select(axis, parts[axis].reshape(1)).squeeze(axis)[rest]
+    if len(parts) == 1 and _is_one(parts[0]):
+        first = parts[0][(slice(1),) * parts[0].dim()]
+        return table[first].expand(*parts[0].shape, *table.shape[1:])
     return table[index]
 
 

@@ -43,7 +43,7 @@ from inference.handlers import (
     reproducible,
 )
 from inference.rows import Known
-from inference.screening import check_data, check_randomness, check_structure, check_support, check_supports
+from inference.screening import check_data, check_finite, check_randomness, check_structure, check_support, check_supports
 from inference.sites import (
     Plate,
     Shape,
@@ -522,7 +522,7 @@ class Program:
         before, plates = told(), self.row_plates
         free = [name for name, site in self.latents.items() if site.choices is None]
         with isolated(0, self.device), reproducible(self.dtype, self.device):
-            trace = self.trace({}, evaluated=False)
+            trace = self._trace_alike()
             self._take_down(largest([trace]), [trace])
             for name in set(free) & self.latents.keys():
                 self.latents[name] = replace(self.latents[name], choices=None)
@@ -534,12 +534,32 @@ class Program:
                 and not any(site.is_linked for site in self.latents.values())
             )
             if is_same:
-                check_data(self, [trace], self.observed)
+                check_data(self, [trace], self.observed, is_fitting=True)
                 self._leaf_of = self._leaves_observed([trace])
-                settings = self._settings([trace])
-                del trace  # which holds a parameter of each row
-                check_randomness(self, settings)
+                (values,) = self._settings([trace])
+                del trace  # which may hold a parameter of each row
+                check_finite(self, [values])
         return is_same
+
+    def _trace_alike(self) -> poutine.Trace:
+        """A run on all rows in which these hide the same, so that what they look up is not held for each of them."""
+        alike = {}
+        for name, site in self.latents.items():
+            if site.choices is not None and any(plate in self.row_plates for plate in self.frames[name]):
+                alike[name] = site.choices[0].expand(self._widened(site.shape, name, site.event_dim))
+        try:
+            return self.trace(alike, evaluated=False)
+        except Exception:  # whatever a program raises that needs memory of each row
+            return self.trace({}, evaluated=False)
+
+    def _widened(self, shape: torch.Size, name: str, behind: int) -> torch.Size:
+        """What a shape of a site is for all rows, if a part of them has this; ``behind``: dimensions that no plate has."""
+        sizes = [*shape]
+        for plate, dim in self.frames[name].items():
+            if plate in self.row_plates and len(sizes) - behind + dim >= 0:
+                assert self.rows is not None
+                sizes[len(sizes) - behind + dim] = self.rows
+        return torch.Size(sizes)
 
     def _along(self, site: str, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[Plate, ...]:
         """The plate of the statements that depend on a sequence of states, along which its elements lie; () if none is."""
@@ -567,18 +587,11 @@ class Program:
         if not plates:
             return  # for the back-end to refuse
 
-        def widened(shape: torch.Size, name: str, behind: int) -> torch.Size:
-            sizes = [*shape]
-            for plate, dim in self.frames[name].items():
-                if plate in plates and len(sizes) - behind + dim >= 0:
-                    sizes[len(sizes) - behind + dim] = rows
-            return torch.Size(sizes)
-
         for sites in (self.latents, self.observed_sites):
             for name, site in sites.items():
                 known = tuple(replace(p, size=rows) if p.name in plates else p for p in site.plates)
-                sites[name] = replace(site, shape=widened(site.shape, name, site.event_dim), plates=known)
-        self.batch_shapes = {name: widened(shape, name, 0) for name, shape in self.batch_shapes.items()}
+                sites[name] = replace(site, shape=self._widened(site.shape, name, site.event_dim), plates=known)
+        self.batch_shapes = {name: self._widened(shape, name, 0) for name, shape in self.batch_shapes.items()}
         for name, shape in self.deterministic.items():
             if plates & self.frames[name].keys():
                 self.deterministic[name] = torch.Size(rows if size == part else size for size in shape)

@@ -3,7 +3,9 @@
 Where the parameters of observed normal rows do not change from row to row, or only with a finite site that takes all of its
 values at once, the log-probability of a row is linear in statistics of it that never change,
 
-    log N(x_n | m, Σ) = ⟨η(m, Σ), T(x_n)⟩ + c(m, Σ),    T(x) = (x, x xᵀ),    η = (P m, −½ P),  P = Σ⁻¹.
+    log N(x_n | m, Σ) = ⟨η(m, Σ), T(x_n)⟩ + c(m, Σ),    T(x) = (x, x xᵀ),    η = (P m, −½ P),  P = Σ⁻¹,
+
+with the squares of x alone where Σ is diagonal, and |x|² where all its variances are one number.
 
 A table of components by rows is then one product of matrices, its sum over rows one of Σ_n T(x_n) that is computed once, and
 so are the gradients of both; the differences x_n − m of each row and component are never formed.
@@ -22,7 +24,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -33,12 +35,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = ["FEWEST", "Known", "Rows", "Statistics", "gaussian", "is_rewritten", "log_sum", "rewritten", "weighted"]
 
 FEWEST = 200  # rows; fewer are evaluated one by one, which costs no more
-_WIDEST = 2**27  # numbers in a table of statistics
+_KEPT = 2**20  # numbers in a table of statistics; larger ones are formed as they are needed, from what the cache holds,
+_FEW = 8  # but products of columns only where as many components share the work
 _LEAST_TABLE = 2**15  # entries of a table; smaller ones are formed
 _CHUNK, _LEAST_CHUNK = 3 * 2**19, 512  # bytes of rows and their table that stay in a cache, and the least rows at once
 _CHUNK_ON_GPU = 2**26
 _ROWS = 2**13  # whose statistics are made at once
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-2}  # bound on the error of the log-probability of one row
+
+Kind = Literal["none", "products", "squares", "norm"]  # what comes to columns x: nothing, x xᵀ, their squares, or |x|²
 
 _is_rewritten: ContextVar[bool] = ContextVar("is_rewritten", default=False)
 
@@ -62,24 +67,39 @@ class Rows(NamedTuple):
     """Log-probabilities of rows under several components, not multiplied out.
 
     Attributes:
-        statistics: T(x), (row, statistic), of rows that are centred and scaled; (row, 0) if all rows have the same.
+        columns: Of rows that are centred and scaled, (row, column); (row, 0) if all rows have the same.
         natural: η, (*component, statistic).
         constant: c, (*component).
         axis: Which dimension of the table the rows have, counted from the right, negative.
         shared: How many of the last statistics have one η for all components, such as x xᵀ where these share Σ.
+        kind: What T(x) has beside the columns, formed where it is needed.
     """
 
-    statistics: Tensor
+    columns: Tensor
     natural: Tensor
     constant: Tensor
     axis: int
     shared: int = 0
+    kind: Kind = "none"
+
+    @property
+    def statistics(self) -> Tensor:
+        """T(x), (row, statistic)."""
+        return _monomials(self.columns, self.kind)
+
+    @property
+    def sums(self) -> Tensor:
+        """Σ_n T(x_n), (statistic,)."""
+        if self.kind != "products":
+            return self.statistics.sum(0)
+        i, j = torch.tril_indices(self.columns.shape[-1], self.columns.shape[-1], device=self.columns.device)
+        return torch.cat([self.columns.sum(0), (self.columns.mT @ self.columns)[i, j]])
 
     @property
     def shape(self) -> torch.Size:
         """Of the table."""
         shape = [*self.constant.shape]
-        shape.insert(len(shape) + 1 + self.axis, self.statistics.shape[0])
+        shape.insert(len(shape) + 1 + self.axis, len(self.columns))
         return torch.Size(shape)
 
     @property
@@ -90,18 +110,17 @@ class Rows(NamedTuple):
     @property
     def is_product(self) -> bool:
         """Whether rows differ."""
-        return self.statistics.shape[-1] > 0
+        return self.columns.shape[-1] > 0
 
     @property
     def is_large(self) -> bool:
         """Whether the table is better not formed."""
-        return self.is_product and self.statistics.shape[0] * self.constant.numel() >= _LEAST_TABLE
+        return self.is_product and len(self.columns) * self.constant.numel() >= _LEAST_TABLE
 
     def total(self, weights: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Sum of the table, weighted by a table of the same shape, or by what such a table gives for η and c."""
         if weights is None:
-            count = self.statistics.shape[0]
-            return (self.natural @ self.statistics.sum(0)).sum() + count * self.constant.sum()
+            return (self.natural @ self.sums).sum() + len(self.columns) * self.constant.sum()
         if not isinstance(weights, Tensor):
             return (weights[0] * self.natural).sum() + weighted(weights[1], self.constant)
         weights = weights.movedim(self.axis, -1)
@@ -118,39 +137,58 @@ def weighted(weights: Tensor, table: Tensor) -> Tensor:
 
 
 class Statistics(NamedTuple):
-    """Statistics T(x) of rows, (row, statistic), the largest of each, and how rows were centred and scaled, (column,)."""
+    """Statistics T(x) of rows, (row, statistic), the largest of each, and how rows were centred and scaled, (column,).
+
+    Large ones are not kept: the table is that of the rows then, (row, column), and ``kind`` is what is to be formed of it.
+    """
 
     table: Tensor
     largest: Tensor
     centre: Tensor
     unit: Tensor
+    kind: Kind = "none"
 
     @classmethod
-    def of(cls, x: Tensor, is_full: bool) -> Statistics:
-        """Of rows (row, column), with products of columns or with squares only."""
-        centre, unit = cls._frame(x)
-        table = _monomials((x - centre) / unit, is_full)
+    def of(cls, x: Tensor, kind: Kind) -> Statistics:
+        """Of rows (row, column)."""
+        centre, unit = cls._frame(x, kind)
+        table = _monomials((x - centre) / unit, kind)
         return cls(table, table.abs().amax(0), centre, unit)
 
     @classmethod
-    def of_data(cls, x: Tensor, is_full: bool) -> Statistics:
-        """The same of rows that are no part of a computation, in no more memory than the table's."""
-        centre, unit = cls._frame(x)
-        width = x.shape[-1]
-        table = x.new_empty(len(x), width + (width * (width + 1) // 2 if is_full else width))
+    def of_data(cls, x: Tensor, kind: Kind, is_kept: bool) -> Statistics:
+        """The same of rows that are no part of a computation, in no more memory than is kept."""
+        centre, unit = cls._frame(x, kind)
+        width = _width(x, kind)
+        table = x.new_empty(width if is_kept else x.shape[-1], len(x)).mT  # by columns, as products take them
+        largest = x.new_zeros(width)
         for part, rows in zip(table.split(_ROWS), x.split(_ROWS), strict=True):
-            part.copy_(_monomials((rows - centre) / unit, is_full))
-        return cls(table, torch.maximum(table.amax(0), -table.amin(0)), centre, unit)
+            found = _monomials((rows - centre) / unit, kind)
+            part.copy_(found[:, : part.shape[-1]])
+            largest = torch.maximum(largest, torch.maximum(found.amax(0), -found.amin(0)))
+        return cls(table, largest, centre, unit, "none" if is_kept else kind)
 
     @staticmethod
-    def _frame(x: Tensor) -> tuple[Tensor, Tensor]:
+    def _frame(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         centre, unit = x.mean(0), x.std(0, correction=0)
+        if kind == "norm":  # a sphere stays one
+            unit = unit.square().mean().sqrt().expand_as(unit)
         return centre, torch.where(unit > 0, unit, torch.ones_like(unit))
 
 
-def _monomials(u: Tensor, is_full: bool) -> Tensor:
-    """Columns (row, D), and their products or squares, side by side."""
-    if not is_full:
+def _width(x: Tensor, kind: Kind) -> int:
+    """Number of statistics of rows (row, column)."""
+    columns = x.shape[-1]
+    return columns + {"products": columns * (columns + 1) // 2, "squares": columns, "norm": 1, "none": 0}[kind]
+
+
+def _monomials(u: Tensor, kind: Kind) -> Tensor:
+    """Columns (row, D), and what comes to them, side by side."""
+    if kind == "none":
+        return u
+    if kind == "norm":
+        return torch.cat([u, u.square().sum(-1, keepdim=True)], -1)
+    if kind == "squares":
         return torch.cat([u, u.square()], -1)
     return torch.cat([u, *(u[:, i : i + 1] * u[:, : i + 1] for i in range(u.shape[-1]))], -1)  # as tril_indices are ordered
 
@@ -171,16 +209,17 @@ class Known:
 
     def __init__(self, data: Sequence[Tensor] = ()) -> None:
         self._data = data
-        self._found: dict[tuple[int, bool], Statistics] = {}
+        self._found: dict[tuple[int, Kind, bool], Statistics] = {}
 
-    def statistics(self, value: Tensor, x: Tensor, is_full: bool) -> Statistics:
-        """Of rows ``x``, which are ``value`` in another shape."""
+    def statistics(self, value: Tensor, x: Tensor, kind: Kind, components: int) -> Statistics:
+        """Of rows ``x``, which are ``value`` in another shape, for so many components."""
         if not any(value is leaf for leaf in self._data):
-            return Statistics.of(x, is_full)
-        key = id(value), is_full
+            return Statistics.of(x, kind)
+        is_kept = len(x) * _width(x, kind) <= _KEPT or (kind == "products" and components < _FEW)
+        key = id(value), kind, is_kept
         if key not in self._found:
             with _apart():
-                self._found[key] = Statistics.of_data(value.reshape(x.shape), is_full)
+                self._found[key] = Statistics.of_data(value.reshape(x.shape), kind, is_kept)
         return self._found[key]
 
 
@@ -211,12 +250,12 @@ def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known:
     if len(axes) != 1 or batch[axes[0]] < FEWEST or value.dtype not in _ROUNDING:
         return None
     (axis,) = axes
-    if batch[axis] * width * (width + 3 if is_full else 4) > 2 * _WIDEST:
-        return None
     if not _is_shared(location, axis, 1) or not _is_shared(spread, axis, 1 + is_full):
         return None
     location, spread = _without(location, axis - 1), _without(spread, axis - 1 - is_full)
-    found = (known or Known()).statistics(value, value.reshape(batch[axis], width), is_full)
+    kind: Kind = "products" if is_full else "norm" if spread.shape[-1] == 1 < width else "squares"
+    components = torch.broadcast_shapes(location.shape[:-1], spread.shape[: spread.dim() - (2 if is_full else 1)]).numel()
+    found = (known or Known()).statistics(value, value.reshape(batch[axis], width), kind, components)
     unit, m = found.unit, (location - found.centre) / found.unit
     own = 2 if is_full else 1
     is_shared = spread.shape[:-own].numel() == 1 < location.shape[:-1].numel()
@@ -224,6 +263,8 @@ def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known:
         natural, constant = _full(m, spread / unit.unsqueeze(-1))
     else:
         natural, constant = _diagonal(m, spread / unit)
+        if kind == "norm":
+            natural = natural[..., : width + 1]
     constant = constant - unit.log().sum() - 0.5 * width * math.log(2.0 * math.pi)
     error = torch.finfo(value.dtype).eps * (natural.abs() @ found.largest + constant.abs())
     constant = torch.where(error <= _ROUNDING[value.dtype], constant, torch.nan)
@@ -231,7 +272,7 @@ def gaussian(node: Mapping[str, Any], origin: Callable[[Tensor], Tensor], known:
     if short > 0:
         natural, constant = natural.reshape(*(1,) * short, *natural.shape), constant.reshape(*(1,) * short, *constant.shape)
     shared = natural.shape[-1] - width if is_shared else 0
-    return Rows(found.table, natural, constant, axis, shared).scaled(float(node["scale"]))
+    return Rows(found.table, natural, constant, axis, shared, found.kind).scaled(float(node["scale"]))
 
 
 def _is_shared(parameter: Tensor, axis: int, events: int) -> bool:
@@ -265,60 +306,82 @@ def _diagonal(m: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([precision * m, -0.5 * precision], -1), constant
 
 
-def log_sum(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool = False) -> Tensor:
+def log_sum(columns: Tensor, natural: Tensor, constant: Tensor, maximise: bool = False, kind: Kind = "none") -> Tensor:
     """Σ_n log Σ_k exp(⟨η_k, T_n⟩ + c_k), or with the maximum over k in place of the inner sum; a scalar.
 
     Args:
-        statistics: T, (row, statistic).
+        columns: Of rows, (row, column).
         natural: η, (component, statistic).
         constant: c, (component,).
         maximise: Whether to take the maximum.
+        kind: What T has beside the columns.
     """
-    total: Tensor = _LogSum.apply(statistics, natural, constant, maximise)[0]
+    total: Tensor = _LogSum.apply(columns, natural, constant, maximise, kind)[0]
     return total
 
 
-def _log_sum(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _turned(columns: Tensor, kind: Kind) -> Tensor:
+    """T of some rows, (statistic, row)."""
+    if kind == "none":
+        return columns.mT
+    width = columns.shape[-1]
+    found = columns.new_empty(_width(columns, kind), len(columns))
+    u, rest = found[:width], found[width:]
+    u.copy_(columns.mT)
+    if kind == "squares":
+        torch.mul(u, u, out=rest)
+    elif kind == "norm":
+        torch.sum(u.square(), 0, keepdim=True, out=rest)
+    else:
+        for i, part in enumerate(rest.split([*range(1, width + 1)])):
+            torch.mul(u[i], u[: i + 1], out=part)
+    return found
+
+
+def _log_sum(
+    columns: Tensor, natural: Tensor, constant: Tensor, maximise: bool, kind: Kind
+) -> tuple[Tensor, Tensor, Tensor]:
     """``log_sum`` (*), and its gradients in η (*, component, statistic) and c (*, component); chunk by chunk."""
-    shape, width = constant.shape, statistics.shape[-1]
+    shape, width = constant.shape, natural.shape[-1]
     components, lead = shape[-1], shape[:-1].numel()
-    eta, c = natural.reshape(-1, width), constant.reshape(-1, 1)
-    negligible = 0.7 * math.log(torch.finfo(statistics.dtype).tiny)  # an exponential that underflows takes ten times as long
-    total = statistics.new_zeros(lead, dtype=torch.float64)
-    moments = statistics.new_zeros(lead * components, width, dtype=torch.float64)
-    counts = statistics.new_zeros(lead * components, dtype=torch.float64)
-    size = (len(eta) + width) * statistics.element_size()
-    rows = max(_LEAST_CHUNK, (_CHUNK_ON_GPU if statistics.is_cuda else _CHUNK) // max(size, 1))
-    for t in statistics.split(rows):
-        table = torch.addmm(c, eta, t.mT).view(lead, components, -1)
+    is_gone = constant.reshape(lead, components) == -math.inf
+    is_empty = is_gone.all(1)  # no component has any probability
+    eta, c = natural.reshape(-1, width), constant.reshape(lead, components).masked_fill(is_empty[:, None], 0.0).view(-1, 1)
+    negligible = 0.7 * math.log(torch.finfo(columns.dtype).tiny)  # an exponential that underflows takes ten times as long
+    total = columns.new_zeros(lead, dtype=torch.float64)
+    moments = columns.new_zeros(lead * components, width, dtype=torch.float64)
+    counts = columns.new_zeros(lead * components, dtype=torch.float64)
+    size = (len(eta) + width) * columns.element_size()
+    rows = max(_LEAST_CHUNK, (_CHUNK_ON_GPU if columns.is_cuda else _CHUNK) // max(size, 1))
+    for part in columns.split(rows):
+        t = _turned(part, kind)
+        table = torch.addmm(c, eta, t).view(lead, components, -1)
         top = table.amax(1, keepdim=True)
-        if maximise:
-            weights = (table == top).to(t.dtype)
-            weights = weights.div_(weights.sum(1, keepdim=True))
-            total += top.sum((1, 2), dtype=torch.float64)
-        else:
-            weights = table.sub_(torch.where(top.isfinite(), top, 0.0)).clamp_(min=negligible).exp_()
-            sums = weights.sum(1, keepdim=True)
-            weights.div_(sums)
-            total += sums.log_().add_(top).sum((1, 2), dtype=torch.float64)
+        weights = (table == top).to(t.dtype) if maximise else table.sub_(top).clamp_(min=negligible).exp_()
+        sums = weights.sum(1, keepdim=True)
+        weights *= sums.reciprocal()
+        total += (top if maximise else sums.log_().add_(top)).sum((1, 2), dtype=torch.float64)
         flat = weights.view(lead * components, -1)
-        moments += flat @ t
+        moments += flat @ t.mT
         counts += flat.sum(1)
-    is_gone = c == -math.inf
-    moments, counts = moments.masked_fill_(is_gone, 0.0), counts.masked_fill_(is_gone.squeeze(-1), 0.0)
-    parts = total.reshape(shape[:-1]), moments.reshape(*shape, width), counts.reshape(shape)
-    return parts[0].to(t.dtype), parts[1].to(t.dtype), parts[2].to(t.dtype)
+    total.masked_fill_(is_empty, -math.inf)
+    moments.masked_fill_(is_gone.view(-1, 1), 0.0)
+    counts.masked_fill_(is_gone.view(-1), 0.0)
+    found = total.reshape(shape[:-1]), moments.reshape(*shape, width), counts.reshape(shape)
+    return found[0].to(natural.dtype), found[1].to(natural.dtype), found[2].to(natural.dtype)
 
 
 _library = torch.library.Library("inference", "DEF")  # one operation, so that a graph of it is one node
-_library.define("log_sum(Tensor statistics, Tensor natural, Tensor constant, bool maximise) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "log_sum(Tensor columns, Tensor natural, Tensor constant, bool maximise, str kind) -> (Tensor, Tensor, Tensor)"
+)
 _library.impl("log_sum", _log_sum, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("inference::log_sum", lib=_library)
-def _(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(columns: Tensor, natural: Tensor, constant: Tensor, maximise: bool, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     shape = constant.shape
-    return constant.new_empty(shape[:-1]), constant.new_empty(*shape, statistics.shape[-1]), constant.new_empty(shape)
+    return constant.new_empty(shape[:-1]), constant.new_empty(*shape, natural.shape[-1]), constant.new_empty(shape)
 
 
 def _weights(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool) -> Tensor:
@@ -334,37 +397,38 @@ class _LogSum(torch.autograd.Function):
     """``log_sum`` and its gradients in one pass."""
 
     @staticmethod
-    def forward(statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.inference.log_sum(statistics, natural, constant, maximise)
+    def forward(
+        columns: Tensor, natural: Tensor, constant: Tensor, maximise: bool, kind: Kind
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.inference.log_sum(columns, natural, constant, maximise, kind)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        statistics, natural, constant, ctx.maximise = inputs
+        columns, natural, constant, ctx.maximise, ctx.kind = inputs
         ctx.mark_non_differentiable(output[1], output[2])
-        ctx.save_for_backward(statistics, natural, constant, output[1], output[2])
+        ctx.save_for_backward(columns, natural, constant, output[1], output[2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        statistics, natural, constant, moments, counts = ctx.saved_tensors
-        for_statistics = None
-        if ctx.needs_input_grad[0]:
-            for_statistics = gradient * _weights(statistics, natural, constant, ctx.maximise).mT @ natural
+        columns, natural, constant, moments, counts = ctx.saved_tensors
+        for_columns = None
+        if ctx.needs_input_grad[0]:  # these are all that T has: what is formed of columns is formed of data
+            for_columns = gradient * _weights(columns, natural, constant, ctx.maximise).mT @ natural
         if ctx.maximise:
-            return for_statistics, gradient * moments, gradient * counts, None
-        moments, counts = _Moments.apply(moments, counts, statistics, natural, constant)
-        return for_statistics, gradient * moments, gradient * counts, None
+            return for_columns, gradient * moments, gradient * counts, None, None
+        moments, counts = _Moments.apply(moments, counts, columns, natural, constant, ctx.kind)
+        return for_columns, gradient * moments, gradient * counts, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, statistics: Tensor, natural: Tensor, constant: Tensor, maximise: bool) -> Any:
+    def vmap(info: Any, in_dims: Any, columns: Tensor, natural: Tensor, constant: Tensor, maximise: bool, kind: Kind) -> Any:
         size = info.batch_size
         natural = natural.movedim(in_dims[1], 0) if in_dims[1] is not None else natural.expand(size, *natural.shape)
         constant = constant.movedim(in_dims[2], 0) if in_dims[2] is not None else constant.expand(size, *constant.shape)
         if in_dims[0] is None:
-            return _LogSum.apply(statistics, natural, constant, maximise), (0, 0, 0)
-        parts = [
-            _LogSum.apply(*part, maximise) for part in zip(statistics.movedim(in_dims[0], 0), natural, constant, strict=True)
-        ]
+            return _LogSum.apply(columns, natural, constant, maximise, kind), (0, 0, 0)
+        each = zip(columns.movedim(in_dims[0], 0), natural, constant, strict=True)
+        parts = [_LogSum.apply(*part, maximise, kind) for part in each]
         return tuple(torch.stack(part) for part in zip(*parts, strict=True)), (0, 0, 0)
 
 
@@ -375,18 +439,20 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        moments: Tensor, counts: Tensor, statistics: Tensor, natural: Tensor, constant: Tensor
+        moments: Tensor, counts: Tensor, columns: Tensor, natural: Tensor, constant: Tensor, kind: Kind
     ) -> tuple[Tensor, Tensor]:
         return moments.clone(), counts.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_backward(*inputs[2:5])
+        ctx.kind = inputs[5]
 
     @staticmethod
     def backward(ctx: Any, for_moments: Tensor, for_counts: Tensor) -> tuple[Tensor | None, ...]:
-        statistics, natural, constant = ctx.saved_tensors
+        columns, natural, constant = ctx.saved_tensors
+        statistics = _monomials(columns, ctx.kind)
         weights = _weights(statistics, natural, constant, False)
         slope = for_moments @ statistics.mT + for_counts.unsqueeze(-1)
         slope = weights * (slope - (weights * slope).sum(-2, keepdim=True))
-        return None, None, None, slope @ statistics, slope.sum(-1)
+        return None, None, None, slope @ statistics, slope.sum(-1), None

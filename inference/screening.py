@@ -103,15 +103,24 @@ def check_randomness(program: Program, settings: list[dict[str, Tensor]]) -> Non
             f"{program.name} has hidden randomness: its log-density at the same values is {first:.6g}, then {second:.6g}. "
             "Draw by pyro.sample only, and switch dropout off with .eval()."
         )
-    if not any(program.log_joint(values).isfinite() for values in settings):
-        for label, tensor in program.tensors:
-            bad = (~tensor.isfinite()).nonzero()
-            if len(bad):
-                where = tuple(bad[0].tolist())
-                raise ValueError(
-                    f"{label} holds {len(bad)} values that are NaN or infinite (the first at {where}), and "
-                    f"{program.name} has no use for them. Remove those rows, or write the program with a mask."
-                )
+    check_finite(program, settings)
+
+
+def check_finite(program: Program, settings: list[dict[str, Tensor]]) -> None:
+    """Whether some values have a finite log-joint.
+
+    Raises:
+        ValueError: If the data are not finite, and so the log-joint never is.
+    """
+    bad = [(label, (~tensor.isfinite()).nonzero()) for label, tensor in program.tensors]
+    bad = [(label, where) for label, where in bad if len(where)]
+    if not bad or not program.latents or any(program.log_joint(values).isfinite() for values in settings):
+        return
+    label, where = bad[0]
+    raise ValueError(
+        f"{label} holds {len(where)} values that are NaN or infinite (the first at {tuple(where[0].tolist())}), and "
+        f"{program.name} has no use for them. Remove those rows, or write the program with a mask."
+    )
 
 
 def _latents_at(program: Program, values: Mapping[str, Tensor]) -> set[str]:
@@ -143,7 +152,9 @@ def check_constants(program: Program, who: str, takes_unnormalised: bool = False
             )
 
 
-def check_data(program: Program, traces: list[poutine.Trace], observed: Mapping[str, Tensor], first: int = 0) -> None:
+def check_data(
+    program: Program, traces: list[poutine.Trace], observed: Mapping[str, Tensor], first: int = 0, is_fitting: bool = False
+) -> None:
     """Checks values of observed sites at some runs.
 
     Bounds of a support that follow what is hidden are not asked: data outside of them in these runs may be inside in others.
@@ -153,6 +164,7 @@ def check_data(program: Program, traces: list[poutine.Trace], observed: Mapping[
         traces: Its runs.
         observed: Observed site to value.
         first: The row that these rows begin with.
+        is_fitting: Whether it is known already that the distributions have a density of such data.
 
     Raises:
         Unsupported: If a distribution has no density.
@@ -169,7 +181,7 @@ def check_data(program: Program, traces: list[poutine.Trace], observed: Mapping[
             )
         if mask is False:
             continue
-        if not program.is_simulated:
+        if not program.is_simulated and not is_fitting:
             _check_fit(program, name, nodes[0])
         supports = [firm(node["fn"].support, program.moving[name]) for node in nodes]
         inside = [support.check(value) for support in supports if support is not None]

@@ -18,7 +18,7 @@ from inference import EM, HMC
 from inference.density import Density, Unconstrained
 from inference.handlers import isolated
 from inference.program import Program
-from inference.rows import Rows, log_sum
+from inference.rows import Kind, Known, Rows, log_sum
 from inference.staging import Staged
 from pyro_genmodels import GMM
 from pyro_genmodels.classical.gmm import COVARIANCES
@@ -143,13 +143,16 @@ def alike(x: Tensor) -> None:
 
 
 SUMMED = {"labelled": labelled, "switched": switched, "paired": paired, "counted": counted, "alike": alike,
-          **{covariance: GMM(3, covariance) for covariance in COVARIANCES}}  # fmt: skip
+          **{covariance: GMM(3, covariance) for covariance in (*COVARIANCES, "isotropic")}}  # fmt: skip
 
 
+@pytest.mark.parametrize("kept", [0, 10**9], ids=["formed", "kept"])
 @pytest.mark.parametrize("name", SUMMED)
 def test_rows_summed_out_in_chunks_have_the_log_density_and_gradient_of_rows_one_by_one(
-    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    name: str, kept: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
+    monkeypatch.setattr(inference.rows, "_KEPT", kept)
+    monkeypatch.setattr(inference.rows, "_FEW", 1)
     monkeypatch.setattr(inference.rows, "_LEAST_TABLE", 1)
     monkeypatch.setattr(inference.rows, "_CHUNK", 1)
     monkeypatch.setattr(inference.rows, "_LEAST_CHUNK", 256)
@@ -161,23 +164,38 @@ def test_rows_summed_out_in_chunks_have_the_log_density_and_gradient_of_rows_one
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("maximise", [False, True])
-def test_a_sum_over_components_has_the_derivatives_of_its_table(maximise: bool) -> None:
-    generator = torch.Generator().manual_seed(2)
-    t, eta, c = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((900, 5), (3, 4, 5), (3, 4)))
+STATISTICS: dict[Kind, Callable[[Tensor], Tensor]] = {
+    "none": lambda u: u,
+    "squares": lambda u: torch.cat([u, u**2], 1),
+    "norm": lambda u: torch.cat([u, (u**2).sum(1, keepdim=True)], 1),
+    "products": lambda u: torch.cat([u, *(u[:, i : i + 1] * u[:, : i + 1] for i in range(u.shape[1]))], 1),
+}
 
-    def of_table(t: Tensor, eta: Tensor, c: Tensor) -> Tensor:
-        table = eta @ t.T + c[:, None]
+
+@pytest.mark.parametrize("maximise", [False, True])
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_a_sum_over_components_has_the_derivatives_of_its_table(
+    kind: Kind, maximise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference.rows, "_CHUNK", 1)
+    generator, statistics = torch.Generator().manual_seed(2), STATISTICS[kind]
+    u = torch.randn(900, 5, generator=generator, dtype=torch.float64)
+    width = statistics(u).shape[1]
+    eta, c = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 4, width), (3, 4)))
+
+    def of_table(u: Tensor, eta: Tensor, c: Tensor) -> Tensor:
+        table = eta @ statistics(u).T + c[:, None]
         return (table.amax(0) if maximise else table.logsumexp(0)).sum()
 
-    def chunked(t: Tensor, eta: Tensor, c: Tensor) -> Tensor:
-        return log_sum(t, eta, c, maximise)
+    def chunked(u: Tensor, eta: Tensor, c: Tensor) -> Tensor:
+        return log_sum(u, eta, c, maximise, kind)
 
+    first = (0, 1, 2) if kind == "none" else (1, 2)  # what is formed of columns is formed of data
     for of in (
-        lambda f: vmap(f, (None, 0, 0))(t, eta, c),
-        lambda f: vmap(grad(f, (0, 1, 2)), (None, 0, 0))(t, eta, c),
-        lambda f: vmap(jacrev(grad(f, (1, 2)), (1, 2)), (None, 0, 0))(t, eta, c),
-        lambda f: vmap(f)(t.expand(3, -1, -1), eta, c),
+        lambda f: vmap(f, (None, 0, 0))(u, eta, c),
+        lambda f: vmap(grad(f, first), (None, 0, 0))(u, eta, c),
+        lambda f: vmap(jacrev(grad(f, (1, 2)), (1, 2)), (None, 0, 0))(u, eta, c),
+        lambda f: vmap(f)(u.expand(3, -1, -1), eta, c),
     ):
         torch.testing.assert_close(of(chunked), of(of_table), rtol=1e-9, atol=1e-9)
 
@@ -193,7 +211,27 @@ def test_a_component_without_weight_has_no_share_of_the_rows() -> None:
     assert log_sum(t, eta, torch.full_like(c, torch.nan)).isnan()
 
 
-@pytest.mark.parametrize("name, own", [("alike", 2 + 2), ("paired", 2 + 1), ("full", 3 + 6), ("tied", 3), ("diagonal", 6)])
+@pytest.mark.parametrize("kind", [kind for kind in STATISTICS if kind != "none"])
+@pytest.mark.parametrize("components, is_kept", [(1, False), (100, False), (100, True)])
+def test_statistics_of_many_rows_are_not_kept(
+    kind: Kind, components: int, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But products of columns, which take long to form, where one or two components ask for them."""
+    monkeypatch.setattr(inference.rows, "_KEPT", 10**6 if is_kept else 1000)
+    found = Known([X]).statistics(X, X, kind, components)
+    u, is_plain = (X - found.centre) / found.unit, is_kept or (kind == "products" and components == 1)
+    assert found.table.shape[1] == (STATISTICS[kind](u).shape[1] if is_plain else 3)
+    assert found.kind == ("none" if is_plain else kind)
+    rows = Rows(found.table, X.new_zeros(1, len(found.largest)), X.new_zeros(1), -1, 0, found.kind)
+    torch.testing.assert_close(rows.statistics, STATISTICS[kind](u), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows.sums, STATISTICS[kind](u).sum(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.largest, STATISTICS[kind](u).abs().amax(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, own",
+    [("alike", 2 + 2), ("paired", 2 + 1), ("full", 3 + 6), ("tied", 3), ("diagonal", 6), ("spherical", 4), ("isotropic", 3)],
+)
 def test_what_components_share_is_not_summed_over_them(name: str, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
     widths = set()
 
