@@ -243,10 +243,13 @@ class Density:
             return torch.zeros((), dtype=self.program.dtype, device=self.program.device)
         uniforms, errors, joints = self.uniforms(sites, chains), [], []
         for levels in (uniforms, torch.zeros_like(uniforms), torch.ones_like(uniforms)):
-            drawn, log_q = self.draw(sites, evaluations)(others, levels)
-            joints.append(self.joint({**others, **drawn}))
-            errors.append((joints[-1] - log_q - self.marginal(sites)(others)).abs())
-        joint, error = torch.stack(joints), torch.stack(errors)
+            at_once = self.program.at_once(chains)
+            for first in range(0, chains, at_once):
+                some = {name: value[first : first + at_once] for name, value in others.items()}
+                drawn, log_q = self.draw(sites, evaluations)(some, levels[first : first + at_once])
+                joints.append(self.joint({**some, **drawn}))
+                errors.append((joints[-1] - log_q - self.marginal(sites)(some)).abs())
+        joint, error = torch.cat(joints), torch.cat(errors)
         error = torch.where(joint.isfinite(), error, 0.0)
         precision = 1e-10 if self.program.dtype == torch.float64 else 1e-4
         if bool((error > precision * (100.0 + joint.abs())).any()):

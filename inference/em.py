@@ -31,7 +31,8 @@ from torch import Tensor
 from inference.acceleration import Path
 from inference.blocks import Own
 from inference.blocks.block import Move, is_certified
-from inference.conditionals import Conditional, Points
+from inference.closed import maximise, rounding, suggested, taken, where
+from inference.conditionals import Points
 from inference.contract import Backend, Draw, Started, Unsupported
 from inference.density import Density
 from inference.distributed import check_shards
@@ -445,7 +446,7 @@ class EM(Backend[EMState, EMInfo]):
                 for _ in range(2):
                     at = family.at(start)
                     conditional = family.solve(at, task.gradients(name, at, values, particles, weights, batch))
-                    start = _suggested(family, conditional)
+                    start = suggested(family, conditional)
                 # a function with a maximum need not be a density: a component of three rows has no Wishart, but a covariance
                 proposal = _nearby(site, values[name])
                 usable = conditional.mode().reshape(len(proposal), -1).isfinite().all(-1)
@@ -522,11 +523,11 @@ class EM(Backend[EMState, EMInfo]):
         plain, task = state.values, state.roles.task
         jumped = state._replace(values={**plain, **path.trial(task.theta(plain))})
         found = self._expected(jumped, batch, adapts)
-        reached = state.objective - _rounding(state.objective) * (1.0 + state.objective.abs())
+        reached = state.objective - rounding(state.objective) * (1.0 + state.objective.abs())
         is_good = ~path.jumps | (found[0].objective >= reached)
         path = path.judged(is_good)
         if not bool(is_good.all()):
-            chosen = {name: _where(is_good, jumped.values[name], plain[name]) for name in task.maximised}
+            chosen = {name: where(is_good, jumped.values[name], plain[name]) for name in task.maximised}
             found = self._expected(state._replace(values={**plain, **chosen}), batch, adapts)
         return found[0]._replace(path=path), *found[1:]
 
@@ -545,63 +546,33 @@ class EM(Backend[EMState, EMInfo]):
         roles, task = state.roles, state.roles.task
         if roles.owned and not (roles.grown or roles.families or roles.climbed or task.program.weights):
             return state
+        theta, points, reached = task.theta(state.values), state.points, None
         if roles.grown:
-            proposed, reached = grow(task, roles.grown, state.values, particles, weights, batch)
-            state, reached = _take(state, proposed, particles, weights, reached, batch)
-        else:
-            reached = task.expected(state.values, particles, weights, batch)
-        solved = self._solved_all(state, particles, weights, batch)
-        found = task.expected(solved.values, particles, weights, batch) if roles.families else reached
-        if bool((found >= reached - _rounding(found) * (1.0 + reached.abs())).all()):
-            state, reached = solved, found
-        else:
-            for name in roles.families:
-                solved, mode = self._solved(state, name, particles, weights, batch)
-                state, reached = _take(state, {name: mode}, particles, weights, reached, batch)
-                state = state._replace(points=solved.points)
+            proposed, grown = grow(task, roles.grown, state.values, particles, weights, batch)
+            theta, reached = taken(task, theta, proposed, particles, weights, grown, batch)
+        if roles.families:
+            is_alone = not roles.grown and not roles.owned
+            theta, points, reached = maximise(task, roles.families, theta, points, particles, weights, batch, is_alone)
+        elif reached is None:
+            reached = task.expected(theta, particles, weights, batch)
+        state = state._replace(values={**state.values, **theta}, points=points)
         trained = list(task.program.weights.values())
         if not roles.climbed and not trained:
             return state
         if not self._is_large(task, roles):
             proposed = climb(task, roles.climbed, state.values, particles, weights, batch)
-            return _take(state, proposed, particles, weights, reached, batch)[0]
+            return state._replace(values=taken(task, state.values, proposed, particles, weights, reached, batch)[0])
         adam = state.adam or Adam.start(task, roles.climbed, state.values, self.learning_rate)
         kept = _copied(task.program.weights)
         rate = adam.optimiser.param_groups[0]["lr"]
         proposed = stroll(adam, task, roles.climbed, state.values, particles, weights, batch, _STROLL, rate)
         fell = bool((task.expected({**state.values, **proposed}, particles, weights, batch) < reached).any())
-        state = _take(state._replace(adam=adam), proposed, particles, weights, reached, batch)[0]
+        state = state._replace(values=taken(task, state.values, proposed, particles, weights, reached, batch)[0], adam=adam)
         if fell:  # too long a step
             adam.optimiser.param_groups[0]["lr"] = 0.5 * rate
             with torch.no_grad():
                 for weight, old in zip(trained, kept.values(), strict=True):
                     weight.copy_(old)
-        return state
-
-    @staticmethod
-    def _solved(
-        state: EMState, name: str, particles: dict[str, Tensor], weights: Weights, batch: Batch
-    ) -> tuple[EMState, Tensor]:
-        """The maximum of Q in one site, and where to differentiate next."""
-        task, family = state.roles.task, state.roles.families[name]
-        at = family.at(state.points[name])
-        conditional = family.solve(at, task.gradients(name, at, state.values, particles, weights, batch))
-        mode = conditional.mode()
-        inside = mode.isfinite().all() & task.program.latents[name].support.check(mode).all()
-        if task.program.has_rows and not bool(inside):  # rounding may be all that the statistics of rows have left
-            exact = task.gradients(name, at, state.values, particles, weights, batch, is_exact=True)
-            conditional = family.solve(at, exact)
-            mode = conditional.mode()
-        usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
-        merged = _merged(usable, _suggested(family, conditional), state.points[name])
-        return state._replace(points={**state.points, name: merged}), mode
-
-    def _solved_all(self, state: EMState, particles: dict[str, Tensor], weights: Weights, batch: Batch) -> EMState:
-        """Each site at the maximum of Q in it, one after the other, where there is one."""
-        for name in state.roles.families:
-            state, mode = self._solved(state, name, particles, weights, batch)
-            is_there = mode.isfinite().reshape(len(mode), -1).all(-1)
-            state = state._replace(values={**state.values, name: _where(is_there, mode, state.values[name])})
         return state
 
     def _owned_step(self, state: EMState) -> EMState:
@@ -735,33 +706,6 @@ def _fresh(values: dict[str, Tensor], restarts: int, roles: Roles) -> EMState:
     )  # fmt: skip
 
 
-def _take(
-    state: EMState,
-    proposed: dict[str, Tensor],
-    particles: dict[str, Tensor],
-    weights: Weights,
-    reached: Tensor,
-    batch: Batch,
-) -> tuple[EMState, Tensor]:
-    """Takes proposed values in the restarts where Q does not fall by more than rounding."""
-    if not proposed:
-        return state, reached
-    expected = state.roles.task.expected({**state.values, **proposed}, particles, weights, batch)
-    good = expected >= reached - _rounding(expected) * (1.0 + reached.abs())
-    kept = {name: _where(good, value, state.values[name]) for name, value in proposed.items()}
-    return state._replace(values={**state.values, **kept}), torch.where(good, expected, reached)
-
-
-def _rounding(objective: Tensor) -> float:
-    """By how much an objective may fall, relatively, for no other reason."""
-    return 1e-13 if objective.dtype == torch.float64 else 1e-5
-
-
-def _where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Values (restart, *site), new in the good restarts."""
-    return torch.where(good.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
-
-
 def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -775,17 +719,6 @@ def _ranked(objective: Tensor) -> Tensor:
     finite = objective.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     unit = (1e-9 if finite.dtype == torch.float64 else 1e-4) * (1.0 + objective.abs().nan_to_num(posinf=0.0).amax())
     return (finite / unit).round().argsort(descending=True, stable=True)
-
-
-def _suggested(family: Family, conditional: Conditional) -> Points:
-    """Where to differentiate next; in float32 no closer together than values are large, or rounding is all there is."""
-    points = conditional.points()
-    return points if points.location.dtype == torch.float64 else family.initial(points.location)
-
-
-def _merged(good: Tensor, new: Points, old: Points) -> Points:
-    shape = (-1, *(1,) * (old.location.dim() - 1))
-    return Points(*(torch.where(good.reshape(shape) & a.isfinite(), a, b) for a, b in zip(new, old, strict=True)))
 
 
 def _around(program: Program, given: Mapping[str, Tensor], values: dict[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from inference.density import Density
 from inference.distributed import ALONE, Processes
 from inference.enumeration import Factor, Part, draw_back, eliminate, factors, plates_of, total
 from inference.program import Program
+from inference.staging import Staged
 
 __all__ = ["ALL", "Batch", "Completed", "Enumerated", "Evidence", "Expectation", "Moved", "Weights"]
 
@@ -137,7 +138,15 @@ class Completed:
 
     def expect(self, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> tuple[Tensor, Weights]:
         """log Z at each point, (restart, particle), and the weights of all factors there."""
+        value, parts = self._expect(batch)(self.batched(values), particles, batch.data)
+        return value, self.weights(parts, values, particles, batch)
 
+    def weights(self, parts: Evidence, values: Mapping[str, Tensor], particles: Values, batch: Batch) -> Weights:
+        """Weights that ``expect`` gave at these values."""
+        inputs = self.batched(values), particles, batch.data
+        return Weights(parts, lambda: self._expect(batch).row_by_row(*inputs)[1])
+
+    def _expect(self, batch: Batch) -> Staged:
         def expect(inputs: tuple[Values, Tensor], particles: Values, data: list[Tensor]) -> tuple[Tensor, Evidence]:
             theta, _ = inputs
 
@@ -157,10 +166,7 @@ class Completed:
             value, evidence = one({})
             return value[None], tree_map(lambda part: part[None], evidence)
 
-        staged = self.density.stage(("expect", self._key(batch)), expect, (True, True, False))
-        inputs = self.batched(values), particles, batch.data
-        value, parts = staged(*inputs)
-        return value, Weights(parts, lambda: staged.row_by_row(*inputs)[1])
+        return self.density.stage(("expect", self.key(batch)), expect, (True, True, False))
 
     def q(self) -> Callable[..., Tensor]:
         """Q(θ) of one restart: a function of θ, particles, weights and data."""
@@ -187,7 +193,7 @@ class Completed:
         def at(inputs: tuple[Values, Tensor], particles: Values, weights: Evidence, data: list[Tensor]) -> Tensor:
             return expected(inputs[0], particles, weights, data)
 
-        staged = self.density.stage(("Q", self._key(batch)), at, (True, True, True, False))
+        staged = self.density.stage(("Q", self.key(batch)), at, (True, True, True, False))
         inputs = self.batched(values)
         exact = lambda: (inputs, particles, weights.tables, batch.data)  # noqa: E731
         return batch.processes.mean(staged(inputs, particles, weights.parts, batch.data, instead=exact))
@@ -208,7 +214,7 @@ class Completed:
         def at_points(points: Tensor, theta: Values, p: Values, w: Evidence, data: list[Tensor]) -> Tensor:
             return vmap(grad(lambda value: expected({**theta, name: value}, p, w, data)))(points)
 
-        key = ("Q message", name, self._key(batch))
+        key = ("Q message", name, self.key(batch))
         staged = self.density.stage(key, at_points, (True, True, True, True, False))
         points, theta = at.movedim(0, 1).contiguous(), self.theta(values)
         exact = lambda: (points, theta, particles, weights.tables, batch.data)  # noqa: E731
@@ -218,7 +224,8 @@ class Completed:
             found = staged(points, theta, particles, weights.parts, batch.data, instead=exact)
         return batch.processes.mean(found).movedim(1, 0)
 
-    def _key(self, batch: Batch) -> tuple[Any, ...]:
+    def key(self, batch: Batch) -> tuple[Any, ...]:
+        """What functions of this density are told apart by."""
         return self.maximised, self.is_likelihood, self.is_hard, batch.scale
 
     def most_probable(self, values: Values) -> Values:

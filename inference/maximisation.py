@@ -39,7 +39,7 @@ def _masses(
     def slopes(own: Values, others: Values, p: Values, w: Evidence, data: list[Tensor]) -> tuple[Values, Tensor]:
         return grad_and_value(lambda v: expected({**others, **v}, p, w, data))(own)
 
-    staged = task.density.stage(("grow", sites, task._key(batch)), slopes, (True, True, True, True, False))
+    staged = task.density.stage(("grow", sites, task.key(batch)), slopes, (True, True, True, True, False))
     own = {name: values[name] for name in sites}
     exact = lambda: (own, fixed, particles, weights.tables, batch.data)  # noqa: E731
     found, reached = staged(own, fixed, particles, weights.parts, batch.data, instead=exact)
@@ -121,7 +121,7 @@ class _Slope:
             return grad_and_value(lambda x: at(x, others, p, w, data))(position)
 
         self.at = at
-        key = ("climb", sites, task._key(batch))
+        key = ("climb", sites, task.key(batch))
         self.staged = task.density.stage(key, slope, (True, True, True, True, False))
 
     def __call__(self, position: Tensor, trained: list[Tensor]) -> Tensor:

@@ -74,6 +74,7 @@ _LOOKS = 8  # a site that appears half the time is missed with probability 2â»â
 _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known before the first step
 _CHUNK = 4096  # rows that are checked at a time, where a run sees batches; all that is looked at of
 _MANY_ROWS = 16_384  # that many or more
+_AT_ONCE = 2**20  # numbers that chains hold together where no graph saves memory
 _LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
 _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 
@@ -116,6 +117,7 @@ class Program:
         deterministic: Names of ``pyro.deterministic`` statements.
         weights: Trainable leaves that the density depends on.
         nesting: Batch dimensions that plates or batch shapes take up.
+        breadth: Numbers that the largest parameter of a statement has, of all the rows that were looked at.
         rows: Size of dimension 0 of the first tensor argument, or None.
         part: How many of them have shown the structure, as many as a batch has, or few of very many; None if all did.
         fitted: The guide that a variational fit has trained, or None; it is code, so no save keeps it.
@@ -438,6 +440,10 @@ class Program:
         """Whether it has so many statements that a run of it is dear."""
         return len(self.batch_shapes) >= _MANY
 
+    def at_once(self, count: int) -> int:
+        """How many of so many chains are to be looked at together, where no graph saves memory."""
+        return min(count, max(1, _AT_ONCE // self.breadth))
+
     @property
     def widest(self) -> int:
         """Entries that one table of an enumeration may have for one chain."""
@@ -511,6 +517,8 @@ class Program:
         self.batch_shapes = {name: batch_shape_of(node) for name, node in nodes.items()}
         self.frames = {name: frames_of(node) for name, node in nodes.items()}
         self.nesting = max(map(len, self.batch_shapes.values()), default=0)
+        parts = [part for node in nodes.values() for part in vars(base(node["fn"])).values() if isinstance(part, Tensor)]
+        self.breadth = max((part.numel() for part in parts), default=1)
 
     def _confirm(self) -> bool:
         """Takes sizes and values from all rows, a part of which has shown the structure; whether theirs is the same."""

@@ -320,22 +320,19 @@ def log_sum(columns: Tensor, natural: Tensor, constant: Tensor, maximise: bool =
     return total
 
 
-def _turned(columns: Tensor, kind: Kind) -> Tensor:
-    """T of some rows, (statistic, row)."""
+def _turned(columns: Tensor, kind: Kind) -> list[Tensor]:
+    """T of some rows in one part or two, (statistic, row) each: side by side they would have to be copied."""
+    u = columns.mT
     if kind == "none":
-        return columns.mT
-    width = columns.shape[-1]
-    found = columns.new_empty(_width(columns, kind), len(columns))
-    u, rest = found[:width], found[width:]
-    u.copy_(columns.mT)
+        return [u]
     if kind == "squares":
-        torch.mul(u, u, out=rest)
-    elif kind == "norm":
-        torch.sum(u.square(), 0, keepdim=True, out=rest)
-    else:
-        for i, part in enumerate(rest.split([*range(1, width + 1)])):
-            torch.mul(u[i], u[: i + 1], out=part)
-    return found
+        return [u, u.square()]
+    if kind == "norm":
+        return [u, u.square().sum(0, keepdim=True)]
+    products = u.new_empty(_width(columns, kind) - len(u), len(columns))
+    for i, part in enumerate(products.split([*range(1, len(u) + 1)])):
+        torch.mul(u[i], u[: i + 1], out=part)
+    return [u, products]
 
 
 def _log_sum(
@@ -346,23 +343,27 @@ def _log_sum(
     components, lead = shape[-1], shape[:-1].numel()
     is_gone = constant.reshape(lead, components) == -math.inf
     is_empty = is_gone.all(1)  # no component has any probability
-    eta, c = natural.reshape(-1, width), constant.reshape(lead, components).masked_fill(is_empty[:, None], 0.0).view(-1, 1)
+    etas = natural.reshape(-1, width).split([columns.shape[-1], width - columns.shape[-1]], -1)
+    c = constant.reshape(lead, components).masked_fill(is_empty[:, None], 0.0).view(-1, 1)
     negligible = 0.7 * math.log(torch.finfo(columns.dtype).tiny)  # an exponential that underflows takes ten times as long
     total = columns.new_zeros(lead, dtype=torch.float64)
     moments = columns.new_zeros(lead * components, width, dtype=torch.float64)
     counts = columns.new_zeros(lead * components, dtype=torch.float64)
-    size = (len(eta) + width) * columns.element_size()
+    size = (len(c) + width) * columns.element_size()
     rows = max(_LEAST_CHUNK, (_CHUNK_ON_GPU if columns.is_cuda else _CHUNK) // max(size, 1))
-    for part in columns.split(rows):
-        t = _turned(part, kind)
-        table = torch.addmm(c, eta, t).view(lead, components, -1)
+    for some in columns.split(rows):
+        parts = _turned(some, kind)
+        table = c
+        for eta, t in zip(etas, parts, strict=False):
+            table = torch.addmm(table, eta, t) if table is c else table.addmm_(eta, t)
+        table = table.view(lead, components, -1)
         top = table.amax(1, keepdim=True)
-        weights = (table == top).to(t.dtype) if maximise else table.sub_(top).clamp_(min=negligible).exp_()
+        weights = (table == top).to(table.dtype) if maximise else table.sub_(top).clamp_(min=negligible).exp_()
         sums = weights.sum(1, keepdim=True)
         weights *= sums.reciprocal()
         total += (top if maximise else sums.log_().add_(top)).sum((1, 2), dtype=torch.float64)
         flat = weights.view(lead * components, -1)
-        moments += flat @ t.mT
+        moments += torch.cat([flat @ t.mT for t in parts], 1)
         counts += flat.sum(1)
     total.masked_fill_(is_empty, -math.inf)
     moments.masked_fill_(is_gone.view(-1, 1), 0.0)

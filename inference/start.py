@@ -129,7 +129,10 @@ def dispersed_values(program: Program, chains: int, start: Any = None) -> dict[s
 
 def _candidates(program: Program, count: int) -> dict[str, Tensor]:
     """Half from the prior, half uniform on (-2, 2) after unconstraining, all drawn at once; (count, *site)."""
-    draws = simulate(program, {}, count, with_data=False)
+    at_once = program.at_once(count)
+    sizes = [min(at_once, count - first) for first in range(0, count, at_once)]
+    parts = [simulate(program, {}, size, with_data=False) for size in sizes]
+    draws = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     is_uniform = torch.arange(count, device=program.device) % 2 > 0
     for name in program.continuous:
         site = program.latents[name]
@@ -229,8 +232,9 @@ def _log_density(program: Program, values: Mapping[str, Tensor], free: Collectio
     is_split = is_split and program.shard is not None
     density = _Split(program, rung="vmapped") if is_split else Density(program, rung="vmapped")
     parts = [values]
-    at_once = max(1, _NUMBERS // max((leaf.numel() for leaf in program.data), default=1))
-    if at_once < len(next(iter(values.values()))):
+    count = len(next(iter(values.values())))
+    at_once = min(program.at_once(count), max(1, _NUMBERS // max((leaf.numel() for leaf in program.data), default=1)))
+    if at_once < count:
         split = {name: value.split(at_once) for name, value in values.items()}
         parts = [dict(zip(split, part, strict=True)) for part in zip(*split.values(), strict=True)]
     others = [{name: value for name, value in part.items() if name not in free} for part in parts]

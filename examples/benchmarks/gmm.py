@@ -5,13 +5,15 @@
 All start from the same parameters and take the same number of steps, which alternate in one process. Seconds are medians;
 log-likelihoods are computed in float64 from the parameters that each has reached. pomegranate (to be installed with
 --no-deps, beside apricot-select and numba) has no tied covariance, and its steps take so long that it takes the last two
-only. Five million rows go by in mini-batches, in a process of their own whose peak memory is printed beside that of its
-data.
+only. Memory is the peak of 20 steps, the start of a run included, over what a process held that had just done the same on
+a thousand rows and made the data. Five million rows go by in mini-batches, in a process of their own whose peak memory is
+printed beside that of its data.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -33,6 +35,7 @@ from pyro_genmodels import GMM
 
 ROWS = Rows()
 _TARGETS = {"float32": 4.0, "float64": 1.5}  # times faster than scikit-learn
+_STEPS = 20
 _PEER_STEPS = 2  # of pomegranate, whose steps take long
 
 
@@ -112,6 +115,22 @@ def peak() -> int:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
 
 
+def memory(kind: str, covariance: str, rows: int) -> None:
+    """Prints the MiB that steps take beside the data."""
+    torch.set_num_threads(1)
+    x, start = data(rows, torch.float32)
+    start = shaped(covariance, start)
+    for part in (x[:1000].clone(), x):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")  # the peak is what is held now
+        before, run = peak(), KINDS[kind](part, start, covariance)
+        assert run is not None
+        for _ in range(_STEPS):
+            run()
+    print(peak() - before)
+
+
 def many(rows: int) -> None:
     """EM in mini-batches; prints peaks with the data alone and with the run, seconds and the level."""
     torch.set_num_threads(1)
@@ -163,6 +182,16 @@ def main(smoke: bool = False, threads: int = 1, rows: int = 200_000) -> None:
             x, start = data(rows, dtype)
             for covariance in THEIRS:
                 compare(covariance, x, shaped(covariance, start), count, warmup, ("ours", "scikit-learn"))
+    limit = 3 * (rows * COLUMNS + rows * COMPONENTS) * 4 / 2**20
+    print(f"\nMiB beside the data, float32; three times the data and the responsibilities are {limit:.0f}")
+    for covariance in THEIRS:
+        used = []
+        for kind in ("ours", "scikit-learn"):
+            child = [sys.executable, __file__, "--memory", kind, covariance, "--rows", str(rows)]
+            used.append(int(subprocess.run(child, capture_output=True, check=True, text=True).stdout))
+        print(f"{covariance:11}ours{used[0]:6}   scikit-learn{used[1]:6}", flush=True)
+        ROWS.add("MiB beside the data", f"GMM, K = {COMPONENTS}, {rows:,} x {COLUMNS}, {covariance}, float32", used[0],
+                 theirs=used[1], peer="scikit-learn")  # fmt: skip
     peer = [sys.executable, __file__, "--pomegranate", "--rows", str(rows)]
     print(subprocess.run(peer, capture_output=True, check=True, text=True).stdout, end="")
     command = [sys.executable, __file__, "--many", str(20_000 if smoke else 5_000_000)]
@@ -176,10 +205,13 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--pomegranate", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--many", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.many is not None:
         many(options.many)
+    elif options.memory is not None:
+        memory(*options.memory, options.rows)
     elif options.pomegranate:
         torch.set_num_threads(1)
         with threadpool_limits(1):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_genmodels.classical.components import Draws, FiniteMixture
 from pyro_genmodels.classical.seeding import apart
-from pyro_genmodels.classical.tables import check_known, check_table, check_weights, moments
+from pyro_genmodels.classical.tables import check_known, check_table, check_weights, moments, principal
 from pyro_genmodels.distributions import Columns, Filled, InverseWishart, Mixed, PartialNormal
 
 __all__ = ["GMM"]
@@ -189,9 +189,8 @@ class GMM(FiniteMixture):
         self.scale = self.scale if self._has_scale else scale
         with torch.no_grad():
             total = float(counts.sum())
-            standard = torch.where(is_known, (x - self.location) / self.scale, 0.0)
-            direction = torch.linalg.svd(standard, full_matrices=False).Vh[0]
-            groups = (standard @ direction).argsort().tensor_split(self.components)
+            standard = (x - self.location).div_(self.scale).masked_fill_(~is_known, 0.0)
+            groups = (standard @ principal(standard)).argsort().tensor_split(self.components)
             self.guesses["means"].copy_(torch.stack([standard[rows].mean(0) for rows in groups]))
             self.guesses["log_freedom"].fill_(math.log(total / len(self.guesses["log_freedom"])))
             if self.weights == "free":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_known", "check_table", "check_weights", "moments"]
+__all__ = ["check_known", "check_table", "check_weights", "moments", "principal"]
 
+_ROWS = 2**14  # that are looked at together
 _FLAT = 1e-12  # deviation beside the largest entry below which a column is constant, but for rounding
 
 
@@ -65,10 +68,23 @@ def check_known(x: Tensor, row_weights: Tensor | None = None) -> None:
 
 def moments(x: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of what is known of each column, (D,); of a constant column the latter counts as 1."""
-    is_known = ~x.isnan()
-    counts = is_known.to(x) if row_weights is None else row_weights.to(x)[:, None] * is_known
-    total = counts.sum(0)
-    location = (counts * torch.where(is_known, x, 0.0)).sum(0) / total
-    deviation = ((counts * torch.where(is_known, x - location, 0.0).square()).sum(0) / total).sqrt()
-    is_spread = deviation > _FLAT * torch.where(is_known, x, 0.0).abs().amax(0)
-    return location, torch.where(is_spread, deviation, torch.ones_like(deviation))
+    weights = x.new_ones(len(x)) if row_weights is None else row_weights.to(x)
+    parts = [*zip(x.split(_ROWS), weights.split(_ROWS), strict=True)]  # temporaries of all rows would be larger than x
+
+    def added(of: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([(weight @ torch.where(part.isnan(), 0.0, of(part))) for part, weight in parts]).sum(0)
+
+    total = added(torch.ones_like)
+    location = added(lambda part: part) / total
+    deviation = (added(lambda part: (part - location).square()) / total).sqrt()
+    largest = torch.stack([torch.where(part.isnan(), 0.0, part).abs().amax(0) for part, _ in parts]).amax(0)
+    return location, torch.where(deviation > _FLAT * largest, deviation, torch.ones_like(deviation))
+
+
+def principal(u: Tensor) -> Tensor:
+    """The direction in which centred rows (rows, D) are spread the most, (D,)."""
+    if len(u) <= u.shape[1]:
+        found: Tensor = torch.linalg.svd(u, full_matrices=False).Vh[0]
+        return found
+    square = torch.stack([(part.mT @ part).double() for part in u.split(_ROWS)]).sum(0)
+    return torch.linalg.eigh(square).eigenvectors[:, -1].to(u)
