@@ -639,9 +639,13 @@ class EM(Backend[EMState, EMInfo]):
         moved = roles.expectation.step(state.memory, values, task)
         values |= moved.values
         log_z, _ = task.expect(values, moved.particles, ALL)
-        if task.program.finite:
+        if any(self._is_kept(task.program, name) for name in task.program.finite):
             values |= task.most_probable(values)
         return state._replace(values=values, memory=moved.memory, objective=(log_z - moved.log_q).mean(1))
+
+    def _is_kept(self, program: Program, name: str) -> bool:
+        """Whether anything is made of the values of a site."""
+        return self.keep is None or name in self.keep or bool(program.deterministic)
 
     def sample(self, state: EMState, program: Program) -> tuple[EMState, Draw]:
         end = self._finished(state)

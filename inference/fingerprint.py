@@ -181,11 +181,12 @@ def _is_close(before: str | None, after: str | None) -> bool:
 
 
 def _trial(program: Program) -> str | None:
-    """The log-density at a draw from the prior; None where training changes it."""
+    """The log-density at a draw from the prior, of a part of many rows; None where training changes it."""
     if program.weights:
         return None
     with isolated(0, program.device), torch.no_grad():
-        nodes = program.trace({}).nodes.values()
+        _, some = next(program.parts())
+        nodes = program.trace({}, data=some).nodes.values()
     return repr(sum(float(node["log_prob_sum"]) for node in nodes if is_statement(node)))
 
 

@@ -18,7 +18,15 @@ from inference.sites import Site, firm, is_statement, kind_of, moving, shape_of
 if TYPE_CHECKING:
     from inference.program import Program
 
-__all__ = ["check_constants", "check_data", "check_randomness", "check_structure", "check_support", "check_supports"]
+__all__ = [
+    "check_constants",
+    "check_data",
+    "check_finite",
+    "check_randomness",
+    "check_structure",
+    "check_support",
+    "check_supports",
+]
 
 _FEW = 12  # numbers of a value that an error spells out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from inference import EM, HMC, Gibbs, MetropolisHastings, Unsupported
 from inference.acceleration import Path
+from inference.expectation import Completed
 from inference.program import Program
 from inference.sites import Site
 from pyro_genmodels import GMM, datasets
@@ -836,3 +838,14 @@ def counted(y: Tensor) -> None:
     with pyro.plate("rows", len(y)):
         rate = pyro.sample("rate", dist.Normal(level, 1.0))
         pyro.sample("y", dist.Poisson(rate.exp()), obs=y)
+
+
+def test_most_probable_labels_are_not_looked_for_where_nobody_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    backend = EM(steps=5, seed=0, progress=False)
+    whole = backend.fit(GMM(2, "diagonal"), x).point()
+    monkeypatch.setattr(Completed, "most_probable", lambda *_: pytest.fail("looked for"))
+    kept = replace(backend, keep=("means", "weights")).fit(GMM(2, "diagonal"), x).point()
+    assert kept.keys() == {"means", "weights"}
+    for name, value in kept.items():
+        torch.testing.assert_close(value, whole[name], rtol=0.0, atol=0.0)

@@ -72,7 +72,9 @@ def moments(x: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tenso
     parts = [*zip(x.split(_ROWS), weights.split(_ROWS), strict=True)]  # temporaries of all rows would be larger than x
 
     def added(of: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.stack([(weight @ torch.where(part.isnan(), 0.0, of(part))) for part, weight in parts]).sum(0)
+        return torch.stack(
+            [(weight[:, None] * torch.where(part.isnan(), 0.0, of(part))).sum(0) for part, weight in parts]
+        ).sum(0)
 
     total = added(torch.ones_like)
     location = added(lambda part: part) / total
@@ -83,7 +85,7 @@ def moments(x: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tenso
 
 def principal(u: Tensor) -> Tensor:
     """The direction in which centred rows (rows, D) are spread the most, (D,)."""
-    if len(u) <= u.shape[1]:
+    if len(u) <= max(_ROWS, u.shape[1]):
         found: Tensor = torch.linalg.svd(u, full_matrices=False).Vh[0]
         return found
     square = torch.stack([(part.mT @ part).double() for part in u.split(_ROWS)]).sum(0)
