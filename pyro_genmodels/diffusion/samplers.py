@@ -363,11 +363,11 @@ def dpm_solver_pp_3m(denoiser: Denoiser, x: Tensor, grid: Tensor, is_corrected: 
             x = _blend(step, x, mean + 0.5 * width / widths[0] * (mean - means[0]))
         else:
             first, second = widths[-1] / width, widths[-2] / width
-            slope, slope_before = (mean - means[-1]) / first, (means[-1] - means[-2]) / second
-            bend = (slope - slope_before) / (first + second)
             phi_2 = math.expm1(-width) / width + 1.0
-            phi_3 = phi_2 / width - 0.5
-            x = ahead + step.next_alpha * (phi_2 * (slope + first * bend) - phi_3 * bend)
+            bend = (first * phi_2 - phi_2 / width + 0.5) / (first + second)
+            slope, slope_before = (phi_2 + bend) / first, -bend / second
+            change = torch.add(mean - means[-1], means[-1] - means[-2], alpha=slope_before / slope)
+            x = ahead.add(change, alpha=step.next_alpha.item() * slope)
         means, widths = [*means, mean][-2:], [*widths, width][-2:]
     return x
 
