@@ -7,6 +7,7 @@ others. All of an M-step is one graph where nothing unlikely happens: Q does not
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,46 +21,88 @@ from inference.messages import Family
 from inference.recording import unlikely
 from inference.sites import Site
 
-__all__ = ["maximise", "rounding", "suggested", "taken", "where"]
+__all__ = ["Ascent", "is_no_lower", "suggested", "where"]
 
 Values = dict[str, Tensor]
 Reached = tuple[Values, dict[str, Points], Tensor]  # θ, where to differentiate next, Q
 
 
-def maximise(
-    task: Completed,
-    families: Mapping[str, Family],
-    theta: Values,
-    points: dict[str, Points],
-    particles: Values,
-    weights: Weights,
-    batch: Batch,
-    is_alone: bool,
-) -> Reached:
-    """θ, (restart, *site), with each site of ``families`` at the maximum of Q in it, where Q does not fall.
+@dataclass(frozen=True)
+class Ascent:
+    """Q after an E-step, to be raised in θ, (restart, *site).
 
     Args:
         task: The completed density.
-        families: Site to family.
-        theta: Values of all sites that are maximised.
-        points: Site to where to differentiate.
         particles: As ``Completed.expect`` takes them.
         weights: Those that it gave.
         batch: The rows.
-        is_alone: Whether nothing else has moved since, so that ``weights`` are those at ``theta``.
-
-    Returns:
-        θ, where to differentiate next, and Q, (restart,).
     """
-    if not is_alone or batch.processes is not ALONE or task.program.is_long or task.program.weights:
-        return _maximised(task, families, theta, points, particles, weights, batch)
-    key = "maximum", tuple((name, family.name) for name, family in families.items()), task.key(batch)
-    staged = task.density.random(key, partial(_from_parts, task, families, batch.scale))
-    found: Reached = staged(theta, points, particles, weights.parts, batch.data)
-    return found
+
+    task: Completed
+    particles: Values
+    weights: Weights
+    batch: Batch
+
+    def taken(self, theta: Values, proposed: Values, reached: Tensor) -> tuple[Values, Tensor]:
+        """θ with what is proposed where Q does not fall from what it has reached, (restart,); and Q there."""
+        if not proposed:
+            return theta, reached
+        expected = self._q({**theta, **proposed})
+        good = is_no_lower(expected, reached)
+        kept = {name: where(good, value, theta[name]) for name, value in proposed.items()}
+        return {**theta, **kept}, torch.where(good, expected, reached)
+
+    def maximised(self, families: Mapping[str, Family], theta: Values, points: dict[str, Points], is_alone: bool) -> Reached:
+        """θ with each site of ``families`` at the maximum of Q in it, where Q does not fall.
+
+        Args:
+            families: Site to family.
+            theta: Values of all sites that are maximised.
+            points: Site to where to differentiate.
+            is_alone: Whether nothing has moved since the E-step, so that the weights are those at ``theta``.
+        """
+        task = self.task
+        if not is_alone or self.batch.processes is not ALONE or task.program.is_long or task.program.weights:
+            return self._each(families, theta, points)
+        key = "maximum", tuple((name, family.name) for name, family in families.items()), task.key(self.batch)
+        staged = task.density.random(key, partial(_maximised, task, families, self.batch.scale))
+        found: Reached = staged(theta, points, self.particles, self.weights.parts, self.batch.data)
+        return found
+
+    def _each(self, families: Mapping[str, Family], theta: Values, points: dict[str, Points]) -> Reached:
+        """One site after the other: all of them, or if Q falls then, those in which it does not."""
+        reached, tried, found = self._q(theta), theta, points
+        for name, family in families.items():
+            point, mode = self._solved(name, family, tried, found)
+            is_there = mode.isfinite().reshape(len(mode), -1).all(-1)
+            tried, found = {**tried, name: where(is_there, mode, tried[name])}, {**found, name: point}
+        after = self._q(tried)
+        if not unlikely(~is_no_lower(after, reached).all()):
+            return tried, found, after
+        for name, family in families.items():
+            point, mode = self._solved(name, family, theta, points)
+            theta, reached = self.taken(theta, {name: mode}, reached)
+            points = {**points, name: point}
+        return theta, points, reached
+
+    def _solved(self, name: str, family: Family, theta: Values, points: Mapping[str, Points]) -> tuple[Points, Tensor]:
+        """Where to differentiate next in one site, and the maximum of Q in it."""
+        task, rest = self.task, (theta, self.particles, self.weights, self.batch)
+        at = family.at(points[name])
+        conditional = family.solve(at, task.gradients(name, at, *rest))
+        mode = conditional.mode()
+        # rounding may be all that the statistics of rows have left
+        if task.program.has_rows and unlikely(~_is_inside(task.program.latents[name], mode)):
+            conditional = family.solve(at, task.gradients(name, at, *rest, is_exact=True))
+            mode = conditional.mode()
+        usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
+        return _merged(usable, suggested(family, conditional), points[name]), mode
+
+    def _q(self, theta: Values) -> Tensor:
+        return self.task.expected(theta, self.particles, self.weights, self.batch)
 
 
-def _from_parts(
+def _maximised(
     task: Completed,
     families: Mapping[str, Family],
     scale: float,
@@ -69,57 +112,9 @@ def _from_parts(
     parts: Evidence,
     data: list[Tensor],
 ) -> Reached:
+    """What a graph is recorded of: everything that changes from step to step is an argument."""
     batch = Batch(data, scale)
-    return _maximised(task, families, theta, points, particles, task.weights(parts, theta, particles, batch), batch)
-
-
-def _maximised(
-    task: Completed,
-    families: Mapping[str, Family],
-    theta: Values,
-    points: dict[str, Points],
-    particles: Values,
-    weights: Weights,
-    batch: Batch,
-) -> Reached:
-    reached = task.expected(theta, particles, weights, batch)
-    tried, found = theta, points
-    for name, family in families.items():
-        point, mode = _solved(task, family, name, tried, found, particles, weights, batch)
-        is_there = mode.isfinite().reshape(len(mode), -1).all(-1)
-        tried, found = {**tried, name: where(is_there, mode, tried[name])}, {**found, name: point}
-    after = task.expected(tried, particles, weights, batch)
-    if not unlikely(~_is_no_lower(after, reached).all()):
-        return tried, found, after
-    for name, family in families.items():
-        point, mode = _solved(task, family, name, theta, points, particles, weights, batch)
-        theta, reached = taken(task, theta, {name: mode}, particles, weights, reached, batch)
-        points = {**points, name: point}
-    return theta, points, reached
-
-
-def _solved(
-    task: Completed,
-    family: Family,
-    name: str,
-    values: Values,
-    points: Mapping[str, Points],
-    particles: Values,
-    weights: Weights,
-    batch: Batch,
-) -> tuple[Points, Tensor]:
-    """Where to differentiate next in one site, and the maximum of Q in it."""
-    at = family.at(points[name])
-    conditional = family.solve(at, task.gradients(name, at, values, particles, weights, batch))
-    mode = conditional.mode()
-    if task.program.has_rows and unlikely(
-        ~_is_inside(task.program.latents[name], mode)
-    ):  # rounding may be all that the statistics of rows have left
-        exact = task.gradients(name, at, values, particles, weights, batch, is_exact=True)
-        conditional = family.solve(at, exact)
-        mode = conditional.mode()
-    usable = conditional.is_proper & mode.reshape(len(mode), -1).isfinite().all(-1)
-    return _merged(usable, suggested(family, conditional), points[name]), mode
+    return Ascent(task, particles, task.weights(parts, theta, particles, batch), batch)._each(families, theta, points)
 
 
 def _is_inside(site: Site, value: Tensor) -> Tensor:
@@ -130,31 +125,10 @@ def _is_inside(site: Site, value: Tensor) -> Tensor:
     return value.isfinite().all() & site.support.check(value).all()
 
 
-def taken(
-    task: Completed,
-    values: Values,
-    proposed: Values,
-    particles: Values,
-    weights: Weights,
-    reached: Tensor,
-    batch: Batch,
-) -> tuple[Values, Tensor]:
-    """Values with those proposed in the restarts where Q does not fall by more than rounding, and Q there."""
-    if not proposed:
-        return values, reached
-    expected = task.expected({**values, **proposed}, particles, weights, batch)
-    good = _is_no_lower(expected, reached)
-    kept = {name: where(good, value, values[name]) for name, value in proposed.items()}
-    return {**values, **kept}, torch.where(good, expected, reached)
-
-
-def _is_no_lower(objective: Tensor, reached: Tensor) -> Tensor:
-    return objective >= reached - rounding(objective) * (1.0 + reached.abs())
-
-
-def rounding(objective: Tensor) -> float:
-    """By how much an objective may fall, relatively, for no other reason."""
-    return 1e-13 if objective.dtype == torch.float64 else 1e-5
+def is_no_lower(objective: Tensor, reached: Tensor) -> Tensor:
+    """Where an objective has not fallen from what it had reached by more than rounding."""
+    rounding = 1e-13 if objective.dtype == torch.float64 else 1e-5
+    return objective >= reached - rounding * (1.0 + reached.abs())
 
 
 def where(good: Tensor, new: Tensor, old: Tensor) -> Tensor:

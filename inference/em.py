@@ -31,7 +31,7 @@ from torch import Tensor
 from inference.acceleration import Path
 from inference.blocks import Own
 from inference.blocks.block import Move, is_certified
-from inference.closed import maximise, rounding, suggested, taken, where
+from inference.closed import Ascent, is_no_lower, suggested, where
 from inference.conditionals import Points
 from inference.contract import Backend, Draw, Started, Unsupported
 from inference.density import Density
@@ -523,8 +523,7 @@ class EM(Backend[EMState, EMInfo]):
         plain, task = state.values, state.roles.task
         jumped = state._replace(values={**plain, **path.trial(task.theta(plain))})
         found = self._expected(jumped, batch, adapts)
-        reached = state.objective - rounding(state.objective) * (1.0 + state.objective.abs())
-        is_good = ~path.jumps | (found[0].objective >= reached)
+        is_good = ~path.jumps | is_no_lower(found[0].objective, state.objective)
         path = path.judged(is_good)
         if not bool(is_good.all()):
             chosen = {name: where(is_good, jumped.values[name], plain[name]) for name in task.maximised}
@@ -546,13 +545,14 @@ class EM(Backend[EMState, EMInfo]):
         roles, task = state.roles, state.roles.task
         if roles.owned and not (roles.grown or roles.families or roles.climbed or task.program.weights):
             return state
+        ascent = Ascent(task, particles, weights, batch)
         theta, points, reached = task.theta(state.values), state.points, None
         if roles.grown:
             proposed, grown = grow(task, roles.grown, state.values, particles, weights, batch)
-            theta, reached = taken(task, theta, proposed, particles, weights, grown, batch)
+            theta, reached = ascent.taken(theta, proposed, grown)
         if roles.families:
             is_alone = not roles.grown and not roles.owned
-            theta, points, reached = maximise(task, roles.families, theta, points, particles, weights, batch, is_alone)
+            theta, points, reached = ascent.maximised(roles.families, theta, points, is_alone)
         elif reached is None:
             reached = task.expected(theta, particles, weights, batch)
         state = state._replace(values={**state.values, **theta}, points=points)
@@ -561,13 +561,13 @@ class EM(Backend[EMState, EMInfo]):
             return state
         if not self._is_large(task, roles):
             proposed = climb(task, roles.climbed, state.values, particles, weights, batch)
-            return state._replace(values=taken(task, state.values, proposed, particles, weights, reached, batch)[0])
+            return state._replace(values=ascent.taken(state.values, proposed, reached)[0])
         adam = state.adam or Adam.start(task, roles.climbed, state.values, self.learning_rate)
         kept = _copied(task.program.weights)
         rate = adam.optimiser.param_groups[0]["lr"]
         proposed = stroll(adam, task, roles.climbed, state.values, particles, weights, batch, _STROLL, rate)
         fell = bool((task.expected({**state.values, **proposed}, particles, weights, batch) < reached).any())
-        state = state._replace(values=taken(task, state.values, proposed, particles, weights, reached, batch)[0], adam=adam)
+        state = state._replace(values=ascent.taken(state.values, proposed, reached)[0], adam=adam)
         if fell:  # too long a step
             adam.optimiser.param_groups[0]["lr"] = 0.5 * rate
             with torch.no_grad():

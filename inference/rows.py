@@ -36,7 +36,9 @@ __all__ = ["FEWEST", "Known", "Rows", "Statistics", "gaussian", "is_rewritten", 
 
 FEWEST = 200  # rows; fewer are evaluated one by one, which costs no more
 _KEPT = 2**20  # numbers in a table of statistics; larger ones are formed as they are needed, from what the cache holds,
-_FEW = 8  # but products of columns only where as many components share the work
+_FEW = 8  # but products of columns only where as many components share the work, or so many numbers would be kept
+_WIDEST = 2**27
+_FORMED = 2**24  # numbers that are formed at once
 _LEAST_TABLE = 2**15  # entries of a table; smaller ones are formed
 _CHUNK, _LEAST_CHUNK = 3 * 2**19, 512  # bytes of rows and their table that stay in a cache, and the least rows at once
 _CHUNK_ON_GPU = 2**26
@@ -105,7 +107,14 @@ class Rows(NamedTuple):
     @property
     def table(self) -> Tensor:
         """Log-probability of every row, (*component) with the rows at ``axis``."""
-        return (self.natural @ self.statistics.T + self.constant.unsqueeze(-1)).movedim(-1, self.axis)
+        parts = [self.natural @ _monomials(part, self.kind).mT for part in self.columns.split(self._at_once)]
+        table = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return (table + self.constant.unsqueeze(-1)).movedim(-1, self.axis)
+
+    @property
+    def _at_once(self) -> int:
+        """Rows whose statistics are formed together; all of those that need not be."""
+        return max(1, len(self.columns) if self.kind == "none" else _FORMED // max(1, self.natural.shape[-1]))
 
     @property
     def is_product(self) -> bool:
@@ -124,7 +133,9 @@ class Rows(NamedTuple):
         if not isinstance(weights, Tensor):
             return (weights[0] * self.natural).sum() + weighted(weights[1], self.constant)
         weights = weights.movedim(self.axis, -1)
-        return ((weights @ self.statistics) * self.natural).sum() + weighted(weights.sum(-1), self.constant)
+        pairs = zip(weights.split(self._at_once, -1), self.columns.split(self._at_once), strict=True)
+        moments = torch.stack([weight @ _monomials(part, self.kind) for weight, part in pairs]).sum(0)
+        return (moments * self.natural).sum() + weighted(weights.sum(-1), self.constant)
 
     def scaled(self, scale: float) -> Rows:
         """Of a log-density times ``scale``."""
@@ -215,7 +226,8 @@ class Known:
         """Of rows ``x``, which are ``value`` in another shape, for so many components."""
         if not any(value is leaf for leaf in self._data):
             return Statistics.of(x, kind)
-        is_kept = len(x) * _width(x, kind) <= _KEPT or (kind == "products" and components < _FEW)
+        is_dear = kind == "products" and components < _FEW
+        is_kept = len(x) * _width(x, kind) <= (_WIDEST if is_dear else _KEPT)
         key = id(value), kind, is_kept
         if key not in self._found:
             with _apart():

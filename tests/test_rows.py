@@ -212,12 +212,14 @@ def test_a_component_without_weight_has_no_share_of_the_rows() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in STATISTICS if kind != "none"])
-@pytest.mark.parametrize("components, is_kept", [(1, False), (100, False), (100, True)])
+@pytest.mark.parametrize("components, is_kept", [(1, False), (2, False), (100, False), (100, True)])
 def test_statistics_of_many_rows_are_not_kept(
     kind: Kind, components: int, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But products of columns, which take long to form, where one or two components ask for them."""
     monkeypatch.setattr(inference.rows, "_KEPT", 10**6 if is_kept else 1000)
+    if components == 2:
+        monkeypatch.setattr(inference.rows, "_WIDEST", 1000)
     found = Known([X]).statistics(X, X, kind, components)
     u, is_plain = (X - found.centre) / found.unit, is_kept or (kind == "products" and components == 1)
     assert found.table.shape[1] == (STATISTICS[kind](u).shape[1] if is_plain else 3)
@@ -225,6 +227,11 @@ def test_statistics_of_many_rows_are_not_kept(
     rows = Rows(found.table, X.new_zeros(1, len(found.largest)), X.new_zeros(1), -1, 0, found.kind)
     torch.testing.assert_close(rows.statistics, STATISTICS[kind](u), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rows.sums, STATISTICS[kind](u).sum(0), rtol=1e-9, atol=1e-9)
+    monkeypatch.setattr(inference.rows, "_FORMED", 100 * len(found.largest))
+    natural = torch.randn(2, len(found.largest), dtype=torch.float64)
+    rows, weights = rows._replace(natural=natural, constant=X.new_zeros(2)), torch.rand(2, len(X), dtype=torch.float64)
+    torch.testing.assert_close(rows.table, natural @ STATISTICS[kind](u).T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(rows.total(weights), (weights * rows.table).sum(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.largest, STATISTICS[kind](u).abs().amax(0), rtol=1e-12, atol=1e-12)
 
 
