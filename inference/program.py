@@ -43,7 +43,7 @@ from inference.handlers import (
     reproducible,
 )
 from inference.rows import Known
-from inference.screening import check_data, check_finite, check_randomness, check_structure, check_support, check_supports
+from inference.screening import check_data, check_randomness, check_structure, check_supports
 from inference.sites import (
     Plate,
     Shape,
@@ -51,16 +51,17 @@ from inference.sites import (
     batch_shape_of,
     evaluate,
     frames_of,
-    is_constant,
     is_statement,
     kin,
     kind_of,
     largest,
+    latent_values,
     moving,
     resized,
     site_of,
 )
 from inference.stacking import Stack, log_probs
+from inference.whole import is_alike, leaves_observed, widen
 
 if TYPE_CHECKING:
     from inference.density import Density
@@ -75,7 +76,6 @@ _MORE_LOOKS = 32  # where sites may come and go, so that rare ones are known bef
 _CHUNK = 4096  # rows that are checked at a time, where a run sees batches; all that is looked at of
 _MANY_ROWS = 16_384  # that many or more
 _AT_ONCE = 2**20  # numbers that chains hold together where no graph saves memory
-_LARGEST = 2**30  # bytes of observed values that are kept beside the arguments
 _MANY, _FEWER_LOOKS = 200, 3  # programs of many statements are looked at less often
 
 
@@ -160,16 +160,16 @@ class Program:
         if self.rows == 0:
             raise ValueError("The data are empty: the first argument has no rows.")
         self.transform = transform
-        self._transformed: list[Tensor] | None = None
+        self.transformed: list[Tensor] | None = None
         self._leaves, self._evaluations = leaves, evaluations
         if isinstance(owner, Prepared):
             if transform is not None and tensors:
                 try:
                     with isolated(0, tensors[0].device):
-                        self._transformed = self.fed(tensors)
+                        self.transformed = self.fed(tensors)
                 except RuntimeError as error:
                     raise ValueError(f"transform= does not take these data: {str(error).splitlines()[0]}") from error
-            prepared_args, prepared_kwargs = self.arguments(self._transformed or tensors)
+            prepared_args, prepared_kwargs = self.arguments(self.transformed or tensors)
             owner.prepare(*prepared_args, **prepared_kwargs)
         parameters = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         floating = [leaf for leaf in tensors if leaf.is_floating_point()]
@@ -202,14 +202,14 @@ class Program:
         elif isinstance(owner, nn.Module) and not used and not follow:
             self._copied(model, owner).to(self.dtype)
         self.data = [self._cast(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        if self._transformed is not None:
-            self._transformed = [self._cast(self._transformed[0]), *self.data[1:]]
+        if self.transformed is not None:
+            self.transformed = [self._cast(self.transformed[0]), *self.data[1:]]
         self.weights: dict[str, Tensor] = {}
         self._seen(is_batched, self._look_for_weights)
         if is_batched:
             assert self.part is not None
-            self._widen(self.part)
-        elif self.part is not None and not self._confirm():
+            widen(self, self.part)
+        elif self.part is not None and not is_alike(self):
             self.part = None
             self._at_a_glance(None, self._look_for_weights)
 
@@ -249,16 +249,16 @@ class Program:
         """All the data as the program sees them outside of batches: transformed once, always alike."""
         if self.transform is None:
             return self.data
-        if self._transformed is None:
+        if self.transformed is None:
             with isolated(0, self.device):
-                self._transformed = self.fed(self.data)
-        return self._transformed
+                self.transformed = self.fed(self.data)
+        return self.transformed
 
     def between(self, first: int, last: int) -> list[Tensor]:
         """The program's tensors as it sees them outside of batches, from row ``first`` to before row ``last``."""
-        seen = self._transformed or self.data
+        seen = self.transformed or self.data
         cut = [leaf[first:last] if leaf.dim() and leaf.shape[0] == self.rows else leaf for leaf in seen]
-        return cut if self._transformed is not None else self.fed(cut)
+        return cut if self.transformed is not None else self.fed(cut)
 
     def parts(self) -> Iterator[tuple[int, list[Tensor] | None]]:
         """All the data, about as many rows at a time as were looked at, and where they begin; None if all were."""
@@ -421,7 +421,7 @@ class Program:
         other.data = [other._cast(leaf) for leaf in self.minibatch(index)]
         tensors = iter(other.data)
         other._leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        other._known, other.rows, other.part, other._transformed = Known(other.data), len(index), None, None
+        other._known, other.rows, other.part, other.transformed = Known(other.data), len(index), None, None
         other._look()
         return other
 
@@ -475,13 +475,13 @@ class Program:
                 traces += [self.trace({}, evaluated=False) for _ in range(looks - 1)]
                 check_structure(self, traces)
             nodes = largest(traces)
-            self._take_down(nodes, traces)
+            self.take_down(nodes, traces)
             check_supports(self, traces)
             supports = {n: [t.nodes[n]["fn"].support for t in traces if n in t.nodes] for n in self.observed_sites}
             self.moving = {name: moving(found) for name, found in supports.items()}
             check_data(self, traces, self.observed)
-            self._leaf_of = self._leaves_observed(traces)
-            check_randomness(self, self._settings(traces))
+            self.leaf_of = leaves_observed(self, traces)
+            check_randomness(self, [latent_values(trace, self.latents) for trace in traces])
             if not self.is_fixed and not self.is_changing:
                 self.is_changing = is_read(self, traces[0])
             self._resized = resized(traces) if self.is_changing else set()
@@ -491,7 +491,7 @@ class Program:
             for name in [name for name, site in self.latents.items() if site.is_linked]:
                 self.latents[name] = replace(self.latents[name], plates=self._along(name, nodes))
 
-    def _take_down(self, nodes: Mapping[str, Mapping[str, Any]], traces: list[poutine.Trace]) -> None:
+    def take_down(self, nodes: Mapping[str, Mapping[str, Any]], traces: list[poutine.Trace]) -> None:
         """Notes what sites there are, and of what shape, from the nodes of a program's statements."""
         kinds = {name: kind_of(node) for name, node in nodes.items()}
         sites = {name: site_of(name, node) for name, node in nodes.items() if kinds[name] in ("latent", "observed")}
@@ -520,55 +520,6 @@ class Program:
         parts = [part for node in nodes.values() for part in vars(base(node["fn"])).values() if isinstance(part, Tensor)]
         self.breadth = max((part.numel() for part in parts), default=1)
 
-    def _confirm(self) -> bool:
-        """Takes sizes and values from all rows, a part of which has shown the structure; whether theirs is the same."""
-
-        def told() -> list[Any]:
-            kinds = [(s.name, s.family, s.event_dim, s.dtype, s.choices is None) for s in self._sites]
-            return [*kinds, *self.frames.items(), self.augmented]
-
-        before, plates = told(), self.row_plates
-        free = [name for name, site in self.latents.items() if site.choices is None]
-        with isolated(0, self.device), reproducible(self.dtype, self.device):
-            trace = self._trace_alike()
-            self._take_down(largest([trace]), [trace])
-            for name in set(free) & self.latents.keys():
-                self.latents[name] = replace(self.latents[name], choices=None)
-            sizes = {plate.name: plate.size for site in self._sites for plate in site.plates}
-            is_same = (
-                before == told()
-                and len(plates) > 0
-                and all(sizes.get(plate) == self.rows for plate in plates)
-                and not any(site.is_linked for site in self.latents.values())
-            )
-            if is_same:
-                check_data(self, [trace], self.observed, is_fitting=True)
-                self._leaf_of = self._leaves_observed([trace])
-                (values,) = self._settings([trace])
-                del trace  # which may hold a parameter of each row
-                check_finite(self, [values])
-        return is_same
-
-    def _trace_alike(self) -> poutine.Trace:
-        """A run on all rows in which these hide the same, so that what they look up is not held for each of them."""
-        alike = {}
-        for name, site in self.latents.items():
-            if site.choices is not None and any(plate in self.row_plates for plate in self.frames[name]):
-                alike[name] = site.choices[0].expand(self._widened(site.shape, name, site.event_dim))
-        try:
-            return self.trace(alike, evaluated=False)
-        except Exception:  # whatever a program raises that needs memory of each row
-            return self.trace({}, evaluated=False)
-
-    def _widened(self, shape: torch.Size, name: str, behind: int) -> torch.Size:
-        """What a shape of a site is for all rows, if a part of them has this; ``behind``: dimensions that no plate has."""
-        sizes = [*shape]
-        for plate, dim in self.frames[name].items():
-            if plate in self.row_plates and len(sizes) - behind + dim >= 0:
-                assert self.rows is not None
-                sizes[len(sizes) - behind + dim] = self.rows
-        return torch.Size(sizes)
-
     def _along(self, site: str, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[Plate, ...]:
         """The plate of the statements that depend on a sequence of states, along which its elements lie; () if none is."""
         size = self.latents[site].shape[-1]
@@ -587,76 +538,6 @@ class Program:
         if self.is_fixed:
             raise Unsupported(sentence)
         self.is_changing = True
-
-    def _widen(self, part: int) -> None:
-        """Makes of what a part of the rows has shown what all rows have, and checks the data of all."""
-        plates, rows = set(self.row_plates), self.rows
-        assert rows is not None
-        if not plates:
-            return  # for the back-end to refuse
-
-        for sites in (self.latents, self.observed_sites):
-            for name, site in sites.items():
-                known = tuple(replace(p, size=rows) if p.name in plates else p for p in site.plates)
-                sites[name] = replace(site, shape=self._widened(site.shape, name, site.event_dim), plates=known)
-        self.batch_shapes = {name: self._widened(shape, name, 0) for name, shape in self.batch_shapes.items()}
-        for name, shape in self.deterministic.items():
-            if plates & self.frames[name].keys():
-                self.deterministic[name] = torch.Size(rows if size == part else size for size in shape)
-        self._see_all(part, [name for name in self.observed_sites if plates & self.frames[name].keys()])
-
-    def _leaves_observed(self, traces: list[poutine.Trace]) -> dict[str, int]:
-        """Observed sites whose values are an argument as it came, to its place, where nothing but those can be amiss.
-
-        What is amiss in other rows can then be seen without running the program on them: there is no mask, and the support
-        is the same for all rows and all latent values.
-        """
-        found = {}
-        for name in self.observed_sites:
-            nodes = [trace.nodes[name] for trace in traces if name in trace.nodes]
-            places = [i for i, leaf in enumerate(self.data) if all(node["value"] is leaf for node in nodes)]
-            is_plain = all(node["mask"] is None and is_constant(node["fn"].support) for node in nodes)
-            if places and is_plain and len(nodes) == len(traces):
-                found[name] = places[0]
-        return found
-
-    def _see_all(self, part: int, names: list[str]) -> None:
-        """Goes through all rows: checks the data of the sites ``names``, and keeps them if they are not too large."""
-        assert self.rows is not None
-        sizes = {name: self.observed[name].numel() * self.observed[name].element_size() for name in names}
-        is_kept = sum(sizes.values()) * self.rows <= _LARGEST * part
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
-        with isolated(0, self.device), reproducible(self.dtype, self.device), torch.no_grad():
-            for first, data in self.parts():
-                if data is not None and self._leaf_of.keys() == self.observed.keys() == set(names):
-                    seen = {name: data[place] for name, place in self._leaf_of.items()}
-                    for name, value in seen.items():
-                        check_support(self, name, value, self.observed_sites[name].support.check(value), None, first)
-                else:
-                    trace = self.trace({}, data=data, evaluated=False)
-                    seen = {name: trace.nodes[name]["value"].detach() for name in self.observed if name in trace.nodes}
-                    check_data(self, [trace], seen, first)
-                for name in names if is_kept else ():
-                    found[name].append(seen[name])
-        self.observed = {name: value for name, value in self.observed.items() if name not in names}
-        if is_kept:
-            self.observed |= {name: self._joined(name, found[name]) for name in names}
-
-    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
-        """Values of a site of the rows, from those of parts of them; rows of an argument are not copied."""
-        shape = self.observed_sites[name].shape
-        for whole in self._transformed or self.data:
-            if whole.shape == shape and whole.dtype == parts[0].dtype:
-                cut = whole.split([len(part) for part in parts]) if sum(map(len, parts)) == len(whole) else ()
-                if cut and all(torch.equal(*pair) for pair in zip(cut, parts, strict=True)):
-                    return whole
-        site = self.observed_sites[name]
-        dims = [dim - site.event_dim for plate, dim in self.frames[name].items() if plate in self.row_plates]
-        return torch.cat(parts, dims[0])
-
-    def _settings(self, traces: list[poutine.Trace]) -> list[dict[str, Tensor]]:
-        """The latent values of each trace."""
-        return [{name: t.nodes[name]["value"] for name in self.latents if name in t.nodes} for t in traces]
 
     @property
     def named_arguments(self) -> list[tuple[str, Any]]:
@@ -715,7 +596,8 @@ class Program:
         return None
 
     @property
-    def _sites(self) -> list[Site]:
+    def sites(self) -> list[Site]:
+        """What is latent and what is observed."""
         return [*self.latents.values(), *self.observed_sites.values()]
 
     @property
@@ -730,7 +612,7 @@ class Program:
         They have as many elements as there are rows, and one more if a row is added. So the columns of square data are none,
         nor are five components of five rows. A program that does not run with one row more is judged by the number alone.
         """
-        sized = {plate.name for site in self._sites for plate in site.plates if plate.size == self.rows} - self._resized
+        sized = {plate.name for site in self.sites for plate in site.plates if plate.size == self.rows} - self._resized
         if sized and self._grown is not None:
             sized -= {name for name, sizes in self._grown.plates.items() if self.rows in sizes}
         return tuple(sorted(sized))
@@ -882,7 +764,7 @@ class Program:
 
     @cached_property
     def coords(self) -> dict[str, np.ndarray]:
-        plates = [plate for site in self._sites for plate in site.plates if plate.name not in self._resized]
+        plates = [plate for site in self.sites for plate in site.plates if plate.name not in self._resized]
         return {plate.name: np.arange(plate.size) for plate in plates}
 
     @cached_property

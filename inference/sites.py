@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from inference.transforms import bijection
 
 __all__ = [
     "Plate", "Shape", "Site", "batch_shape_of", "evaluate", "firm", "frames_of", "is_constant", "is_statement", "kin",
-    "kind_of", "largest", "loops", "moving", "resized", "shape_of", "site_of",
+    "kind_of", "largest", "latent_values", "loops", "moving", "resized", "shape_of", "site_of",
 ]  # fmt: skip
 
 
@@ -162,6 +162,11 @@ def site_of(name: str, node: Mapping[str, Any]) -> Site:
         is_flat=isinstance(inner, ImproperUniform),
         is_unnormalised=isinstance(inner, Unnormalised),
     )
+
+
+def latent_values(trace: poutine.Trace, latents: Iterable[str]) -> dict[str, Tensor]:
+    """The values of those of these sites that a run has."""
+    return {name: trace.nodes[name]["value"] for name in latents if name in trace.nodes}
 
 
 def largest(traces: list[poutine.Trace]) -> dict[str, Mapping[str, Any]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from inference import EM, HMC, NUTS, SVI, Backend, Gibbs, MetropolisHastings, Posterior
+from parameters import quick
 from pyro_genmodels import GMM, cli, comparison, datasets
 from pyro_genmodels.comparison import METHODS, MODELS, Comparison, Folder, split
 
@@ -217,7 +218,7 @@ def test_every_model_is_run_below() -> None:
     assert {"gmm", *RUNS} == {*MODELS}
 
 
-@pytest.mark.parametrize("model", RUNS)
+@pytest.mark.parametrize("model", quick(RUNS, ("linear", "hmm", "naive_bayes")))
 def test_every_model_is_fitted_by_its_name(
     model: str, methods: dict[str, Any], sheet: Path, tally: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

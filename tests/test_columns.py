@@ -136,7 +136,7 @@ def pairs() -> np.ndarray:
     "backend",
     [
         Gibbs(chains=32, warmup=50, draws=250, seed=0, progress=False),
-        HMC(chains=32, warmup=100, draws=200, seed=0, progress=False),
+        pytest.param(HMC(chains=32, warmup=100, draws=200, seed=0, progress=False), marks=pytest.mark.slow),
         MetropolisHastings(chains=64, warmup=300, draws=200, thin=10, seed=0, progress=False),
     ],
     ids=lambda backend: type(backend).__name__,
@@ -150,6 +150,7 @@ def test_samplers_agree_with_the_enumeration_of_all_labels(backend: Any, pairs: 
     assert bool((error <= 5.0 * same.std(0) / len(same) ** 0.5 + 1e-12).all())
 
 
+@pytest.mark.slow
 def test_conditionals_and_maxima_are_closed_forms() -> None:
     found = Gibbs(chains=2, warmup=5, draws=5, seed=0, progress=False).fit(Mixture(2, ALL[:4]), rows()[:, :4]).plan
     kinds = {"weights": "Dirichlet", "probabilities": "Beta", "shares": "Dirichlet", "rates": "Gamma", "means": "Normal",

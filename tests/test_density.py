@@ -33,6 +33,7 @@ from inference.program import Program
 from inference.recording import quicken, record
 from inference.staging import RUNGS, Staged
 from inference.transforms import PositiveDefinite, Stereographic, StickBreaking, bijection
+from parameters import quick
 from pyro_genmodels import datasets
 from pyro_genmodels.distributions import InverseWishart
 from zoo import BY_NAME, ZOO, Instance
@@ -180,7 +181,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["eight schools", "coal"])
+@pytest.mark.parametrize("name", quick(["eight schools", "coal"], ["coal"]))
 def test_the_compiled_rung_gives_the_values_and_gradients_of_the_looped_one(name: str) -> None:
     program = programs()[name]
     compiled, size = unconstrained(program, "compiled", gradient=True, evaluations=10**6)

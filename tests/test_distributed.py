@@ -34,6 +34,7 @@ from inference.distributed import ALONE, alone, processes
 from inference.fit import Sample
 from inference.program import Program
 from inference.start import starting_values
+from parameters import quick
 from pyro_genmodels import GMM
 
 ROOT = Path(__file__).parent.parent
@@ -509,6 +510,9 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
+LONG_CHECKS = {"em_is_that_of_one_process", "they_stop_together", "svi_takes_the_steps_of_one_process"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("processes")
@@ -528,15 +532,16 @@ def died(folder: Path) -> dict[str, tuple[list[int], str, float]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path, died: Any) -> list[dict[str, str]]:
-    """Check to traceback, "" where it passed; of each process."""
-    done = torchrun(__file__, "checks", str(folder))
+def outcomes(folder: Path, died: Any, request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    """Check to traceback, "" where it passed; of each process. Of the checks that were asked for."""
+    asked = {item.callspec.params["name"] for item in request.session.items if item.originalname == "test_in_two_processes"}
+    done = torchrun(__file__, "checks", str(folder), *(name for name in CHECKS if name in asked))
     files = [folder / f"outcomes-{i}.json" for i in range(SIZE)]
     assert all(file.exists() for file in files), done.stdout + done.stderr
     return [json.loads(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", quick(CHECKS, {*CHECKS} - LONG_CHECKS))
 def test_in_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
     for found in outcomes:
         assert found.get(name, "did not run") == "", found.get(name, "did not run")
@@ -550,6 +555,7 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(name: str, died: An
     assert "and process 0 cannot go on without it" in said and "is gone on with by resume" in said
 
 
+@pytest.mark.slow
 def test_the_example_runs_in_two_processes(tmp_path: Path) -> None:
     done = torchrun(str(ROOT / "examples" / "distributed.py"), "--smoke", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -563,15 +569,15 @@ def test_one_process_has_nobody_to_ask() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- what the processes do
-def main(what: str, folder: Path) -> None:
+def main(what: str, folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     if what == "checks":
         found = {}
-        for name, check in CHECKS.items():
+        for name in names:
             try:
                 begun = time.monotonic()
-                check(folder)
+                CHECKS[name](folder)
                 processes().meet()
                 found[name] = ""
             except BaseException:
@@ -601,4 +607,4 @@ def die_in(backend: Any, method: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -399,6 +399,7 @@ def test_mini_batches_reach_the_mode_of_all_rows() -> None:
     assert float(part.stats["lp"]) == pytest.approx(float(full.stats["lp"]), abs=0.05)
 
 
+@pytest.mark.slow
 def test_mini_batches_of_gaussian_latents_reach_the_likelihood_of_all_rows() -> None:
     """Within 0.2 nats of the closed form after 600 passes: what is missing shrinks as one over their number."""
     posterior = em(objective="mle", steps=1800, batch_size=20, standard_errors=False).fit(components, LOADED)

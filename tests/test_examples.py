@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from parameters import quick
 from posteriordb import FOLDER
 from pyro_genmodels import cli
 from pyro_genmodels.comparison import METHODS
@@ -58,7 +59,12 @@ ON_DATA = {
 }  # example to what it reads
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+LONG = {"anomaly_detection", "density_estimation", "distributed", "galaxies", "gmm_five_ways", "infogan_digits",
+        "missing_pixels", "mnist_vae", "semi_supervised_text", "vade_clusters", "vae_family"}  # fmt: skip
+SHORT = [path for path in EXAMPLES if path.stem not in LONG]
+
+
+@pytest.mark.parametrize("path", quick(EXAMPLES, SHORT), ids=lambda path: path.stem)
 def test_examples_run(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     if path.stem in ON_DATA:
         if not (FOLDER / ON_DATA[path.stem]).exists():

@@ -34,6 +34,7 @@ def test_the_number_of_components_is_uniform_before_the_data() -> None:
     assert float((share - 1 / MOST).abs().max()) < 4.0 * error
 
 
+@pytest.mark.slow
 def test_every_update_is_exact() -> None:
     posterior = Gibbs(chains=2, warmup=5, draws=20, seed=0, progress=False).fit(
         velocities, datasets.load("galaxies").x[:, 0]

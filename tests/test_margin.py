@@ -163,6 +163,7 @@ def test_what_makes_no_sense_is_refused(build: Any, words: str) -> None:
         build()
 
 
+@pytest.mark.slow
 def test_rows_seen_twice_cost_twice() -> None:
     """Every row twice is the machine of twice the cost; and one class alone leaves all of them on its side."""
     single, double = MarginClassifier(2.0, standardise=False), MarginClassifier(1.0, standardise=False)

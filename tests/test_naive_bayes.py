@@ -20,6 +20,7 @@ from torch import Tensor
 from agreement import assert_agree
 from exact import Moments, array, assignments, averaged, beta, dirichlet, gamma, grid, log_dirichlet, moments, noise
 from inference import EM, HMC, SVI, Gibbs, MetropolisHastings
+from parameters import quick
 from pyro_genmodels import NaiveBayes
 from pyro_genmodels.distributions import Classwise
 
@@ -85,7 +86,7 @@ BACKENDS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", quick(BACKENDS, ("Gibbs",)))
 def test_samplers_agree_with_enumeration_of_the_missing_labels(backend: str) -> None:
     posterior = BACKENDS[backend].fit(NaiveBayes(2, KINDS), TABLE, LABELS)
     draws = {name: value.double().numpy() for name, value in posterior.draws.items()}
@@ -103,6 +104,7 @@ def test_samplers_agree_with_enumeration_of_the_missing_labels(backend: str) -> 
         assert max(plan[name].certificate for name in plan) < 1e-8
 
 
+@pytest.mark.slow
 def test_the_means_of_an_automatic_guide_are_not_far_off() -> None:
     """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
     posterior = SVI(steps=800, learning_rate=0.03, **START).fit(NaiveBayes(2, KINDS), TABLE, LABELS)

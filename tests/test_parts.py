@@ -141,7 +141,7 @@ def test_a_part_of_the_rows_shows_what_all_show(name: str, monkeypatch: pytest.M
         assert [facts(site) for site in ours.values()] == [facts(site) for site in theirs.values()]
     for fact in ("batch_shapes", "frames", "deterministic", "factors", "nesting", "row_plates", "row_loops", "dependence"):
         assert getattr(few, fact) == getattr(whole, fact), fact
-    for fact in ("knows_rows", "finite", "continuous", "dims", "rows", "dtype", "augmented", "_leaf_of"):
+    for fact in ("knows_rows", "finite", "continuous", "dims", "rows", "dtype", "augmented", "leaf_of"):
         assert getattr(few, fact) == getattr(whole, fact), fact
     for site, value in whole.observed.items():
         torch.testing.assert_close(few.observed[site], value, rtol=0.0, atol=0.0, equal_nan=True)

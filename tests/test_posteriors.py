@@ -203,7 +203,7 @@ def test_a_guide_that_contains_the_posterior_finds_it(instance: Instance, device
         assert (np.abs(found[site].sd / exact.sd - 1)).max() < 0.02, site
 
 
-@cells("SVI", where=lambda instance: instance.guide is None and not instance.scattered, every=4)
+@cells("SVI", where=lambda instance: instance.guide is None and not instance.scattered, every=8)
 def test_means_of_an_automatic_guide_are_not_far_off(instance: Instance, backend: str, device: torch.device) -> None:
     """Within half a posterior standard deviation, though independent normals do not contain the posterior."""
     steps, rate = LONG_FITS.get(instance.name, (500, 0.03))

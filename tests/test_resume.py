@@ -52,6 +52,7 @@ from inference import (
 )
 from inference.diagnosis import worst
 from inference.objective import Objective
+from parameters import quick
 
 ROOT = Path(__file__).parent.parent
 COUNTS = torch.tensor([0.0, 1, 0, 6, 7, 1, 0, 5, 9, 1], dtype=torch.float64)
@@ -241,7 +242,11 @@ RUNS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[Tensor, ...], 
     "EM, weights": (em(batch_size=4), lambda: Network(0.2), (Y,), (3, 6)),
     "EM, many weights": (em(learning_rate=1e-4), lambda: Network(0.0, 1100), (Y,), (3, 6)),
 }  # fmt: skip
-every_run = pytest.mark.parametrize("name", RUNS)
+FAST_RUNS = (
+    "Gibbs", "Gibbs, demoted", "RandomWalk", "Independence, draws", "changing", "HMC", "NUTS", "SVI", "SVI, weights", "EM",
+    "EM, squarem", "EM, batches", "EM, draws",
+)  # fmt: skip
+every_run = pytest.mark.parametrize("name", quick(RUNS, FAST_RUNS))
 
 
 def assert_same(left: Posterior, right: Posterior) -> None:
@@ -298,7 +303,7 @@ def test_a_run_that_is_stopped_in_either_phase_goes_on_bit_for_bit(name: str, st
 EXTENDED = ("Gibbs, demoted", "RandomWalk", "Prior", "Independence, draws", "changing", "HMC", "NUTS", "SVI", "SVI, Laplace")
 
 
-@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("name", quick(EXTENDED, ("Gibbs, demoted", "RandomWalk", "changing", "SVI")))
 def test_more_draws_extend_a_run_as_if_they_had_been_asked_for_at_once(name: str, stopped: Any, tmp_path: Path) -> None:
     make, program, data, _ = RUNS[name]
     short, _ = stopped(name)
@@ -355,7 +360,7 @@ def test_a_run_may_stop_many_times_and_stay_in_one_folder(tmp_path: Path) -> Non
 
 
 @pytest.mark.graphs
-@pytest.mark.parametrize("rung", ["staged", "compiled"])
+@pytest.mark.parametrize("rung", quick(["staged", "compiled"], ["staged"]))
 def test_a_run_goes_on_on_the_rung_where_it_was(rung: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Before graphs are made, while they are held against the program, and after."""
     monkeypatch.setenv("PYRO_GENMODELS_RUNG", rung)
@@ -411,7 +416,7 @@ STAGED_STEPS: dict[str, tuple[SVI, Callable[[], Any], Tensor]] = {
 
 
 @pytest.mark.graphs
-@pytest.mark.parametrize("name", STAGED_STEPS)
+@pytest.mark.parametrize("name", quick(STAGED_STEPS, ("watched", "batches")))
 def test_a_staged_step_is_staged_again(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Before the graph is made, at its checks and after them; and inside the blocks of draws."""
     monkeypatch.setenv("PYRO_GENMODELS_RUNG", "staged")
@@ -501,7 +506,7 @@ def test_steps_that_ctrl_c_cut_short_are_taken_before_there_are_new_draws() -> N
     assert torch.equal(whole.history["loss"], SVI(steps=20, draws=10, **QUIET).fit(line, Y).history["loss"])
 
 
-@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("is_saved", quick([False, True], [True]))
 def test_em_goes_on_with_chains_of_states_after_ctrl_c(is_saved: bool, tmp_path: Path) -> None:
     def walk(y: Tensor) -> None:
         step = pyro.sample("step", dist.HalfNormal(1.0))

@@ -183,6 +183,7 @@ def spotted(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(2.0 * state, torch.where(is_off > 0.5, 5.0, scale)), obs=y)
 
 
+@pytest.mark.slow
 def test_labels_of_single_steps_are_summed_out_below_a_chain() -> None:
     y, values = torch.tensor([0.2, 2.4, 7.0, -0.1]), {"scale": torch.tensor(0.8)}
     program = Program(spotted, (y,))

@@ -181,6 +181,7 @@ def test_a_plate_of_unknown_size_has_its_posterior() -> None:
     assert torch.equal((~m.isnan()).sum(-1), k.long() + 1)
 
 
+@pytest.mark.slow
 def test_supports_that_do_not_meet_are_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
     """P(b = 1 | y) from normal distribution functions, by moves of single sites alone: one check of ``assert_agrees``."""
     monkeypatch.setattr("inference.traces.SingleSiteKernel", functools.partial(SingleSiteKernel, 0.0))
@@ -192,6 +193,7 @@ def test_supports_that_do_not_meet_are_crossed(monkeypatch: pytest.MonkeyPatch) 
     assert bool((posterior.draws["b"].double().std(1) > 0.0).all())
 
 
+@pytest.mark.slow
 def test_a_support_that_follows_a_latent_has_its_posterior() -> None:
     """E[top | y] and E[x | y] by quadrature: two checks of ``assert_agrees``."""
     y = tensor(1.4)
@@ -469,6 +471,7 @@ def test_chains_that_disagree_about_a_site_are_a_finding(optional_fit: Posterior
     assert any(finding.startswith("R-hat of 'size of mu'") for finding in broken.diagnose())
 
 
+@pytest.mark.slow
 def test_the_log_likelihood_is_that_of_each_draw(optional_fit: Posterior) -> None:
     found = optional_fit.log_likelihood()["y"]
     mean = optional_fit.draws["twice"] / 2.0
@@ -478,6 +481,7 @@ def test_the_log_likelihood_is_that_of_each_draw(optional_fit: Posterior) -> Non
     assert torch.allclose(optional_fit.stats["lp"], log_prior + found.sum(-1), rtol=0.0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_predictions_follow_the_structure_of_each_draw(optional_fit: Posterior) -> None:
     """Residuals of predictions are standard normal: their mean and square, two checks of ``assert_agrees``."""
     mean = (optional_fit.draws["twice"] / 2.0).unsqueeze(-1)

@@ -1,6 +1,8 @@
 """Score models of pictures on a GPU: pictures a second by ways of training, quality over steps, samplers by calls.
 
     PYRO_GENMODELS_DATA=FOLDER python examples/benchmarks/pictures_diffusion.py --device cuda
+    PYRO_GENMODELS_DATA=FOLDER python examples/benchmarks/pictures_diffusion.py --no-speed --data mnist --width 16 --blocks 1
+        --batch 64 --learning-rate 2e-3 --scale 0.8 --draws 1000 --seen 200               an hour of one core
     python examples/benchmarks/pictures_diffusion.py --smoke          whether it runs, on a processor
 
 Speed: the steps of ``Denoising`` on a U-Net for pictures of 3 x 32 x 32 (width 128, 1, 2 and 2 times that, attention at 8 x
@@ -10,11 +12,11 @@ counted. Operations are those of the network, forward and backward, as torch's c
 product of matrices of 8192 on the same card in the same run, in the same type; tf32 rounds the factors of
 float32 to 10 bits.
 
-Quality: the model of ``examples/train_unet.py`` (width 64) in bfloat16, in stages that each go on from the averaged weights
-of the one before with a rate that falls anew. Fréchet distances are between draws and the test pictures, in the features
-that come with the package by the name of the data set; their floor is that of as many training pictures. Bits per dimension
-are by the probability flow, of test pictures with noise of one grey level. Then the last model, drawn from by some samplers
-at several numbers of calls of the network.
+Quality: the model of ``examples/train_unet.py``, of ``--width`` and ``--blocks``, in bfloat16 on a GPU, in stages that each
+go on from the averaged weights of the one before with a rate that falls anew. Fréchet distances are between draws and the
+test pictures, in the features that come with the package by the name of the data set; their floor is that of as many
+training pictures. Bits per dimension are by the probability flow, of test pictures with noise of one grey level. Then the
+last model, drawn from by some samplers at several numbers of calls of the network.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ def noise() -> SimpleLoss:
     return SimpleLoss(noising.EDMError(), noising.LogNormal(-1.5, 1.5))
 
 
-def built(shape: tuple[int, ...], width: int, device: torch.device, is_last: bool = True) -> ScoreModel:
+def built(shape: tuple[int, ...], width: int, device: torch.device, is_last: bool = True, blocks: int = 2) -> ScoreModel:
     torch.manual_seed(0)
     layout = torch.channels_last if is_last else torch.contiguous_format
-    network = nets.UNet(shape, width=width, multiples=(1, 2, 2)).to(device, memory_format=layout)
+    network = nets.UNet(shape, width=width, multiples=(1, 2, 2), blocks=blocks).to(device, memory_format=layout)
     return ScoreModel(Network(network, EDM(), "preconditioned"), shape, steps=16, probes=1)
 
 
@@ -168,7 +170,7 @@ def quality(name: str, given: argparse.Namespace, device: torch.device, table: R
         x, test = x[:64], test[:40]
     allow("tf32")
     network, shape = images.feature_network(name), tuple(x.shape[1:])
-    rows, stages = (8, (3, 6)) if given.smoke else (256, tuple(int(s * given.scale) for s in (500, 1500, 3000)))
+    rows, stages = (8, (3, 6)) if given.smoke else (given.batch, tuple(int(s * given.scale) for s in (500, 1500, 3000)))
     draws = min(given.draws, len(x), len(test))
     seen = test.float() / (LEVELS - 1)
 
@@ -176,9 +178,9 @@ def quality(name: str, given: argparse.Namespace, device: torch.device, table: R
         return images.frechet_distance(those.reshape(-1, *network.shape), seen.reshape(-1, *network.shape), network)
 
     torch.manual_seed(1)
-    at = torch.randperm(len(test))[:500]
+    at = torch.randperm(len(test))[: given.seen]
     new, floor = continuous(test[at], LEVELS).to(device), apart(x[:draws].float() / (LEVELS - 1))
-    model, done, before = built(shape, 8 if given.smoke else 64, device), 0, 0.0
+    model, done, before = built(shape, 8 if given.smoke else given.width, device, blocks=given.blocks), 0, 0.0
     print(f"\n{name}: {len(x)} pictures of {'x'.join(map(str, shape))} to train on, {len(test)} others, {draws} draws")
     print(f"features '{network.name}': {network.about}")
     print(f"{'steps of ' + str(rows):>14}{'seconds':>10}{'FID':>9}{'bits':>9}{'± se':>7}   (training's FID {floor:.3f})")
@@ -186,8 +188,8 @@ def quality(name: str, given: argparse.Namespace, device: torch.device, table: R
     for steps in stages:
         begun = time.perf_counter()
         fit = Denoising(loss=noise(), steps=steps, batch_size=rows, average=PowerAverage(0.1), clip_norm=1.0, seed=done,
-                        learning_rate=5e-4, autocast=torch.bfloat16 if device.type == "cuda" else None, progress=False,
-                        transform=lambda grey: continuous(grey, LEVELS))  # fmt: skip
+                        learning_rate=given.learning_rate, autocast=torch.bfloat16 if device.type == "cuda" else None,
+                        progress=False, transform=lambda grey: continuous(grey, LEVELS))  # fmt: skip
         fit.fit(model, x)
         settle(device)
         done, before = done + steps, before + time.perf_counter() - begun
@@ -210,6 +212,11 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=["mnist", "fashion_mnist", "cifar10"], metavar="NAME")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
     parser.add_argument("--draws", type=int, default=5000)
+    parser.add_argument("--seen", type=int, default=500, help="test pictures whose bits are measured")
+    parser.add_argument("--width", type=int, default=64, help="of the U-Net that quality is measured of")
+    parser.add_argument("--blocks", type=int, default=2, help="of it, at each resolution")
+    parser.add_argument("--batch", type=int, default=256, help="pictures in a step, where quality is measured")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="where quality is measured")
     parser.add_argument("--no-speed", action="store_true", help="quality alone")
     parser.add_argument("--smoke", action="store_true", help="a few steps of small networks")
     given = parser.parse_args()
