@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from inference.contract import Draw, Unsupported
@@ -21,6 +22,7 @@ from inference.duel import Duel, DuelState
 from inference.fit import Optimise
 from inference.games import Game, NonSaturating
 from inference.guides import Guide, is_drawn
+from inference.handlers import isolated, reproducible
 from inference.program import Program
 
 __all__ = ["Adversarial", "AdversarialInfo", "Wiring"]
@@ -131,6 +133,7 @@ class Adversarial(Duel[AdversarialInfo]):
             )
         self._check_data(program)
         wiring = self._wiring(program)
+        self._check_beside(program, wiring)
         self.critic.to(program.device, program.dtype)
         guide = self._guide(program, wiring)
         self._check_critic(program, wiring)
@@ -150,20 +153,62 @@ class Adversarial(Duel[AdversarialInfo]):
                     f"{tuple(missing[0].tolist())}), but a critic compares whole rows. Fill them in, or drop those rows."
                 )
 
+    def _check_beside(self, program: Program, wiring: Wiring) -> None:
+        names = [name for name, _ in program.tensors]
+        for i in wiring.beside:
+            bad = (~program.data[i].isfinite()).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"'{names[i]}' of {program.name} has {len(bad)} values that are missing or infinite (the first at "
+                    f"{tuple(bad[0].tolist())}). Fill them in, or drop those rows."
+                )
+
     def _wiring(self, program: Program) -> Wiring:
-        """Finds each observed site among the program's tensors."""
+        """Finds each observed site among the program's tensors, by what becomes of it where one of these changes."""
         data = program.glimpse
         real = program.trace({}, data=data, evaluated=False).nodes
-        sources: list[int | None] = []
         for name in program.observed_sites:
-            value = real[name]["value"]
-            same = (
-                i for i, leaf in enumerate(data) if leaf.shape == value.shape and torch.equal(leaf, value.to(leaf.dtype))
-            )
-            sources.append(next(same, None))
+            node = real[name]
+            is_scaled = isinstance(node["scale"], Tensor) or node["scale"] != 1.0
+            if node["mask"] is not None or is_scaled or isinstance(node["fn"], MaskedDistribution):
+                raise Unsupported(
+                    f"Site '{name}' is masked or scaled, but a critic compares whole rows, which count alike. Leave rows "
+                    "out of the data, or use SVI(), which needs a density."
+                )
         rows = len(data[0]) if data and data[0].dim() else None
+        found = {i: self._observing(program, data, i, rows) for i in range(len(data))}
+        sources = tuple(next((i for i, (same, _) in found.items() if name in same), None) for name in program.observed_sites)
+        for i, (_, changed) in found.items():
+            astray = [name for name, source in zip(program.observed_sites, sources, strict=True) if source is None]
+            if told := [name for name in astray if name in changed]:
+                raise Unsupported(
+                    f"The data of site '{told[0]}' are made of argument {i} of {program.name}. A critic that were given "
+                    "both would tell draws by that alone. Pass the data as they are observed."
+                )
         beside = (i for i, leaf in enumerate(data) if leaf.dim() and len(leaf) == rows and i not in sources)
-        return Wiring(tuple(sources), tuple(beside))
+        return Wiring(sources, tuple(beside))
+
+    @staticmethod
+    def _observing(program: Program, data: list[Tensor], place: int, rows: int | None) -> tuple[set[str], set[str]]:
+        """Sites whose data are the tensor at this place, and those whose data are made of it."""
+        leaf = data[place]
+        if not leaf.is_floating_point() or not leaf.dim() or len(leaf) != rows:
+            return set(), set()
+        other = [*data]
+        other[place] = leaf + 0.1 * (1.0 + leaf.abs()) * torch.rand_like(leaf)
+        with isolated(0, program.device), reproducible(program.dtype, program.device):
+            try:
+                before, after = (program.trace({}, data=given, evaluated=False).nodes for given in (data, other))
+            except Exception:  # whatever a program raises that looks at its data
+                before = after = program.trace({}, data=data, evaluated=False).nodes
+        same, changed = set(), set()
+        for name in program.observed_sites:
+            value, given = after[name]["value"], other[place]
+            if value.shape == given.shape and torch.equal(value.to(given.dtype), given):
+                same.add(name)
+            elif value.shape != before[name]["value"].shape or not torch.equal(value, before[name]["value"]):
+                changed.add(name)
+        return same, changed
 
     def _guide(self, program: Program, wiring: Wiring) -> Guide | None:
         """What recognises hidden sites, if anything is to."""

@@ -25,7 +25,7 @@ from inference.handlers import refill
 from inference.networks import first_not_finite
 from inference.objective import Objective
 from inference.program import Program
-from inference.training import NOT_FINITE, PowerAverage, check_settings, follow, in_networks, put, rows_of_step
+from inference.training import NOT_FINITE, PowerAverage, are_finite, check_settings, follow, in_networks, put, rows_of_step
 
 __all__ = ["Duel", "DuelState"]
 
@@ -121,6 +121,8 @@ class Duel(Backend[DuelState, I]):
         if self.batch_size is not None:
             program.check_rows("batch_size")
         check_settings(self, program, "learning_rate", "critic_learning_rate")
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas is {self.betas!r}, but must be two numbers, such as (0.5, 0.9).")
         if not self.zero_penalty >= 0:
             raise ValueError(f"zero_penalty is {self.zero_penalty!r}, but must not be negative.")
         if self.start is not None:
@@ -251,14 +253,14 @@ class Duel(Backend[DuelState, I]):
         if state.averaged:
             assert self.average is not None
             follow(state.averaged, self._followed(state), self.average, int(state.step))
-        if int(state.step) % NOT_FINITE == 0 and streak >= NOT_FINITE:
+        if (int(state.step) % NOT_FINITE == 0 or int(state.step) == self.steps) and streak >= min(NOT_FINITE, self.steps):
             self._give_up(state, program, data)
         return state, self._info(state, judged, moved)
 
     def _moved(self, state: DuelState, player: int, found: Tensor) -> Tensor:
-        """One step of an optimiser, none where the loss was not finite; whether it was."""
-        is_finite = found.isfinite().all()
+        """One step of an optimiser, none where the loss or a gradient was not finite; whether they were."""
         optimiser = state.optimisers[player]
+        is_finite = found.isfinite().all() & are_finite([w for group in optimiser.param_groups for w in group["params"]])
         optimiser.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
         optimiser.step()
         return is_finite
@@ -266,7 +268,7 @@ class Duel(Backend[DuelState, I]):
     @torch.no_grad()
     def _clip(self) -> None:
         if isinstance(self.game, Wasserstein) and self.game.clip is not None:
-            for weight in self.critic.parameters():
+            for weight in filter(lambda weight: weight.requires_grad, self.critic.parameters()):
                 weight.clamp_(-self.game.clip, self.game.clip)
 
     @staticmethod
@@ -285,13 +287,18 @@ class Duel(Backend[DuelState, I]):
         with torch.no_grad():
             drawer, drawn = self._drawer(state, program, data)
         is_drawn_well = all(bool(part.isfinite().all()) for part in drawn)
-        who = "The critic gives scores" if is_drawn_well else f"{drawer} draws values"
+        is_judged_well = is_drawn_well and bool(state.objectives[0].loss(data, False)[0].isfinite())
+        who = f"{drawer} draws values"
+        if is_drawn_well:
+            who = "Losses are finite, but there are gradients" if is_judged_well else "The critic gives scores"
         owners = (program.owner, self.critic, None if state.guide is None else state.guide.call)
         layer = first_not_finite(owners, lambda: state.objectives[0].loss(data, False))
         where = "" if layer is None else f"; the first layer that does is {layer}"
+        advice = ", or an objective with a penalty" if hasattr(self, "objective") else ""
+        advice += ", or keep values from where functions have no slope, such as a root of 0" if "Losses" in who else ""
         raise ValueError(
             f"{who} that have not been finite since step {int(state.step) - int(state.streak)}{where}. Take a smaller "
-            "learning_rate, or an objective with a penalty; a checkpoint holds the last weights that were finite."
+            f"learning_rate{advice}; a checkpoint holds the last weights that were finite."
         )
 
     def is_sound(self, state: DuelState, program: Program) -> bool:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from inference.contract import Unsupported
 from inference.density import Unconstrained
-from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, on_device, quiet
+from inference.handlers import Arithmetic, Drawing, Rescale, Substitute, Table, Weights, base, on_device, quiet, under
 from inference.program import Program
 from inference.sites import evaluate
 
@@ -90,9 +90,9 @@ class Guide:
                 def call(*a: Any, **k: Any) -> Any:
                     return functional_call(owner, constants, a, k)
 
-        handled = Weights(table)(Substitute(values or {})(call))
+        handled = under(Weights(table), under(Substitute(values or {}), call))
         if scale != 1.0:
-            handled = Rescale(program.row_plates, scale)(handled)
+            handled = under(Rescale(program.row_plates, scale), handled)
         beside = (
             contextlib.nullcontext() if particles is None else pyro.plate(PARTICLES, particles[0], dim=-1 - particles[1])
         )

@@ -45,6 +45,7 @@ __all__ = [
     "reproducible",
     "set_random_state",
     "start_flat",
+    "under",
 ]
 
 
@@ -444,6 +445,16 @@ class _SafeLog(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return gradient / x.clamp(min=torch.finfo(x.dtype).eps)
+
+
+def under(handler: contextlib.AbstractContextManager[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under a handler; Pyro's own form of it, ``handler(function)``, refuses arguments named context and fn."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with handler:
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ _INFO: dict[str, Any] = {  # what is used of it, and its kinds
     "versions": dict,
 }
 _POINTWISE_BYTES = 2**30
+_VIEWS = {"denoising": {"is_run": False}, "adversarial": {"is_simulated": True}}  # what such fits see of a program
 
 
 class End(NamedTuple):
@@ -323,7 +324,8 @@ class Posterior:
         """Computes the log-likelihood for a save, if it is not too large. Whatever stops it may not lose the draws."""
         chains, draws = self.shape
         size = 8 * chains * draws * sum(data.numel() for data in self.observed.values())
-        if self.program is None or self._pointwise or size > _POINTWISE_BYTES:
+        has_none = not self.observed or self.info.get("kind") in _VIEWS
+        if self.program is None or has_none or self._pointwise or size > _POINTWISE_BYTES:
             return
         try:
             self.log_likelihood()
@@ -376,7 +378,8 @@ def _rebuild(
     floating = [t.dtype for name in ("draws", "observed") for t in saved[name].values() if t.is_floating_point()]
     is_fixed = info.get("structure") != "changing"
     dtype = floating[0] if floating else None
-    program = Program(model, args, kwargs, dtype=dtype, is_fixed=is_fixed, takes_surrogates=True)
+    view: dict[str, Any] = _VIEWS.get(info.get("kind", ""), {"takes_surrogates": True})
+    program = Program(model, args, kwargs, dtype=dtype, is_fixed=is_fixed, **view)
     if program.observed.keys() != saved["observed"].keys():
         raise ValueError(f"The model observes {sorted(program.observed)}, but the saved one {sorted(saved['observed'])}.")
     for site, data in saved["observed"].items():

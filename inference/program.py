@@ -41,6 +41,7 @@ from inference.handlers import (
     on_device,
     quiet,
     reproducible,
+    under,
 )
 from inference.rows import Known
 from inference.screening import check_data, check_randomness, check_structure, check_supports
@@ -318,8 +319,8 @@ class Program:
 
     def handled(self, values: Mapping[str, Tensor], resampled: Collection[str] = ()) -> Callable[..., Any]:
         """The program at given values, its weights kept out of Pyro's store; see ``trace``."""
-        handled = Substitute(values, resampled)(self.call)
-        return Weights(self._table)(Gradients()(handled) if self._takes_surrogates else handled)
+        handled = under(Substitute(values, resampled), self.call)
+        return under(Weights(self._table), under(Gradients(), handled) if self._takes_surrogates else handled)
 
     def trace(
         self,
@@ -709,8 +710,24 @@ class Program:
                 raise Unsupported(f"{self.name} has no method model, a program that draws: there is nothing to predict.")
             own, named = self.arguments(self.data)
             seen = Program(self.owner, own, named, dtype=self.dtype, device=self.device, batch_size=1, is_simulated=True)
+            if not seen.observed_sites:
+                raise ValueError(
+                    f"{self.name} was given no data: give load the data that were fitted, or call its sample()."
+                )
             return seen.predict(draws, args, kwargs, seed=seed)
+        if self.is_simulated and not args and not kwargs and self.latents.keys() - draws.keys():
+            args, kwargs = self._anew()
         return posterior_predictive(self, draws, args, kwargs, seed)
+
+    def _anew(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments that ask for as many new rows, of which what is hidden is drawn, too: no data, the rest as it was."""
+        own, named = self.arguments(self.data)
+        beside = [*own, *named.values()][1:]
+        if own:
+            own = (None, *own[1:])
+        else:
+            named = {name: None if place == 0 else value for place, (name, value) in enumerate(named.items())}
+        return own, named if any(isinstance(value, Tensor) for value in beside) else {**named, "size": self.rows}
 
     def prior(self, draws: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """See ``inference.predictive.prior_predictive``."""
@@ -719,12 +736,17 @@ class Program:
         return prior_predictive(self, draws, seed)
 
     def weight_values(self) -> dict[str, Tensor]:
-        """The weights as the program sees them, detached."""
-        return {name: self._table.seen(name, weight).detach().clone() for name, weight in self.weights.items()}
+        """The weights as the program sees them, and what a module with weights saves beside them; detached."""
+        found = {name: self._table.seen(name, weight) for name, weight in self.weights.items()}
+        if found and isinstance(self.owner, nn.Module):
+            kept = self.owner.state_dict()
+            found |= {name: buffer for name, buffer in self.owner.named_buffers() if name in kept}
+        return {name: leaf.detach().clone() for name, leaf in found.items()}
 
     def set_weights(self, values: Mapping[str, Tensor]) -> None:
         """Sets the weights to what ``weight_values`` gave; names that the program does not have are left alone."""
-        owned = dict(self.owner.named_parameters()) if isinstance(self.owner, nn.Module) else {}
+        owner = self.owner
+        owned = dict(owner.named_parameters()) | dict(owner.named_buffers()) if isinstance(owner, nn.Module) else {}
         with torch.no_grad():
             for name, value in values.items():
                 if name in self._table.transforms:

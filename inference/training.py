@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from inference.program import Program
 
 __all__ = [
-    "NOT_FINITE", "PowerAverage", "adam", "at_once", "check_settings", "descend", "falling", "follow", "in_networks", "put",
-    "rows_of_step",
+    "NOT_FINITE", "PowerAverage", "adam", "are_finite", "at_once", "check_settings", "descend", "falling", "follow",
+    "in_networks", "put", "rows_of_step",
 ]  # fmt: skip
 
 NOT_FINITE = 25  # steps in a row of numbers that are not finite after which training is given up
@@ -68,15 +68,22 @@ def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
     return torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
 
+def are_finite(weights: Sequence[Tensor]) -> Tensor:
+    """Whether all gradients of these are, ()."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients).isfinite() if gradients else torch.ones((), dtype=torch.bool)
+
+
 def descend(optimiser: torch.optim.Optimizer, weights: Sequence[Tensor], loss: Tensor, clip_norm: float | None) -> Tensor:
-    """One step of an optimiser, none where the loss, or with ``clip_norm`` a gradient, is not finite.
+    """One step of an optimiser, none where the loss or a gradient is not finite.
 
     Returns:
         Whether it was taken, ().
     """
-    is_finite = loss.isfinite()
     if clip_norm is not None:
-        is_finite = is_finite & nn.utils.clip_grad_norm_(weights, clip_norm).isfinite()
+        is_finite = loss.isfinite() & nn.utils.clip_grad_norm_(weights, clip_norm).isfinite()
+    else:
+        is_finite = loss.isfinite() & are_finite(weights)
     if optimiser.defaults.get("fused") and loss.device.type != "cpu":
         optimiser.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # as GradScaler does: no wait for a GPU
         optimiser.step()

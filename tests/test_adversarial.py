@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
@@ -419,8 +422,7 @@ def test_a_posterior_is_saved_and_predicts(tmp_path: Any) -> None:
     model, x = a_gan()
     posterior = play(a_critic(), steps=5).fit(model, x)
     assert posterior.predict()["x"].shape == (1, 1, 30, 2)
-    with pytest.warns(UserWarning, match="no latent site"):
-        posterior.save(tmp_path / "gan")
+    posterior.save(tmp_path / "gan")
     loaded = Posterior.load(tmp_path / "gan")
     assert torch.equal(loaded.weights["generator.network.layers.0.weight"], model.generator.network.layers[0].weight)
     with pytest.raises(Unsupported, match="no latent site"):
@@ -546,3 +548,127 @@ def test_what_cannot_be_is_refused_before_the_first_step(case: str) -> None:
     call, sentence = REFUSED[case]
     with pytest.raises((ValueError, TypeError), match=sentence):
         call()
+
+
+# ----------------------------------------------------------------------------------------- what is data, and what is beside
+class Given(nn.Module):
+    """Draws under a context, which is its first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = GAN((1,), 4, context=1).generator
+
+    def model(self, context: Tensor, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", self.generator(context), obs=x)
+
+
+def test_data_are_told_from_what_equals_them_in_the_first_rows() -> None:
+    context, x = torch.randn(40, 1), torch.full((40, 1), 5.0)
+    context[:8] = x[:8] = 0.0
+    backend = Adversarial(critic=Critic((1,), context=1), batch_size=8, seed=0, progress=False)
+    wiring = backend._wiring(Program(Given(), (context, x), follow=True, batch_size=8, is_simulated=True))
+    assert (wiring.sources, wiring.beside) == ((1,), (0,))
+
+
+class Logs(Shift):
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(self.by, self.raw.exp()).to_event(1), obs=x.log())
+
+
+class Masked(Shift):
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)), poutine.mask(mask=x[:, 0] > 0):
+            pyro.sample("x", dist.Normal(self.by, self.raw.exp()).to_event(1), obs=x)
+
+
+class Weighed(Shift):
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)), poutine.scale(scale=2.0):
+            pyro.sample("x", dist.Normal(self.by, self.raw.exp()).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            Logs,
+            "The data of site 'x' are made of argument 0 of Logs. A critic that were given both would tell draws by that",
+        ),
+        (Masked, "Site 'x' is masked or scaled, but a critic compares whole rows"),
+        (Weighed, "Site 'x' is masked or scaled, but a critic compares whole rows"),
+    ],
+)
+def test_data_that_a_critic_cannot_compare_are_refused(model: Callable[[], nn.Module], sentence: str) -> None:
+    x = torch.rand(20, 1, dtype=torch.float64) + 0.5
+    with pytest.raises(Unsupported, match=sentence):
+        Adversarial(critic=Critic((1,), context=1), steps=2, seed=0, progress=False).fit(model(), x)
+
+
+def test_a_context_that_is_not_finite_is_told_by_its_place() -> None:
+    context = torch.zeros(20, 3)
+    context[14, 1] = math.nan
+    backend = Adversarial(critic=Critic((2,), context=3), batch_size=4, steps=2, seed=0, progress=False)
+    with pytest.raises(
+        ValueError, match=r"'context' of GAN has 1 values that are missing or infinite \(the first at \(14, 1\)"
+    ):
+        backend.fit(GAN((2,), context=3), torch.randn(20, 2), context)
+
+
+def test_clipping_leaves_frozen_weights_of_the_critic() -> None:
+    critic = Critic((2,))
+    first = critic.network.layers[0].requires_grad_(False).weight.clone()  # type: ignore[union-attr, operator]
+    game = Wasserstein(penalty=None, clip=0.01)
+    Adversarial(critic=critic, objective=game, steps=2, seed=0, progress=False).fit(GAN((2,)), torch.randn(20, 2))
+    assert torch.equal(critic.network.layers[0].weight, first)  # type: ignore[union-attr]
+
+
+class Rooted(nn.Module):
+    """Finite, but without a slope where a unit is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        hidden = self.layer(noise)
+        return torch.where(hidden > 0, hidden.sqrt(), hidden)
+
+
+def test_gradients_that_are_not_finite_are_told_and_move_nothing() -> None:
+    model = GAN((2,), 4, network=Rooted())
+    before = copy.deepcopy(model.state_dict())
+    backend = Adversarial(critic=Critic((2,)), steps=4, seed=0, progress=False)
+    with pytest.raises(
+        ValueError, match="Losses are finite, but there are gradients that have not been finite since step 0"
+    ):
+        backend.fit(model, torch.randn(20, 2))
+    assert all(torch.equal(leaf, before[name]) for name, leaf in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [lambda: GAN((2,), 4), lambda: InfoGAN((2,), 4, 3, 1)], ids=["GAN", "InfoGAN"])
+def test_a_saved_game_is_drawn_from(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, other, x = make(), make(), torch.randn(20, 2)
+    Adversarial(critic=Critic((2,)), steps=2, seed=0, progress=False).fit(model, x).save(tmp_path / "fit")
+    assert Posterior.load(tmp_path / "fit", other, x).predict()["x"].shape == (1, 1, 20, 2)
+    assert all(torch.equal(leaf, other.state_dict()[name]) for name, leaf in model.state_dict().items())
+
+
+def test_a_context_goes_by_its_name() -> None:
+    context, x = torch.randn(20, 3), torch.randn(20, 2)
+    backend = Adversarial(critic=Critic((2,), context=3), steps=2, seed=0, progress=False)
+    posterior = backend.fit(GAN((2,), context=3), x, context=context)
+    assert posterior.predict(None, context=context[:5])["x"].shape == (1, 1, 5, 2)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_as_many_rows_as_cannot_be_are_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match="size is the number of rows to draw, an integer of at least 1"):
+        GAN((2,)).sample(size)
+
+
+@pytest.mark.parametrize("kind", [GAN, Critic, InfoGAN])
+def test_a_number_is_no_shape(kind: Any) -> None:
+    with pytest.raises(TypeError, match=rf"shape of a {kind.__name__} is that of a row, \(2,\) for 2 numbers, but is 2"):
+        kind(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from inference.noising import (
     NoiseError,
     noised,
 )
+from inference.posterior import Posterior
+from inference.score_matching import SlicedLoss
 from inference.training import follow
-from pyro_genmodels import DDPM, ScoreModel
+from pyro_genmodels import DDPM, EnergyModel, ScoreModel
 from pyro_genmodels.diffusion import EDM, VP, Betas, Denoised, Denoiser, Learned, Network, Oracle, Schedule, Straight
 from pyro_genmodels.diffusion.likelihood import variational_bound
 from pyro_genmodels.nets import PointNetwork
@@ -414,3 +417,61 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(kind, match=sentence):
         call()
+
+
+# ---------------------------------------------------------------------------------------- saved, and drawn from
+MODELS: dict[str, Callable[[], Any]] = {
+    "ScoreModel": lambda: ScoreModel(Network(PointNetwork(2, width=8), EDM(), "preconditioned"), (2,), steps=4),
+    "DDPM": lambda: DDPM(Network(PointNetwork(2, width=8), Betas.linear(30)), (2,), 30),
+    "EnergyModel": lambda: EnergyModel((2,), hidden=(8,), moves=10),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_fit_draws_as_the_fitted_model(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model, other = MODELS[name](), MODELS[name]()
+    loss = SlicedLoss() if name == "EnergyModel" else SimpleLoss()
+    posterior = train(steps=3, loss=loss).fit(model, 1000.0 + 5.0 * X)
+    posterior.save(tmp_path / "fit")
+    assert not [warning for warning in recwarn if "pointwise" in str(warning.message)]
+    loaded = Posterior.load(tmp_path / "fit", other, 1000.0 + 5.0 * X)
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+    assert posterior.predict()["x"].shape == loaded.predict()["x"].shape == (1, 1, len(X), 2)
+    with pytest.raises(ValueError, match="was given no data"):
+        Posterior.load(tmp_path / "fit", other, None, size=5).predict(size=4)
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["by position", "by name"])
+@pytest.mark.parametrize("name", ["ScoreModel", "DDPM"])
+def test_a_conditional_model_is_drawn_from_under_its_labels(name: str, is_named: bool) -> None:
+    network = PointNetwork(2, width=8, classes=3)
+    model: Any = (
+        DDPM(Network(network, Betas.linear(30)), (2,), 30)
+        if name == "DDPM"
+        else ScoreModel(Network(network, EDM(), "preconditioned"), (2,), steps=2)
+    )
+    labels = torch.arange(len(X)) % 3
+    fit = train(steps=2)
+    posterior = fit.fit(model, X, context=labels) if is_named else fit.fit(model, X, labels)
+    assert posterior.predict()["x"].shape == (1, 1, len(X), 2)
+    assert posterior.predict(context=labels[:7])["x"].shape == posterior.predict(None, labels[:7])["x"].shape == (1, 1, 7, 2)
+    assert model.sample(context=labels[:4]).shape == (4, 2)
+
+
+class Root(nn.Module):
+    """Has no slope where its weight is 0, though it is finite there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        return x + torch.where(self.weight > 0, self.weight.sqrt(), self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    model = ScoreModel(Network(Root(), EDM(), "preconditioned"), (2,), steps=2)
+    train(steps=3).fit(model, X)
+    assert float(model.denoiser.network.weight.detach()) == 0.0

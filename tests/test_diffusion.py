@@ -419,3 +419,32 @@ def test_tweedie_says_what_is_wrong() -> None:
 def test_examples_of_the_documentation_hold(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"pyro_genmodels.diffusion.{name}"))
     assert found.attempted and not found.failed
+
+
+# ------------------------------------------------------------------------------------- other types than the usual ones
+@pytest.mark.parametrize(
+    "schedule", [Betas.linear(1000), VP(), VE(), Sigmoid(), SubVP(), Learned(), EDM()], ids=lambda s: type(s).__name__
+)
+def test_a_whole_time_is_that_time(schedule: Schedule) -> None:
+    for level in (schedule.alpha, schedule.sigma):
+        torch.testing.assert_close(level(torch.tensor([1])), level(torch.tensor([1.0])))
+
+
+def test_an_oracle_keeps_the_type_of_x() -> None:
+    oracle = Oracle(torch.ones(1), torch.zeros(1, 2), 1.0, VP())
+    x, t = torch.randn(3, 2, dtype=torch.float64), torch.tensor(0.5)
+    found = oracle(x, t)
+    assert found.mean.dtype == found.variance.dtype == torch.float64
+    torch.testing.assert_close(found.mean.float(), oracle(x.float(), t).mean)
+
+
+def test_tweedie_refuses_whole_numbers() -> None:
+    with pytest.raises(TypeError, match=r"floating-point numbers, .* but is torch.int64. Give y.float\(\)"):
+        tweedie(torch.tensor([[2]]), lambda y: -y / 2, 0.5)
+
+
+@pytest.mark.parametrize("ends", [{"stop": 5.0}, {"start": -1.0, "spacing": "time"}])
+def test_a_grid_stays_within_the_times_of_its_schedule(ends: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="Times of VP lie between 0 and 1, but"):
+        VP().grid(3, **ends)
+    assert len(VP().grid(np.int64(3))) == 4

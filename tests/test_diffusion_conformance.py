@@ -171,3 +171,20 @@ def test_what_is_no_sampler_is_told(case: Paths) -> None:
         oracle = Oracle(torch.ones(1).double(), torch.zeros(1, 1).double(), 1.0, EDM(0.02, 10.0))
         law(lambda d, x, grid: x.clamp(-1.0, 1.0), oracle, EDM(0.02, 10.0).grid(2), is_random=False)
     assert median_error(samplers.rk4, case, 64) < 1e-5
+
+
+def in_place(denoiser: Denoiser, x: Tensor, grid: Tensor) -> Tensor:
+    for step in samplers.path(denoiser, x, grid):
+        mean, kept = denoiser(x, step.t).mean, step.next_sigma / step.sigma
+        x.mul_(kept).add_((step.next_alpha - step.alpha * kept) * mean)
+    return x
+
+
+def test_a_sampler_may_write_into_its_state() -> None:
+    case = paths()
+    start = case[1].clone()
+    orders = [certify(sampler, steps=16, case=case).order for sampler in (in_place, samplers.euler)]
+    assert orders[0] == pytest.approx(orders[1])
+    assert torch.equal(case[1], start)
+    with pytest.raises(TypeError, match="A sampler gives x, a tensor"):
+        certify(lambda denoiser, x, grid: None, case=case)  # type: ignore[arg-type, return-value]

@@ -295,3 +295,59 @@ def test_wrong_input_is_told() -> None:
         PiGDM(oracle, likelihood, 0.0)
     with pytest.raises(ValueError, match="At least 1 draw"):
         twisted(led, likelihood, x, grid).draws(0)
+
+
+# --------------------------------------------------------------------------------------- what single precision may lose
+def in_single(schedule: Any) -> Oracle:
+    return Oracle(torch.ones(1), torch.zeros(1, 2), 1.0, schedule)
+
+
+@pytest.mark.parametrize("led", [PiGDM, MMPS], ids=lambda led: led.__name__)
+def test_the_posterior_of_white_data_is_exact_in_single_precision(led: Any) -> None:
+    """x ~ N(0, I), y ~ N(x, ½²): mean ⅘ y; the flow of an exact denoiser, whose start of noise moves its end by little."""
+    observed = torch.tensor([1.0, -2.0])
+    guided = led(in_single(VP()), Likelihood(seen, observed, torch.eye(2), 0.5))
+    x = samplers.heun(guided, torch.zeros(1, 2), VP().grid(64))
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x[0], 0.8 * observed, rtol=0.0, atol=0.02)
+
+
+def weak_beside_strong(y: Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("sum", dist.Normal(x.sum(), 0.005), obs=y)
+    pyro.sample("first", dist.Normal(x[0], 1.0), obs=torch.tensor(3.0))
+
+
+def test_a_weak_measurement_is_not_lost_beside_a_strong_one() -> None:
+    operator, target, _ = Likelihood(weak_beside_strong, torch.tensor(1.0)).measurement()
+    assert operator.shape == (2, 2)
+    torch.testing.assert_close(torch.linalg.solve(operator, target), f64(3.0, -2.0), rtol=1e-3, atol=1e-3)
+
+
+def test_many_numbers_of_unlike_noise_are_all_told() -> None:
+    noise = torch.full((64,), 0.1)
+    noise[32:] = 2.0
+    found = Likelihood(seen, torch.full((64,), 0.01), torch.eye(64), noise).measurement()
+    assert found.operator.shape == (64, 64)
+
+
+def with_gaps(y: Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x, 0.1).mask(~y.isnan()).to_event(1), obs=y)
+
+
+def test_nan_under_a_mask_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"'y' has NaN, whose derivatives are NaN even under a mask. .*nan_to_num"):
+        Likelihood(with_gaps, torch.tensor([1.0, math.nan]))
+
+
+def unseen(y: Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x, 0.1).mask(False).to_event(1), obs=y)
+
+
+def test_what_leads_nowhere_is_refused_in_words() -> None:
+    with pytest.raises(Unsupported, match="does not depend on x through operations that have derivatives"):
+        samplers.euler(DPS(in_single(VP()), Likelihood(unseen, torch.zeros(2))), torch.randn(1, 2), VP().grid(4))
+    with pytest.raises(TypeError, match=r"comes as a Likelihood\(program, \*args\)"):
+        PiGDM(in_single(VP()), lambda x: x)  # type: ignore[arg-type]

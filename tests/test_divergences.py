@@ -225,3 +225,50 @@ def test_modes_count_what_lies_near_them() -> None:
 def test_wrong_input_is_answered_in_a_sentence(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+# ------------------------------------------------------------------------------------------------ what hides from quadrature
+@pytest.mark.parametrize(
+    ("quantile", "order", "expected"),
+    [
+        (scipy.stats.bernoulli(0.001).ppf, 1.0, 0.001),
+        (lambda level: 1e3 * (level > 0.99999), 1.0, 0.01),
+        (scipy.stats.norm(0.0, 1e-6).ppf, 1.0, 1e-6 * math.sqrt(2.0 / math.pi)),
+        (scipy.stats.t(3).ppf, 2.0, math.sqrt(3.0)),
+    ],
+    ids=["rare", "far", "small", "heavy"],
+)
+def test_quantiles_that_differ_in_few_levels_are_apart(
+    quantile: Callable[[np.ndarray], np.ndarray], order: float, expected: float
+) -> None:
+    assert wasserstein_quantiles(quantile, lambda level: 0.0 * level, order) == pytest.approx(expected, rel=1e-6)
+
+
+def test_large_orders_come_near_the_largest_distance() -> None:
+    assert wasserstein_line([0.0], [0.1], 400) == pytest.approx(0.1)
+    assert wasserstein_line([0.0, 1.0], [5.0, 1.0], 500) == pytest.approx(4.0 * 0.5 ** (1 / 500))
+    assert wasserstein([[0.0]], [[5.0]], 500) == pytest.approx(5.0)
+    assert sliced_wasserstein([[0.0]], [[5.0]], 500) == pytest.approx(5.0)
+    with pytest.raises(ValueError, match="order is inf, but must be at least 1 and finite"):
+        wasserstein_line([0.0], [5.0], math.inf)
+
+
+def test_log_densities_of_other_shapes_are_refused() -> None:
+    one = torch.distributions.Normal(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"one number for each of at least 2 rows, \(rows,\), but gave \(9, 9\)"):
+        jensen_shannon(lambda x: one.log_prob(x)[:, 0], one.log_prob, torch.randn(9, 1), torch.randn(9, 1))
+    with pytest.raises(ValueError, match=r"but gave \(9, 3\)"):
+        kullback_leibler(one.log_prob, one.log_prob, torch.randn(9, 3))
+
+
+def test_a_band_gives_the_distance_rows_as_they_came() -> None:
+    shapes = []
+
+    def distance(x: np.ndarray, y: np.ndarray) -> float:
+        shapes.append((x.shape[1:], y.shape[1:]))
+        return energy_distance(x, y)
+
+    null_band(distance, torch.rand(6, 4, 3), torch.rand(5, 4, 3), permutations=3)
+    assert set(shapes) == {((4, 3), (4, 3))}
+    with pytest.raises(ValueError, match="The distance is nan, and 3 of 3 permutations give none that is finite"):
+        null_band(lambda x, y: math.nan, torch.rand(6), torch.rand(5), permutations=3)

@@ -404,3 +404,36 @@ def test_a_packed_critic_sees_that_draws_are_alike() -> None:
             value.backward()
             optimiser.step()
         assert float(value.detach()) == pytest.approx(loss, abs=0.03)
+
+
+GENERATOR = Generator((2,), 3)
+
+
+def behind(y: Tensor | None = None) -> None:
+    pyro.sample("y", dist.Normal(pyro.sample("x", GENERATOR()), 0.5).to_event(1), obs=y)
+
+
+def test_tools_of_pyro_run_on_the_noise() -> None:
+    program = poutine.reparam(behind, config={"x": NoiseReparam()})
+    drawn = pyro.infer.Predictive(program, num_samples=4)()
+    torch.testing.assert_close(drawn["x"], GENERATOR.network(drawn["x_noise"]).detach())
+    with pyro.get_param_store().scope():
+        guide = pyro.infer.autoguide.AutoNormal(program)
+        assert math.isfinite(pyro.infer.Trace_ELBO().loss(program, guide, torch.zeros(2)))
+    assert {*SVI(steps=2, seed=0, progress=False).fit(program, torch.zeros(2)).draws} == {"x_noise", "x"}
+
+
+class Positive(ImplicitDistribution):
+    support = dist.constraints.positive
+
+
+def test_a_subclass_stays_one_in_a_plate() -> None:
+    wide = Positive(dist.Exponential(torch.ones(())), lambda noise: noise).expand([3])
+    assert isinstance(wide, Positive) and wide.support is dist.constraints.positive
+    assert wide.sample((2,)).shape == (2, 3)
+
+
+def test_a_row_of_one_number_needs_no_shape() -> None:
+    model = InfoGAN((), 4, 3, 1)
+    assert model.categories_of(torch.randn(5)).shape == (5, 3)
+    assert model.sample(5).shape == (5,)

@@ -18,7 +18,7 @@ from torch.func import jacrev, vmap
 
 from inference import HMC
 from pyro_genmodels import ScoreModel, StochasticModule
-from pyro_genmodels.diffusion import EDM, VP, Denoised, Denoiser, Network, Oracle, Straight
+from pyro_genmodels.diffusion import EDM, VP, Betas, Denoised, Denoiser, FlowPrior, Learned, Network, Oracle, Straight
 from pyro_genmodels.nets import PointNetwork, UNet
 
 
@@ -238,3 +238,54 @@ def test_an_oracle_of_one_class_given_its_label_is_that_class() -> None:
         alone = ScoreModel(denoiser.classes[label], (2,), is_scaled=False, steps=16)  # type: ignore[arg-type]
         assert found[row].item() == pytest.approx(alone().log_prob(x[row : row + 1]).item(), abs=1e-9)
     assert model(labels).sample((4,)).shape == (4, 3, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- with a context
+class Around(Denoiser):
+    """That of x_0 ~ N(context, 1)."""
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Denoised:
+        assert context is not None
+        alpha, sigma = self.at(x, t)
+        return Denoised(context + (x - alpha * context) * alpha / (alpha.square() + sigma.square()))
+
+
+@pytest.mark.parametrize("kind", ["ScoreModel", "FlowPrior"])
+def test_values_broadcast_against_the_contexts(kind: str) -> None:
+    centres, denoiser = torch.tensor([[0.0], [2.0]]), Around(EDM(0.01, 1000.0))
+    if kind == "ScoreModel":
+        law = ScoreModel(denoiser, (1,), steps=64, is_scaled=False)(centres)
+    else:
+        law = FlowPrior(denoiser, denoiser.schedule.grid(64), (1,))(centres)
+    exact = dist.Normal(centres, 1.0).to_event(1)
+    for shape in ((1,), (2, 1), (3, 2, 1), (2, 1, 1)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(law.log_prob(x), exact.log_prob(x), rtol=1e-3, atol=1e-2)
+    assert law.expand((3, 2)).sample().shape == (3, 2, 1)
+
+
+def test_weights_of_a_schedule_are_restored_with_the_model() -> None:
+    def made() -> ScoreModel:
+        return ScoreModel(Network(PointNetwork(2, width=8), Learned()), (2,), steps=4)
+
+    model, other, x = made(), made(), torch.randn(3, 2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model().log_prob(x), other().log_prob(x))
+
+
+def test_a_schedule_without_noise_at_its_start_asks_for_one() -> None:
+    network = Network(PointNetwork(2, width=8), Betas.linear(1000))
+    with pytest.raises(
+        ValueError, match=r"Betas has no noise at t = 0, .* Give start=, a time of little noise, such as 1\."
+    ):
+        ScoreModel(network, (2,))
+    assert ScoreModel(network, (2,), start=1.0, steps=2)().sample((3,)).shape == (3, 2)
+
+
+def test_labels_out_of_range_are_told() -> None:
+    model = ScoreModel(Network(PointNetwork(2, width=8, classes=3), EDM(), "preconditioned"), (2,), steps=2)
+    with pytest.raises(IndexError, match="Labels of this network are from 0 to 2, or −1 for none, but these go from 1 to 3"):
+        model(torch.tensor([3, 1])).sample()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ __all__ = [
     "filled",
     "like",
     "one_hot",
+    "row_shape",
     "rows_of",
 ]
 
@@ -198,8 +200,17 @@ def centre(guess: Any) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ data
+def row_shape(shape: Sequence[int], owner: str) -> tuple[int, ...]:
+    """The shape of a row, as a tuple; TypeError if it is none."""
+    if isinstance(shape, int):
+        raise TypeError(f"shape of a {owner} is that of a row, ({shape},) for {shape} numbers, but is {shape}.")
+    return tuple(shape)
+
+
 def check_shape(x: Tensor, shape: Sequence[int], owner: str) -> None:
-    """Raises ValueError unless x is (rows, *shape)."""
+    """Raises ValueError unless x is (rows, *shape), TypeError if it is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a tensor or an array of numpy, but came to {owner} as a {type(x).__name__}.")
     if tuple(x.shape[1:]) == tuple(shape) and x.dim():
         return
     wanted = f"{('rows', *shape)}".replace("'rows'", "rows")
@@ -258,7 +269,9 @@ def rows_of(x: Tensor | None, size: int | None, shape: Sequence[int], owner: str
         return x.shape[0]
     if size is None:
         raise ValueError(f"{owner}.model needs data x, or the number of rows to draw, size.")
-    return size
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"size is the number of rows to draw, an integer of at least 1, but is {size!r}.")
+    return int(size)
 
 
 def filled(x: Tensor, drawn: Tensor) -> Tensor:
@@ -266,9 +279,10 @@ def filled(x: Tensor, drawn: Tensor) -> Tensor:
     return torch.where(x.isnan(), drawn.to(x), x)
 
 
-def like(x: Tensor, module: nn.Module) -> Tensor:
+def like(x: Tensor | np.ndarray, module: nn.Module) -> Tensor:
     """x in the type of a module's weights, where they are."""
     weight: Any = next(module.parameters(), None)
+    x = torch.as_tensor(x)
     return x if weight is None else x.to(weight)
 
 

@@ -218,8 +218,9 @@ def certify(
         >>> round(certify(samplers.euler, steps=64).order, 1)
         1.0
     """
-    if not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps is at least 2, but is {steps!r}.")
+    if not isinstance(steps, (int, np.integer)) or steps < 2:
+        raise ValueError(f"steps is at least 2, a whole number, but is {steps!r}.")
+    steps, sampler = int(steps), _on_copies(sampler)
     case = paths() if case is None else case
     calls = _checked(sampler, case, is_random)
     both = (steps, 2 * steps)
@@ -254,11 +255,22 @@ def _order(errors: Any) -> float:
     return math.log2(errors[0] / errors[1]) if errors[1] > 0 else math.nan
 
 
+def _on_copies(sampler: Sampler) -> Sampler:
+    """A sampler that may write into its x, for a case that is used again."""
+
+    def run(denoiser: Denoiser, x: Tensor, grid: Tensor, **noise: Tensor) -> Tensor:
+        return sampler(denoiser, x.clone(), grid, **noise)
+
+    return run
+
+
 def _checked(sampler: Sampler, case: Paths, is_random: bool) -> int:
     oracle, start, _ = case
     counted, grid = _Counted(oracle), oracle.schedule.grid(10, "karras")
     given = {"noise": torch.zeros(10, *start.shape, dtype=torch.float64)} if is_random else {}
     out, again = (sampler(counted, start, grid, **given) for _ in range(2))
+    if not isinstance(out, Tensor):
+        raise TypeError(f"A sampler gives x, a tensor of shape {tuple(start.shape)}, but this one gave {out!r}.")
     if out.shape != start.shape or out.dtype != start.dtype:
         raise ValueError(
             f"A sampler gives x in its own shape and dtype, but of {tuple(start.shape)}, {start.dtype}, this one made "

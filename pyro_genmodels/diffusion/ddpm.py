@@ -10,9 +10,9 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyro_genmodels.autoencoders.ends import check_shape, rows_of
+from pyro_genmodels.autoencoders.ends import check_shape, row_shape, rows_of
 from pyro_genmodels.base import GenerativeModel
-from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser, per_row
+from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser, Given, checked, per_row
 from pyro_genmodels.diffusion.likelihood import bridge, link_cost, prior_cost
 from pyro_genmodels.diffusion.samplers import Step, ancestral, path, step_posterior, terminal
 
@@ -33,6 +33,8 @@ class DDPM(GenerativeModel):
     T links is a site and a call of the denoiser in turn: fit for tens of steps.
 
     Data are to have about unit variance.
+
+    A context (rows, …), for a denoiser that takes one, is the second argument of the program.
 
     Sites: ``x_T``, …, ``x_1`` and ``x``, each (rows, *shape). Plate: ``rows``.
 
@@ -65,17 +67,17 @@ class DDPM(GenerativeModel):
         super().__init__()
         if variance not in ("upper", "lower", "optimal"):
             raise ValueError(f"variance is 'upper', 'lower' or 'optimal', not {variance!r}.")
+        self.denoiser, self.shape, self.variance = checked(denoiser, "DDPM"), row_shape(shape, "DDPM"), variance
         least = float(denoiser.schedule.sigma(torch.zeros((), dtype=torch.float64)).detach())
         if least > 0:
             raise ValueError(
                 f"A chain ends with data, but {type(denoiser.schedule).__name__} has noise of {least:.3g} at time 0. Take "
                 "another schedule, such as Betas."
             )
-        self.denoiser, self.shape, self.variance = denoiser, tuple(shape), variance
         self.grid: Tensor
         self.register_buffer("grid", denoiser.schedule.grid(steps, "time", start=0.0), persistent=False)
 
-    def prepare(self, x: Tensor | None = None, size: int | None = None) -> None:
+    def prepare(self, x: Tensor | None = None, context: Tensor | None = None, size: int | None = None) -> None:
         """Looks at the data.
 
         Raises:
@@ -84,21 +86,22 @@ class DDPM(GenerativeModel):
         if x is not None:
             check_shape(x, self.shape, "DDPM")
 
-    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+    def model(self, x: Tensor | None = None, context: Tensor | None = None, size: int | None = None) -> Tensor:
+        size = len(context) if x is None and size is None and context is not None else size
         rows, like = self._rows(x, size)
-        events = len(self.shape)
-        steps = path(self.denoiser, like, self.grid)
-        scale = terminal(self.denoiser, self.grid, like).scale
+        events, denoiser = len(self.shape), self._given(context)
+        steps = path(denoiser, like, self.grid)
+        scale = terminal(denoiser, self.grid, like).scale
         with pyro.plate("rows", rows):
             noisy = pyro.sample(f"x_{len(steps)}", dist.Normal(like.new_zeros(rows, *self.shape), scale).to_event(events))
             for i, step in zip(range(len(steps) - 1, 0, -1), steps):
-                known = step_posterior(self.denoiser, noisy, step, self.variance)
+                known = step_posterior(denoiser, noisy, step, self.variance)
                 noisy = pyro.sample(f"x_{i}", dist.Normal(known.mean, known.root.to(noisy)).to_event(events))
             last = "upper" if self.variance == "lower" else self.variance
-            known = step_posterior(self.denoiser, noisy, steps[-1], last)
+            known = step_posterior(denoiser, noisy, steps[-1], last)
             return pyro.sample("x", dist.Normal(known.mean, known.root.to(noisy)).to_event(events), obs=x)
 
-    def guide(self, x: Tensor, size: int | None = None) -> None:
+    def guide(self, x: Tensor, context: Tensor | None = None, size: int | None = None) -> None:
         rows, like = self._rows(x, size)
         steps = path(self.denoiser, like, self.grid)
         with pyro.plate("rows", rows):
@@ -109,11 +112,14 @@ class DDPM(GenerativeModel):
                 noisy = pyro.sample(f"x_{i}", dist.Normal(mean, scale.to(x)).to_event(len(self.shape)))
 
     @torch.no_grad()
-    def sample(self, size: int) -> Tensor:
-        """New rows, (size, *shape), by ``samplers.ancestral``, whose last step adds no noise."""
-        _, like = self._rows(None, size)
-        start = terminal(self.denoiser, self.grid, like).scale * torch.randn(size, *self.shape).to(like)
-        return ancestral(self.denoiser, start, self.grid, self.variance)
+    def sample(self, size: int | None = None, context: Tensor | None = None) -> Tensor:
+        """New rows, (size, *shape), by ``samplers.ancestral``; with a context (size, …), one for each of its rows.
+
+        Its last step adds no noise, but with the "optimal" variance, that of x_0 given x_1.
+        """
+        rows, like = self._rows(None, len(context) if size is None and context is not None else size)
+        start = terminal(self.denoiser, self.grid, like).scale * torch.randn(rows, *self.shape).to(like)
+        return ancestral(self._given(context), start, self.grid, self.variance)
 
     def link_cost(self, known: Denoised, x: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
         """L_{t−1}, or L_0 for the last link, in nats, (rows,).
@@ -136,6 +142,9 @@ class DDPM(GenerativeModel):
         with torch.no_grad():
             alpha, sigma = self.denoiser.at(x, self.grid[0])
         return prior_cost(x, alpha.to(x), sigma.to(x))
+
+    def _given(self, context: Tensor | None) -> Denoiser:
+        return self.denoiser if context is None else Given(self.denoiser, context)
 
     def _rows(self, x: Tensor | None, size: int | None) -> tuple[int, Tensor]:
         rows = rows_of(x, size, self.shape, "DDPM")

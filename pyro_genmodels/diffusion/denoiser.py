@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pyro_genmodels.diffusion.schedule import Schedule
 
 __all__ = [
-    "PREDICTIONS", "Denoised", "Denoiser", "Given", "Network", "Prediction", "data_from", "output_from", "per_row",
+    "PREDICTIONS", "Denoised", "Denoiser", "Given", "Network", "Prediction", "checked", "data_from", "output_from",
+    "per_row",
 ]  # fmt: skip
 
 Prediction = Literal["data", "noise", "velocity", "score", "flow"]
@@ -51,6 +52,8 @@ class Denoiser(nn.Module, abc.ABC):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"A denoiser knows its noise by a Schedule, such as EDM() or VP(), but got {schedule!r}.")
         self.schedule = schedule
 
     @abc.abstractmethod
@@ -84,6 +87,15 @@ class Denoiser(nn.Module, abc.ABC):
             raise TypeError(f"t is a tensor, of one time or one per row, but is {t!r}. Give torch.tensor({t!r}).")
         alpha, sigma = self.schedule.levels(self.schedule.log_snr(t))
         return per_row(alpha, x), per_row(sigma, x)
+
+
+def checked(denoiser: object, owner: str) -> Denoiser:
+    """A denoiser, or a TypeError that says what one is."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"A {owner} is made of a Denoiser, such as Network(network, schedule), but got a {type(denoiser).__name__}."
+        )
+    return denoiser
 
 
 def data_from(prediction: Prediction, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -165,6 +177,8 @@ class Network(Denoiser):
         learns_variance: bool = False,
     ) -> None:
         super().__init__(schedule)
+        if not callable(network):
+            raise TypeError(f"network maps x_t and a level to a prediction, but is {network!r}.")
         if prediction not in (*PREDICTIONS, "preconditioned"):
             raise ValueError(f"prediction is one of {', '.join(PREDICTIONS)}, preconditioned, not {prediction!r}.")
         if not deviation > 0:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from inference.contract import Unsupported
-from pyro_genmodels.autoencoders.ends import check_shape, rows_of
+from pyro_genmodels.autoencoders.ends import check_shape, row_shape, rows_of
 from pyro_genmodels.base import StochasticModule
 from pyro_genmodels.diffusion.langevin import mala
 from pyro_genmodels.diffusion.scores import score_of
@@ -178,7 +178,8 @@ class EnergyModel(StochasticModule):
             raise ValueError(f"spread is {spread!r}, but must be positive and finite, or None for no normal at all.")
         if not 0.0 <= noise < math.inf:
             raise ValueError(f"noise is {noise!r}, but must be a standard deviation, at least 0 and finite.")
-        self.shape, self.context, self.spread, self.noise, self.moves = tuple(shape), context, spread, noise, moves
+        self.shape, self.context = row_shape(shape, "EnergyModel"), context
+        self.spread, self.noise, self.moves = spread, noise, moves
         size = math.prod(self.shape)
         self.network = MLP(size + context, 1, hidden, nn.SiLU) if network is None else network
         self.mean: Tensor
@@ -220,11 +221,14 @@ class EnergyModel(StochasticModule):
 
         Args:
             x: (…, *shape).
-            context: (batch, context), where (…) ends with the batch; None if there is none.
+            context: (batch, context), where (…) broadcasts against the batch; None if there is none.
         """
         lead = x.shape[: x.dim() - len(self.shape)]
         if x.shape[len(lead) :] != torch.Size(self.shape):
             raise ValueError(f"x ends in the shape of a row, {self.shape}, but has the shape {tuple(x.shape)}.")
+        if context is not None:
+            lead = torch.broadcast_shapes(lead, context.shape[:-1])
+            x = x.expand(*lead, *self.shape)
         z = (x - self.mean) / self.deviation
         weight = next(self.network.parameters(), z)
         parts = [z.reshape(-1, *self.shape).to(weight.dtype)]

@@ -8,8 +8,8 @@ density: ``poutine.reparam(program, config={"x": TransformReparam()})`` has a st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import final
 
 import pyro.distributions as dist
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributions.transforms import AffineTransform, Transform
 
 from pyro_genmodels.base import StochasticModule
-from pyro_genmodels.diffusion.denoiser import Denoiser
+from pyro_genmodels.diffusion.denoiser import Denoiser, Given, checked
 from pyro_genmodels.diffusion.likelihood import probability_flow
 from pyro_genmodels.diffusion.samplers import both_ways, path, runge_kutta, terminal
 
-__all__ = ["FlowPrior", "ProbabilityFlow", "leaf"]
+__all__ = ["FlowDistribution", "FlowPrior", "ProbabilityFlow", "flow_of", "leaf"]
 
 
 def leaf(denoiser: Denoiser) -> Tensor:
@@ -87,6 +87,26 @@ class ProbabilityFlow(Transform):
 
 
 @final
+class FlowDistribution(dist.TransformedDistribution):
+    """Noise that a flow carries to data, where each x of a batch may have a flow of its own, by its context."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Of values that broadcast against the batch, (…)."""
+        return super().log_prob(value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)))
+
+
+def flow_of(
+    denoiser: Denoiser, flow: Callable[[Denoiser], ProbabilityFlow], scale: Tensor | float, context: Tensor | None
+) -> tuple[TorchDistribution, list[Transform]]:
+    """Noise, and what makes data of it, where a context (rows, …) may be given."""
+    carried = flow(denoiser if context is None else Given(denoiser, context))
+    like, events = leaf(denoiser), len(carried.shape)
+    batch = () if context is None else context.shape[:1]
+    noise = dist.Normal(like.new_zeros((*batch, *carried.shape)), like.new_ones(())).to_event(events)
+    return noise, [AffineTransform(0.0, scale, event_dim=events), carried]
+
+
+@final
 class FlowPrior(StochasticModule):
     """A diffusion as the prior of a program: ``x = pyro.sample("x", prior())``.
 
@@ -118,11 +138,19 @@ class FlowPrior(StochasticModule):
 
     def __init__(self, denoiser: Denoiser, grid: Tensor, shape: Sequence[int], probes: Tensor | None = None) -> None:
         super().__init__()
-        self.denoiser, self.shape = denoiser, torch.Size(shape)
+        self.denoiser, self.shape = checked(denoiser, "FlowPrior"), torch.Size(shape)
         self.flow = ProbabilityFlow(denoiser, grid, shape, probes)
         self.scale = float(terminal(denoiser, grid, torch.zeros((), dtype=torch.float64)).scale)
 
-    def forward(self, context: Any = None) -> TorchDistribution:
-        like, events = leaf(self.denoiser), len(self.shape)
-        noise = dist.Normal(like.new_zeros(self.shape), like.new_ones(())).to_event(events)
-        return dist.TransformedDistribution(noise, [AffineTransform(0.0, self.scale, event_dim=events), self.flow])
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution of x, of batch shape () or (rows,).
+
+        Args:
+            context: (rows, …), for a denoiser that takes one.
+        """
+
+        def flow(denoiser: Denoiser) -> ProbabilityFlow:
+            grid, probes = self.flow.grid, self.flow.probes
+            return self.flow if context is None else ProbabilityFlow(denoiser, grid, self.shape, probes)
+
+        return FlowDistribution(*flow_of(self.denoiser, flow, self.scale, context))

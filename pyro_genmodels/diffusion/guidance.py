@@ -16,6 +16,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from inference.contract import Unsupported
 from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
 
 __all__ = ["ClassifierFree", "ClassifierGuided", "LedDenoiser", "Tilt", "detached", "slope"]
@@ -66,6 +67,12 @@ def slope(function: Callable[[Tensor], tuple[Denoised, Tensor]], x: Tensor) -> T
         known, value = function(point)
         if value.shape != x.shape[:1]:
             raise ValueError(f"A log-likelihood is one number per row, ({len(x)},), but has the shape {tuple(value.shape)}.")
+        if not value.requires_grad:
+            raise Unsupported(
+                "What is to lead this denoiser does not depend on x through operations that have derivatives. A likelihood "
+                "that observes nothing of x leaves its prior: draw from the denoiser as it is. A classifier is not to be "
+                "called under torch.no_grad(), or detached."
+            )
         (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=keeps_graph)
     return Tilt(known, value, gradient) if keeps_graph else detached(known, value, gradient)
 

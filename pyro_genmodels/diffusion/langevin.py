@@ -88,8 +88,8 @@ def mala(
     for i, draw in enumerate(noises(noise, x, steps)):
         there = x + 0.5 * step * slope + step**0.5 * draw
         value_there, slope_there = log_density(there), score(there)
-        back = (x - there - 0.5 * step * slope_there).flatten(1).square().sum(1) / (2.0 * step)
-        ratio = value_there - value - back + 0.5 * draw.flatten(1).square().sum(1)
+        back = (x - there - 0.5 * step * slope_there).reshape(len(x), -1).square().sum(1) / (2.0 * step)
+        ratio = value_there - value - back + 0.5 * draw.reshape(len(x), -1).square().sum(1)
         is_accepted = (torch.rand_like(value) if uniform is None else uniform[i].to(value)).log() < ratio
         rows = is_accepted.reshape(-1, *[1] * (x.ndim - 1))
         x, slope = torch.where(rows, there, x), torch.where(rows, slope_there, slope)

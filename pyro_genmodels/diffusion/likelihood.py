@@ -175,7 +175,7 @@ def _to_data(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
         raise ValueError(
             f"The bound is one on the density of data, so that the grid ends at α = 1 and σ = 0, but at "
             f"t = {steps[-1].earlier:g} they are {steps[-1].next_alpha:g} and {steps[-1].next_sigma:g}. Betas has t = 0 for "
-            "that; with others, append 0 to the grid."
+            "that; with others that have no noise at time 0, append 0 to the grid; VE and EDM have none that is exact."
         )
     return steps
 

@@ -182,6 +182,7 @@ class Oracle(Denoiser):
     def _parts(self, x: Tensor, t: Tensor | None) -> _Parts:
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
             raise ValueError(f"x is (rows, {self.means.shape[1]}), but has the shape {tuple(x.shape)}.")
+        x = x.to(self.means.dtype)
         alpha, sigma = (torch.as_tensor(level, dtype=x.dtype)[..., None] for level in self._levels(x, t))
         alpha, sigma = (level if level.ndim == 3 else level.reshape(1, 1, 1) for level in (alpha, sigma))
         residuals = torch.einsum("kde,rkd->rke", self.axes, x[:, None] - alpha * self.means)

@@ -16,14 +16,16 @@ Alone, all three are heuristics: on data of several modes they get the weights o
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, final
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from inference.contract import Unsupported
 from pyro_genmodels.diffusion.denoiser import Denoised, Denoiser
@@ -76,7 +78,7 @@ class Likelihood:
     """
 
     def __init__(self, program: Callable[..., Any], *args: Any, site: str = "x", **kwargs: Any) -> None:
-        self.program, self.args, self.site, self.kwargs = program, args, site, kwargs
+        self.program, self.site, self._given = program, site, (args, kwargs)
         with torch.random.fork_rng(), torch.no_grad():
             nodes = poutine.trace(program).get_trace(*args, **kwargs).nodes
         sites = {name: node for name, node in nodes.items() if node["type"] == "sample" and not _is_idle(node)}
@@ -96,6 +98,12 @@ class Likelihood:
                 f"{site!r} is in a plate or a batch, {tuple(fn.batch_shape)}, but a posterior sampler draws one x, often. "
                 "Write .to_event for what belongs together, and go through the others one by one."
             )
+        for name, node in sites.items():
+            if node["is_observed"] and bool(torch.as_tensor(node["value"]).isnan().any()):
+                raise ValueError(
+                    f"The observation {name!r} has NaN, whose derivatives are NaN even under a mask. Put any number in its "
+                    "place, torch.nan_to_num(y), and mask that."
+                )
         if len(hidden) == len(sites):
             raise Unsupported("The program observes nothing: give the observation as obs=, or draw from the prior.")
         value = nodes[site]["value"]
@@ -129,26 +137,35 @@ class Likelihood:
         Raises:
             Unsupported: It is none; the message says who can do with that.
         """
+        try:  # in double precision, that a weak measurement beside a strong one is not lost
+            return self._measurement(torch.float64, method)
+        except (Unsupported, RuntimeError):  # of a program that casts, or keeps to its own precision
+            if self.dtype == torch.float64:
+                raise
+            return self._measurement(self.dtype, method)
+
+    def _measurement(self, dtype: torch.dtype, method: str) -> Measurement:
         size = self.shape.numel()
 
         def flat(x: Tensor) -> Tensor:
             return self(x.reshape(1, -1))[0]
 
         generator = torch.Generator().manual_seed(0)
-        scales = torch.tensor([0.0, 1.0, 1.0, 3.0, 3.0], dtype=self.dtype)[:, None]
-        points = (scales * torch.randn(5, size, generator=generator, dtype=self.dtype)).to(self.device)
-        curvatures = [-torch.func.jacrev(torch.func.grad(flat))(point).detach().double() for point in points]
-        curvature, digits = curvatures[0], torch.finfo(self.dtype).eps
-        with torch.no_grad():
-            values = self(points).double()
-        offset = torch.func.grad(flat)(points[0]).detach().double()
+        scales = torch.tensor([0.0, 1.0, 1.0, 3.0, 3.0], dtype=dtype)[:, None]
+        points = (scales * torch.randn(5, size, generator=generator, dtype=dtype)).to(self.device)
+        with _default(dtype):
+            curvatures = [-torch.func.jacrev(torch.func.grad(flat))(point).detach().double() for point in points]
+            with torch.no_grad():
+                values = self(points).double()
+            offset = torch.func.grad(flat)(points[0]).detach().double()
+        curvature, digits = curvatures[0], torch.finfo(dtype).eps
         wide = points.double()
         terms = values[0], wide @ offset, 0.5 * ((wide @ curvature) * wide).sum(1)
         largest = sum(term.abs() for term in terms)
         is_quadratic = (terms[0] + terms[1] - terms[2] - values).abs() <= 1e3 * digits * (1.0 + largest)
         steady = [(c - curvature).abs().max() <= 1e3 * digits * (1.0 + curvature.abs().max()) for c in curvatures]
         lengths, axes = torch.linalg.eigh(0.5 * (curvature + curvature.mT))
-        least = 1e3 * size * digits * lengths.abs().max()
+        least = 1e2 * size**0.5 * digits * lengths.abs().max()
         is_told = lengths > least
         along = axes.mT @ offset
         astray = along[~is_told].abs().max() if not is_told.all() else along.new_zeros(())
@@ -170,10 +187,33 @@ class Likelihood:
         return Measurement((root[:, None] * axes.mT[is_told]), target, constant)
 
     def _one(self, x: Tensor) -> Tensor:
-        trace = poutine.trace(poutine.condition(self.program, data={self.site: x})).get_trace(*self.args, **self.kwargs)
+        def cast(leaf: Tensor) -> Tensor:
+            return leaf.to(x.dtype) if leaf.dtype == self.dtype else leaf
+
+        args, kwargs = tree_map_only(Tensor, cast, self._given)
+        trace = poutine.trace(poutine.condition(self.program, data={self.site: x})).get_trace(*args, **kwargs)
         trace.compute_log_prob(lambda name, node: name != self.site)
         terms = [node["log_prob_sum"] for name, node in trace.nodes.items() if "log_prob_sum" in node and name != self.site]
         return torch.stack([torch.as_tensor(term, dtype=x.dtype, device=x.device) for term in terms]).sum()
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Makes constants of the program in this precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _checked(likelihood: Any) -> Likelihood:
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"What is observed comes as a Likelihood(program, *args), but is {likelihood!r}. DPS takes any function of rows."
+        )
+    return likelihood
 
 
 def _is_idle(node: Any) -> bool:
@@ -235,13 +275,13 @@ class PiGDM(LedDenoiser):
         if not deviation > 0:
             raise ValueError(f"deviation is that of the data, above 0, but is {deviation}.")
         self.deviation = deviation
-        self.measurement = likelihood.measurement("PiGDM")
+        self.measurement = _checked(likelihood).measurement("PiGDM")
 
     def tilt(self, x: Tensor, t: Tensor) -> Tilt:
         alpha, sigma = self.at(x, t)
         operator, target, constant = (part.to(x) for part in self.measurement)
         spread = (sigma * self.deviation).square() / ((alpha * self.deviation).square() + sigma.square())
-        gram = spread.reshape(-1, 1, 1) * (operator @ operator.mT)
+        gram = spread.reshape(-1, 1, 1).to(x) * (operator @ operator.mT)
 
         def found(point: Tensor) -> tuple[Denoised, Tensor]:
             known = self.denoiser(point, t)
@@ -273,7 +313,7 @@ class MMPS(LedDenoiser):
 
     def __init__(self, denoiser: Denoiser, likelihood: Likelihood) -> None:
         super().__init__(denoiser)
-        self.measurement = likelihood.measurement("MMPS")
+        self.measurement = _checked(likelihood).measurement("MMPS")
 
     def tilt(self, x: Tensor, t: Tensor) -> Tilt:
         alpha, sigma = self.at(x, t)
@@ -288,7 +328,7 @@ class MMPS(LedDenoiser):
                 for i in range(seen.shape[1])
             ]
         slopes = torch.stack(rows, 1)  # of A x̂_0, (rows, M, D)
-        gram = (sigma.square() / alpha).reshape(-1, 1, 1) * (slopes @ operator.mT)
+        gram = (sigma.square() / alpha).reshape(-1, 1, 1).to(x) * (slopes @ operator.mT)
         value, solved = _log_evidence(0.5 * (gram + gram.mT), target - seen)
         gradient = (slopes.mT @ solved[..., None])[..., 0].reshape(x.shape)
         tilt = Tilt(known, constant + value, gradient)

@@ -12,15 +12,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = ["EDM", "VE", "VP", "Betas", "Cosine", "Learned", "Schedule", "Sigmoid", "Straight", "SubVP"]
 
-_LEAST = (
-    -12.0
-)  # log-SNR at which curves that would end at pure noise are cut: what is left of the data is 1/400 of the noise
+_LEAST = -12.0  # log-SNR where curves that would end at pure noise are cut: 1/400 of the noise is left of the data
 
 
 class Schedule(nn.Module, abc.ABC):
@@ -90,7 +89,7 @@ class Schedule(nn.Module, abc.ABC):
             >>> EDM().grid(3, "karras")
             tensor([8.0000e+01, 9.7232e+00, 4.6998e-01, 2.0000e-03], dtype=torch.float64)
         """
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(f"A grid needs a whole number of steps, at least 1 step, but steps is {steps}.")
         if not rho > 0:
             raise ValueError(f"rho is above 0, but is {rho}.")
@@ -101,7 +100,12 @@ class Schedule(nn.Module, abc.ABC):
         )
         if not ends[0] > ends[1]:
             raise ValueError(f"A grid begins at noise and ends at data, but stop is {ends[0]:g} and start is {ends[1]:g}.")
-        share = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+        if ends[1] < 0.0 or ends[0] > self.stop * (1.0 + 1e-6):
+            raise ValueError(
+                f"Times of {type(self).__name__} lie between 0 and {self.stop:g}, but stop is {ends[0]:g} and start is "
+                f"{ends[1]:g}."
+            )
+        share = torch.linspace(0.0, 1.0, int(steps) + 1, dtype=torch.float64)
         if spacing == "time":
             return ends[0] + share * (ends[1] - ends[0])
         with torch.no_grad():
@@ -136,6 +140,11 @@ class _Exploding(Schedule):
     @final
     def levels(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(log_snr), torch.exp(-0.5 * log_snr)
+
+
+def _real(t: Tensor) -> Tensor:
+    """Whole times as floating-point numbers, which curves between them are made of."""
+    return t if t.is_floating_point() else t.to(torch.get_default_dtype())
 
 
 def _snr_of(log_signal: Tensor) -> Tensor:
@@ -191,6 +200,7 @@ class Betas(_Preserving):
         return Betas((1.0 - signal[1:] / signal[:-1]).clamp(max=0.999))
 
     def log_snr(self, t: Tensor) -> Tensor:
+        t = _real(t)
         knots = self.knots.to(t)
         below = t.floor().long().clamp(0, len(knots) - 2)
         return _snr_of(knots[below] + (t - below) * (knots[below + 1] - knots[below]))
@@ -443,6 +453,7 @@ class Learned(_Preserving):
         return t + (weight.exp() * torch.sigmoid(rate.exp() * t[..., None] + shift)).sum(-1)
 
     def log_snr(self, t: Tensor) -> Tensor:
+        t = _real(t)
         zero, one = self._rise(torch.zeros_like(t)), self._rise(torch.ones_like(t))
         return self.most.to(t.dtype) - self.log_range.to(t.dtype).exp() * (self._rise(t) - zero) / (one - zero)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import AffineTransform
 
-from pyro_genmodels.autoencoders.ends import check_shape, rows_of
+from pyro_genmodels.autoencoders.ends import check_shape, row_shape, rows_of
 from pyro_genmodels.base import StochasticModule
-from pyro_genmodels.diffusion.denoiser import Denoiser, Given
-from pyro_genmodels.diffusion.flow import ProbabilityFlow, leaf
+from pyro_genmodels.diffusion.denoiser import Denoiser, checked
+from pyro_genmodels.diffusion.flow import FlowDistribution, ProbabilityFlow, flow_of, leaf
 from pyro_genmodels.diffusion.likelihood import rademacher
 from pyro_genmodels.diffusion.samplers import terminal
 
@@ -41,7 +40,8 @@ class ScoreModel(StochasticModule):
             ``Network(network, Straight(), "flow")``.
         shape: Of one row.
         steps: Of Runge-Kutta of order 4, four calls of the denoiser each.
-        start: Time of the least noise; None takes the schedule's. It needs to be small against the details of the density.
+        start: Time of the least noise; None takes the schedule's, if there is noise at it. It needs to be small against the
+            details of the density.
         probes: Vectors for Hutchinson's estimate of the divergence, kept fixed so that ``log_prob`` is a function; 0 takes
             the exact one, by as many derivatives as a row has numbers, up to 256 of them, and beyond that one vector.
         is_scaled: Whether ``prepare`` finds the scale of the data; otherwise they are taken as they are.
@@ -69,28 +69,39 @@ class ScoreModel(StochasticModule):
         is_scaled: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"A ScoreModel is made of a Denoiser, such as Network(network, schedule), but got a "
-                f"{type(denoiser).__name__}."
-            )
         if probes < 0:
             raise ValueError(f"probes is {probes}, but must be at least 1, or 0 for the exact divergence.")
-        self.denoiser, self.shape, self.is_scaled = denoiser, tuple(shape), is_scaled
+        self.denoiser, self.shape = checked(denoiser, "ScoreModel"), row_shape(shape, "ScoreModel")
+        self.is_scaled = is_scaled
+        schedule, begin = denoiser.schedule, denoiser.schedule.start
+        if start is None and not bool(schedule.log_snr(torch.tensor(begin, dtype=torch.float64)).isfinite()):
+            raise ValueError(
+                f"{type(schedule).__name__} has no noise at t = {begin:g}, where the flow has no density. Give start=, a "
+                f"time of little noise, such as {begin + 1e-3 * (schedule.stop - begin):g}."
+            )
         size = torch.Size(shape).numel()
         if not probes and size > _MOST_EXACT:
             probes = 1
         generator = torch.Generator().manual_seed(0)
         kept = rademacher(probes, torch.empty(1, *shape), generator) if probes else None
         scale = self.shape if len(self.shape) == 1 else (1,) * len(self.shape)
-        self.grid: Tensor
         self.probes: Tensor | None
         self.location: Tensor
         self.deviation: Tensor
-        self.register_buffer("grid", denoiser.schedule.grid(steps, "log_snr", start=start), persistent=False)
+        self._spacing = steps, start
+        self._grid: Tensor
+        self.register_buffer("_grid", schedule.grid(steps, "log_snr", start=start), persistent=False)
         self.register_buffer("probes", kept)
         self.register_buffer("location", torch.zeros(scale))
         self.register_buffer("deviation", torch.ones(scale))
+
+    @property
+    def grid(self) -> Tensor:
+        """Times of the flow, even in log-SNR, (steps + 1,); those of a schedule with weights follow these."""
+        if next(self.denoiser.schedule.parameters(), None) is None:
+            return self._grid
+        steps, start = self._spacing
+        return self.denoiser.schedule.grid(steps, "log_snr", start=start).to(self._grid)
 
     @torch.no_grad()
     def prepare(self, x: Tensor | None = None, context: Tensor | None = None, size: int | None = None) -> None:
@@ -126,19 +137,16 @@ class ScoreModel(StochasticModule):
         Args:
             context: (rows, …), for a denoiser that takes one.
         """
-        weight, events = leaf(self.denoiser), len(self.shape)
-        denoiser = self.denoiser if context is None else Given(self.denoiser, context)
-        batch = () if context is None else context.shape[:1]
-        noise = dist.Normal(weight.new_zeros(*batch, *self.shape), weight.new_ones(())).to_event(events)
-        reached = terminal(denoiser, self.grid, weight).scale
-        # a scale of the whole shape: torch counts the volume by its numbers
+        weight, grid = leaf(self.denoiser), self.grid
+
+        def flow(denoiser: Denoiser) -> ProbabilityFlow:
+            return ProbabilityFlow(denoiser, grid, self.shape, self.probes)
+
+        # scales of the whole shape: torch counts the volume by their numbers
+        reached = terminal(self.denoiser, grid, weight).scale.expand(self.shape)
         location, deviation = (part.to(weight).expand(self.shape) for part in (self.location, self.deviation))
-        parts = [
-            AffineTransform(0.0, reached.expand(self.shape), event_dim=events),
-            ProbabilityFlow(denoiser, self.grid, self.shape, self.probes),
-            AffineTransform(location, deviation, event_dim=events),
-        ]
-        return dist.TransformedDistribution(noise, parts)
+        noise, parts = flow_of(self.denoiser, flow, reached, context)
+        return FlowDistribution(noise, [*parts, AffineTransform(location, deviation, event_dim=len(self.shape))])
 
     def model(self, x: Tensor | None = None, context: Tensor | None = None, size: int | None = None) -> Tensor:
         """The program: ``rows`` draws of the distribution, or data."""

@@ -99,6 +99,8 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _variance(y: Tensor, noise: Tensor | float) -> Tensor:
+    if not y.is_floating_point():
+        raise TypeError(f"y is made of floating-point numbers, which noise was added to, but is {y.dtype}. Give y.float().")
     deviation = torch.as_tensor(noise, dtype=y.dtype, device=y.device)
     if (deviation < 0).any() or not deviation.isfinite().all():
         raise ValueError("noise is a standard deviation, at least 0 and finite; some of it is not.")

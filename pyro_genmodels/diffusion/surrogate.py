@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.contract import Unsupported
 from pyro_genmodels.base import StochasticModule
-from pyro_genmodels.diffusion.denoiser import Denoiser
+from pyro_genmodels.diffusion.denoiser import Denoiser, checked
 from pyro_genmodels.diffusion.flow import leaf
 from pyro_genmodels.diffusion.samplers import heun, path, terminal
 
@@ -99,7 +99,7 @@ class ScorePrior(StochasticModule):
 
     def __init__(self, denoiser: Denoiser, grid: Tensor, shape: Sequence[int]) -> None:
         super().__init__()
-        self.denoiser, self.grid, self.shape = denoiser, grid, torch.Size(shape)
+        self.denoiser, self.grid, self.shape = checked(denoiser, "ScorePrior"), grid, torch.Size(shape)
         last = path(denoiser, torch.zeros(1, *shape), grid)[-1]
         if last.is_last:
             raise ValueError(
@@ -108,4 +108,9 @@ class ScorePrior(StochasticModule):
         self.level = last.earlier
 
     def forward(self, context: Any = None) -> ScoreDistribution:
+        """The law of x; Unsupported with a context."""
+        if context is not None:
+            raise Unsupported(
+                "A ScorePrior takes no context. Give it a denoiser that has one, ScorePrior(Given(denoiser, context), …)."
+            )
         return ScoreDistribution(self)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pyro_genmodels.autoencoders.ends import row_shape
 from pyro_genmodels.implicit.distribution import row_scores
 from pyro_genmodels.nets import MLP, ConvEncoder
 
@@ -43,7 +45,7 @@ class Critic(nn.Module):
         self, shape: Sequence[int], *, context: int = 0, hidden: Sequence[int] = (128, 128), spectral: bool = False
     ) -> None:
         super().__init__()
-        self.network = MLP(int(torch.Size(shape).numel()) + context, 1, hidden, _Leaky)
+        self.network = MLP(math.prod(row_shape(shape, "Critic")) + context, 1, hidden, _Leaky)
         if spectral:
             _normalise(self.network)
 
@@ -122,8 +124,8 @@ class PackedCritic(nn.Module):
 
     def __init__(self, critic: nn.Module, rows: int = 2) -> None:
         super().__init__()
-        if rows < 1:
-            raise ValueError(f"rows is {rows}, but a pack has at least 1 row.")
+        if not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"rows is {rows!r}, but a pack has a whole number of rows, at least 1.")
         self.critic, self.rows = critic, rows
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:

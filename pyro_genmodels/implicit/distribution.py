@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -52,7 +53,10 @@ class ImplicitDistribution(TorchDistribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ImplicitDistribution:
-        return ImplicitDistribution(self.noise.expand(torch.Size(batch_shape)), self.push, self.event_shape)
+        wide = copy.copy(self)  # of whatever class
+        noise = self.noise.expand(torch.Size(batch_shape))
+        ImplicitDistribution.__init__(wide, noise, self.push, self.event_shape)
+        return wide
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws (*sample_shape, *batch, *event).
@@ -145,7 +149,7 @@ class NoiseReparam(Reparam):
             raise Unsupported(
                 f"NoiseReparam is for an ImplicitDistribution, but '{name}' is {type(fn).__name__}. Leave it out of config=."
             )
-        if msg["value"] is not None:
+        if msg["is_observed"]:
             raise Unsupported(
                 f"'{name}' is observed, and its noise cannot be told from its value. Add an observation model, such as "
                 f"Normal({name}, s), and observe that; or train the weights by Adversarial(critic)."

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_genmodels.autoencoders.ends import check_shape, like, rows_of
+from pyro_genmodels.autoencoders.ends import check_shape, like, row_shape, rows_of
 from pyro_genmodels.base import GenerativeModel
 from pyro_genmodels.implicit.generator import Generator
 
@@ -55,7 +55,7 @@ class GAN(GenerativeModel):
         hidden: Sequence[int] = (128, 128),
     ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = row_shape(shape, "GAN")
         self.generator = Generator(shape, features, context=context, network=network, noise=noise, hidden=hidden)
 
     def prepare(self, x: Tensor | None = None, context: Tensor | None = None, size: int | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_genmodels.autoencoders.ends import row_shape
 from pyro_genmodels.base import StochasticModule
 from pyro_genmodels.implicit.distribution import ImplicitDistribution
 from pyro_genmodels.nets import MLP
@@ -58,7 +59,7 @@ class Generator(StochasticModule):
             )
         if noise not in NOISES:
             raise ValueError(f"noise is {noise!r}, but must be one of {', '.join(map(repr, NOISES))}.")
-        self.shape, self.features, self.context, self.noise = tuple(shape), features, context, noise
+        self.shape, self.features, self.context, self.noise = row_shape(shape, "Generator"), features, context, noise
         self.network = MLP(features + context, math.prod(self.shape), hidden) if network is None else network
         self.zero: Tensor
         self.register_buffer("zero", torch.zeros(()), persistent=False)  # where the noise is, and its type

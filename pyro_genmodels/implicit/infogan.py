@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyro_genmodels.autoencoders.ends import check_shape, like, one_hot, rows_of
+from pyro_genmodels.autoencoders.ends import check_shape, like, one_hot, row_shape, rows_of
 from pyro_genmodels.base import GenerativeModel
 from pyro_genmodels.implicit.generator import Generator
 from pyro_genmodels.nets import MLP
@@ -77,7 +77,8 @@ class InfoGAN(GenerativeModel):
             )
         if not 0.0 < least_scale < math.inf:
             raise ValueError(f"least_scale is {least_scale!r}, but must be positive and finite, such as 0.01.")
-        self.shape, self.categories, self.codes, self.least_scale = tuple(shape), categories, codes, least_scale
+        self.shape, self.categories, self.codes = row_shape(shape, "InfoGAN"), categories, codes
+        self.least_scale = least_scale
         self.generator = Generator(shape, features, context=categories + codes, network=network, hidden=hidden)
         outputs, inputs = categories + 2 * codes, int(torch.Size(self.shape).numel())
         self.recogniser = MLP(inputs, outputs, hidden, nn.LeakyReLU) if recogniser is None else recogniser

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 Quantiles = Callable[[Any], Any]
+_COST = 1e4  # of the longest way, which the tolerance of linear programming, 1e-7, is small against
 _MOST = 4000  # rows that exact transport is computed for: an assignment of n rows takes about n³ operations
 
 
@@ -86,7 +88,7 @@ def paired(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[np.ndar
     """
     tables = []
     for name, rows in zip(names, (x, y), strict=True):
-        table = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows, float)
+        table = np.asarray(rows.detach().cpu().double() if isinstance(rows, Tensor) else rows, float)
         if not table.ndim or not len(table):
             raise ValueError(f"{name} must be a sample, (rows,) or (rows, …), but has shape {table.shape}.")
         if not np.isfinite(table).all():
@@ -100,19 +102,26 @@ def paired(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[np.ndar
 
 
 def _check_order(order: float) -> None:
-    if not order >= 1:
-        raise ValueError(f"order is {order}, but must be at least 1.")
+    if not 1 <= order < math.inf:
+        raise ValueError(f"order is {order}, but must be at least 1 and finite.")
 
 
 def _on_lines(x: np.ndarray, y: np.ndarray, order: float) -> np.ndarray:
-    """W_p^p of the columns of two tables, (feature,): the distance of the quantile functions."""
+    """W_p of the columns of two tables, (feature,): the distance of the quantile functions."""
     x, y = np.sort(x, 0), np.sort(y, 0)
     if len(x) == len(y):
-        return (np.abs(x - y) ** order).mean(0)
+        return _power_mean(np.abs(x - y), order)
     levels = np.unique(np.concatenate([np.arange(1, len(x) + 1) / len(x), np.arange(1, len(y) + 1) / len(y)]))
     widths, middles = np.diff(levels, prepend=0.0), levels - 0.5 * np.diff(levels, prepend=0.0)
     at_x, at_y = ((middles * len(rows)).astype(int).clip(max=len(rows) - 1) for rows in (x, y))
-    return widths @ np.abs(x[at_x] - y[at_y]) ** order
+    return _power_mean(np.abs(x[at_x] - y[at_y]), order, widths)
+
+
+def _power_mean(apart: np.ndarray, order: float, shares: np.ndarray | None = None) -> np.ndarray:
+    """(mean of apart^p)^(1/p) over the rows; of large p, too."""
+    largest = apart.max(0)
+    scale = np.where(largest > 0, largest, 1.0)
+    return scale * np.average((apart / scale) ** order, 0, shares) ** (1 / order)
 
 
 def wasserstein_line(x: Any, y: Any, order: float = 1.0) -> float:
@@ -131,7 +140,7 @@ def wasserstein_line(x: Any, y: Any, order: float = 1.0) -> float:
     one, other = paired(x, y)
     if one.shape[1] != 1:
         raise ValueError(f"x has {one.shape[1]} features, but a line has one. Use wasserstein or sliced_wasserstein.")
-    return float(_on_lines(one, other, order)[0] ** (1 / order))
+    return float(_on_lines(one, other, order)[0])
 
 
 def wasserstein_quantiles(quantile_x: Quantiles, quantile_y: Quantiles, order: float = 1.0) -> float:
@@ -153,15 +162,19 @@ def wasserstein_quantiles(quantile_x: Quantiles, quantile_y: Quantiles, order: f
     _check_order(order)
 
     def apart(level: float) -> float:
-        at = np.array([level])
+        at = np.array([min(level, np.nextafter(1.0, 0.0))])  # rounding may put a level on the end
         return float(np.abs(np.asarray(quantile_x(at)) - np.asarray(quantile_y(at)))[0] ** order)
 
-    halves = [scipy.integrate.quad(apart, *ends, limit=500, full_output=True) for ends in ((0.0, 0.5), (0.5, 1.0))]
-    value, error = (sum(half[i] for half in halves) for i in range(2))
-    if not np.isfinite(value) or error > 1e-5 * max(value, 1e-3):
+    # jumps may hide in the tails: from each level to ten times as near to the end
+    tail = 0.5 * 10.0 ** -np.arange(9.0)
+    ends = np.concatenate([[0.0], tail[::-1], 1.0 - tail[1:], [1.0]])
+    parts = [scipy.integrate.quad(apart, *part, limit=200, epsabs=0.0, full_output=True) for part in pairwise(ends)]
+    value, error = (sum(part[i] for part in parts) for i in range(2))
+    size = float(np.abs([quantile_x(ends[1:-1]), quantile_y(ends[1:-1])]).max())  # of what may be rounding
+    if not np.isfinite(value) or error > 1e-5 * max(value, 1e-9 * size**order):
         raise ValueError(
-            f"The integral of |F_x⁻¹ − F_y⁻¹|^{order:g} does not converge: {value:g} with an error of {error:g}. It is "
-            "infinite where the tails are heavy; take a smaller order."
+            f"The integral of |F_x⁻¹ − F_y⁻¹|^{order:g} does not converge: {value:g} with an error of "
+            f"{error:g}. It is infinite where the tails are heavy; take a smaller order."
         )
     return float(value ** (1 / order))
 
@@ -188,15 +201,17 @@ def wasserstein(x: Any, y: Any, order: float = 1.0) -> float:
             f"Exact transport of {n} to {m} rows takes too long: give at most {most}"
             f"{'' if n == m else ' if the sizes differ'}, or use sliced_wasserstein."
         )
-    cost = scipy.spatial.distance.cdist(one, other) ** order
+    apart = scipy.spatial.distance.cdist(one, other)
+    scale = float(apart.max()) or 1.0
+    cost = _COST * (apart / scale) ** order
     if n == m:
         rows, columns = scipy.optimize.linear_sum_assignment(cost)
-        return float(cost[rows, columns].mean() ** (1 / order))
+        return float(_power_mean(apart[rows, columns], order))
     leaving = scipy.sparse.kron(scipy.sparse.eye(n), np.ones((1, m)))
     arriving = scipy.sparse.kron(np.ones((1, n)), scipy.sparse.eye(m))
     shares = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
     plan = scipy.optimize.linprog(cost.ravel(), A_eq=scipy.sparse.vstack([leaving, arriving]), b_eq=shares, method="highs")
-    return float(max(plan.fun, 0.0) ** (1 / order))
+    return scale * float((max(plan.fun, 0.0) / _COST) ** (1 / order))
 
 
 def sliced_wasserstein(x: Any, y: Any, order: float = 1.0, directions: int = 200, seed: int = 0) -> float:
@@ -215,7 +230,7 @@ def sliced_wasserstein(x: Any, y: Any, order: float = 1.0, directions: int = 200
     one, other = paired(x, y)
     lines = np.random.default_rng(seed).standard_normal((one.shape[1], directions))
     lines /= np.linalg.norm(lines, axis=0)
-    return float(_on_lines(one @ lines, other @ lines, order).mean() ** (1 / order))
+    return float(_power_mean(_on_lines(one @ lines, other @ lines, order), order))
 
 
 def energy_distance(x: Any, y: Any) -> float:
@@ -324,10 +339,14 @@ def null_band(distance: Callable[[Any, Any], float], x: Any, y: Any, permutation
     if permutations < 1:
         raise ValueError(f"permutations is {permutations}, but must be at least 1.")
     one, other = paired(x, y)
-    rows, count, rng = np.concatenate([one, other]), len(one), np.random.default_rng(seed)
-    value = float(distance(one, other))
+    shape = (-1, *np.shape(x)[1:])
+    rows, count, rng = np.concatenate([one, other]).reshape(shape), len(one), np.random.default_rng(seed)
+    value = float(distance(rows[:count], rows[count:]))
     orders = (rng.permutation(len(rows)) for _ in range(permutations))
     null = np.array([distance(rows[order[:count]], rows[order[count:]]) for order in orders])
+    if not (np.isfinite(value) and np.isfinite(null).all()):
+        bad = int((~np.isfinite(null)).sum())
+        raise ValueError(f"The distance is {value:g}, and {bad} of {permutations} permutations give none that is finite.")
     ties = 1e-9 * max(abs(value), float(np.abs(null).max()))  # the same split in another order differs by rounding
     return Band(value, null, float((1 + (null >= value - ties).sum()) / (1 + permutations)))
 
@@ -335,7 +354,14 @@ def null_band(distance: Callable[[Any, Any], float], x: Any, y: Any, permutation
 LogDensity = Callable[[Tensor], Tensor]
 
 
-def _mean(values: Tensor) -> Estimate:
+def _mean(values: Tensor, *parts: Tensor) -> Estimate:
+    """Of values, (rows,), that were made of these."""
+    for part in (values, *parts):
+        if part.dim() != 1 or part.shape != values.shape or len(part) < 2:
+            raise ValueError(
+                f"A log-density gives one number for each of at least 2 rows, (rows,), but gave {tuple(part.shape)}. A "
+                "distribution over rows of numbers is made by .to_event(1)."
+            )
     values = values.double()
     return Estimate(float(values.mean()), float(values.std() / len(values) ** 0.5))
 
@@ -349,7 +375,8 @@ def kullback_leibler(log_p: LogDensity, log_q: LogDensity, x: Tensor) -> Estimat
         log_q: That of the other.
         x: Draws of p, (rows, …).
     """
-    return _mean(log_p(x) - log_q(x))
+    one, other = log_p(x), log_q(x)
+    return _mean(one - other, one, other)
 
 
 @torch.no_grad()
@@ -364,8 +391,9 @@ def jensen_shannon(log_p: LogDensity, log_q: LogDensity, x: Tensor, y: Tensor) -
     """
     parts = []
     for rows, own in ((x, log_p), (y, log_q)):
-        mixed = torch.logaddexp(log_p(rows), log_q(rows)) - math.log(2.0)
-        parts.append(_mean(own(rows) - mixed))
+        one, other = log_p(rows), log_q(rows)
+        mixed = torch.logaddexp(one, other) - math.log(2.0)
+        parts.append(_mean((one if own is log_p else other) - mixed, one, other))
     return Estimate(0.5 * (parts[0].value + parts[1].value), 0.5 * math.hypot(parts[0].se, parts[1].se))
 
 

@@ -159,8 +159,13 @@ def _features(x: Any, network: Network | None) -> Any:
             f"network is {network!r}, but must be a function of pictures that gives features, such as "
             'feature_network("digits").'
         )
+    pictures, weight = torch.as_tensor(x), None
+    if isinstance(network, nn.Module):
+        weight = next((w for w in network.parameters() if w.is_floating_point()), None)
+    if weight is not None and pictures.is_floating_point():
+        pictures = pictures.to(weight.dtype)
     with torch.no_grad():
-        return torch.cat([network(part) for part in torch.as_tensor(x).split(_ROWS)])
+        return torch.cat([network(part) for part in pictures.split(_ROWS)])
 
 
 def frechet_distance(x: Any, y: Any, network: Network) -> float:

@@ -89,12 +89,17 @@ class Conditioning(nn.Module):
                     f"The context of this network is one label a row, integers {tuple(level.shape)}, but it came as "
                     f"{context.dtype} of shape {tuple(context.shape)}."
                 )
-            found: Tensor = told + self.beside(context + 1)
-            return found
+            try:
+                return told + self.beside(context + 1)
+            except IndexError as error:
+                raise IndexError(
+                    f"Labels of this network are from 0 to {self.classes - 1}, or −1 for none, but these go from "
+                    f"{int(context.min())} to {int(context.max())}."
+                ) from error
         if context.shape != (len(level), self.context):
             raise ValueError(
                 f"The context of this network is {self.context} numbers a row, ({len(level)}, {self.context}), but it has "
                 f"the shape {tuple(context.shape)}."
             )
-        found = told + self.beside(context.to(told))
+        found: Tensor = told + self.beside(context.to(told))
         return found

@@ -53,12 +53,12 @@ class MLP(nn.Module):
         """The output.
 
         Args:
-            *inputs: Each (batch, …); they are flattened and stand side by side.
+            *inputs: Each (batch, …) or (batch,); they are flattened and stand side by side.
 
         Returns:
             (batch, outputs).
         """
-        flat = [part.flatten(1) for part in inputs]
+        flat = [part.reshape(len(part), -1) for part in inputs]
         result: Tensor = self.layers(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
         return result
 
