@@ -71,7 +71,9 @@ def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
 def are_finite(weights: Sequence[Tensor]) -> Tensor:
     """Whether all gradients of these are, ()."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return nn.utils.get_total_norm(gradients).isfinite() if gradients else torch.ones((), dtype=torch.bool)
+    if any(gradient.device.type != "cpu" for gradient in gradients):
+        return nn.utils.get_total_norm(gradients).isfinite()  # which does not wait for a GPU
+    return torch.tensor(all(math.isfinite(gradient.sum().item()) for gradient in gradients))
 
 
 def descend(optimiser: torch.optim.Optimizer, weights: Sequence[Tensor], loss: Tensor, clip_norm: float | None) -> Tensor:

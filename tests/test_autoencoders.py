@@ -287,6 +287,7 @@ def test_svi_of_a_linear_vae_finds_probabilistic_pca() -> None:
     assert_is_principal(model)
 
 
+@pytest.mark.slow
 def test_em_of_a_linear_vae_finds_probabilistic_pca() -> None:
     model = built(linear, TABLE, gain=1.0)
     posterior = EM(steps=200, tolerance=1e-9, seed=0, progress=False).fit(model, TABLE)

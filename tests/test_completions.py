@@ -189,6 +189,7 @@ def two_encoders(x: Tensor, coupled: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("coupled", [0.0, 0.3], ids=["rows apart", "rows coupled by the guide"])
+@pytest.mark.slow
 def test_two_layers_move_together(coupled: float) -> None:
     """z and what is above it: (top, z) is normal. A guide that couples rows is as exact, but all rows move together."""
     rows = X[:2]

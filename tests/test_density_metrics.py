@@ -464,6 +464,7 @@ def test_annealing_puts_the_evidence_between_two_bounds(steps: int) -> None:
         assert 0.5 < float(found.acceptance_rate.mean()) < 0.9
 
 
+@pytest.mark.slow
 def test_both_weights_have_their_expectations() -> None:
     """E w = p(x) and E w′ = 1 / p(x): many chains of a short path. 40 rows each, 4.5 standard errors: 1 in 1800 runs."""
     x, latents = simulated(LINEAR, 40, seed=8)

@@ -126,6 +126,7 @@ def test_hmc_in_the_space_of_noise_agrees_at_length() -> None:
     agrees(HMC(chains=128, warmup=60, draws=40, **SHORT).fit(program, f64(0.0)[0], prior).draws["x"], exact())
 
 
+@pytest.mark.slow
 def test_draws_of_the_prior_in_turn_take_hmc_from_mode_to_mode() -> None:
     """Five modes, all chains begun in one of 5 %: weights within five standard errors of the chains' means, 6·10⁻⁷ each, of
     those by importance sampling from the same flow, whose own error is far less."""

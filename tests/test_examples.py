@@ -59,8 +59,9 @@ ON_DATA = {
 }  # example to what it reads
 
 
-LONG = {"anomaly_detection", "density_estimation", "distributed", "galaxies", "gmm_five_ways", "infogan_digits",
-        "missing_pixels", "mnist_vae", "semi_supervised_text", "vade_clusters", "vae_family"}  # fmt: skip
+LONG = {"anomaly_detection", "density_estimation", "distributed", "galaxies", "gan_ring", "gmm_five_ways", "infogan_digits",
+        "missing_pixels", "missing_values", "mnist_vae", "score_langevin", "semi_supervised_text", "tweedie_denoising",
+        "vade_clusters", "vae_family"}  # fmt: skip
 SHORT = [path for path in EXAMPLES if path.stem not in LONG]
 
 

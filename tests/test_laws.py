@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import inference
 import pyro_genmodels
 from inference import EM, HMC, SVI, Backend, Gibbs, MetropolisHastings, Posterior
+from parameters import quick
 from pyro_genmodels import GMM, datasets
 
 Fit = Callable[..., Posterior]
@@ -175,7 +176,7 @@ print({name: value.tolist() for name, value in draws.items()})
 
 
 @graphless
-@pytest.mark.parametrize("watch", ["callbacks", "keep", "keep_warmup", "progress"])
+@pytest.mark.parametrize("watch", quick(["callbacks", "keep", "keep_warmup", "progress"], ["callbacks", "keep_warmup"]))
 @every_backend
 def test_watching_a_run_does_not_change_it(backend: str, watch: str) -> None:
     seen: list[int] = []

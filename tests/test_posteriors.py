@@ -87,7 +87,7 @@ def z_scores(draws: np.ndarray, exact: Moments) -> tuple[np.ndarray, np.ndarray]
     return mean, (draws.std((0, 1)) - exact.sd) / np.hypot(arviz.mcse(draws, method="sd"), exact.sd_error)
 
 
-@cells(*SAMPLERS, in_turn=True, every=2)
+@cells(*SAMPLERS, in_turn=True, every=4)
 def test_samplers_agree_with_the_exact_posterior(instance: Instance, backend: str, sampled: Any) -> None:
     known = instance.known(sampled(instance, backend))
     assert known.keys() == instance.moments.keys()
@@ -114,7 +114,7 @@ def _em(instance: Instance, device: torch.device, **settings: Any) -> Posterior:
     return EM(maximise=instance.maximise, seed=0, progress=False, **settings).fit(instance.program, *instance.on(device))
 
 
-@cells("EM", where=lambda instance: instance.peak is not None and not instance.rough)
+@cells("EM", where=lambda instance: instance.peak is not None and not instance.rough, every=2)
 def test_em_finds_the_mode(instance: Instance, backend: str, device: torch.device) -> None:
     """Within 1e-6 of the mode's size, element by element where that is not zero; 1e-5 where it had to climb a gradient."""
     posterior = _em(instance, device, steps=1000, tolerance=1e-9)

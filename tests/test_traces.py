@@ -597,6 +597,7 @@ def test_a_fixed_structure_keeps_its_own_kernel() -> None:
     assert posterior.info["structure"] == "fixed" and "log_weight" in posterior.stats
 
 
+@pytest.mark.slow
 def test_a_site_too_rare_to_be_seen_is_found_on_the_way() -> None:
     """P(far | y) by quadrature, where the prior has it once in 700 runs: one check of ``assert_agrees``."""
 
