@@ -175,40 +175,38 @@ class Adversarial(Duel[AdversarialInfo]):
                     f"Site '{name}' is masked or scaled, but a critic compares whole rows, which count alike. Leave rows "
                     "out of the data, or use SVI(), which needs a density."
                 )
+        sources = tuple(self._source(program, data, name, real[name]["value"]) for name in program.observed_sites)
         rows = len(data[0]) if data and data[0].dim() else None
-        found = {i: self._observing(program, data, i, rows) for i in range(len(data))}
-        sources = tuple(next((i for i, (same, _) in found.items() if name in same), None) for name in program.observed_sites)
-        for i, (_, changed) in found.items():
-            astray = [name for name, source in zip(program.observed_sites, sources, strict=True) if source is None]
-            if told := [name for name in astray if name in changed]:
-                raise Unsupported(
-                    f"The data of site '{told[0]}' are made of argument {i} of {program.name}. A critic that were given "
-                    "both would tell draws by that alone. Pass the data as they are observed."
-                )
         beside = (i for i, leaf in enumerate(data) if leaf.dim() and len(leaf) == rows and i not in sources)
         return Wiring(sources, tuple(beside))
 
     @staticmethod
-    def _observing(program: Program, data: list[Tensor], place: int, rows: int | None) -> tuple[set[str], set[str]]:
-        """Sites whose data are the tensor at this place, and those whose data are made of it."""
-        leaf = data[place]
-        if not leaf.is_floating_point() or not leaf.dim() or len(leaf) != rows:
-            return set(), set()
-        other = [*data]
-        other[place] = leaf + 0.1 * (1.0 + leaf.abs()) * torch.rand_like(leaf)
-        with isolated(0, program.device), reproducible(program.dtype, program.device):
-            try:
-                before, after = (program.trace({}, data=given, evaluated=False).nodes for given in (data, other))
-            except Exception:  # whatever a program raises that looks at its data
-                before = after = program.trace({}, data=data, evaluated=False).nodes
-        same, changed = set(), set()
-        for name in program.observed_sites:
-            value, given = after[name]["value"], other[place]
-            if value.shape == given.shape and torch.equal(value.to(given.dtype), given):
-                same.add(name)
-            elif value.shape != before[name]["value"].shape or not torch.equal(value, before[name]["value"]):
-                changed.add(name)
-        return same, changed
+    def _source(program: Program, data: list[Tensor], name: str, value: Tensor) -> int | None:
+        """The place of the tensor that is the data of a site; None if none is.
+
+        Raises:
+            Unsupported: If they are made of one.
+        """
+        for i, leaf in enumerate(data):
+            if leaf is value:
+                return i
+        for i, leaf in enumerate(data):
+            if not leaf.is_floating_point():
+                continue
+            with isolated(0, program.device), reproducible(program.dtype, program.device):
+                other = leaf + 0.1 * (1.0 + leaf.abs()) * torch.rand_like(leaf)
+                try:
+                    found = program.trace({}, data=[*data[:i], other, *data[i + 1 :]], evaluated=False).nodes[name]["value"]
+                except Exception:  # whatever a program raises that looks at its data
+                    continue
+            if found.shape == other.shape and torch.equal(found.to(other.dtype), other):
+                return i
+            if found.shape != value.shape or not torch.equal(found, value):
+                raise Unsupported(
+                    f"The data of site '{name}' are made of argument {i} of {program.name}. A critic that were given both "
+                    "would tell draws by that alone. Pass the data as they are observed."
+                )
+        return None
 
     def _guide(self, program: Program, wiring: Wiring) -> Guide | None:
         """What recognises hidden sites, if anything is to."""

@@ -288,14 +288,15 @@ class Duel(Backend[DuelState, I]):
             drawer, drawn = self._drawer(state, program, data)
         is_drawn_well = all(bool(part.isfinite().all()) for part in drawn)
         is_judged_well = is_drawn_well and bool(state.objectives[0].loss(data, False)[0].isfinite())
-        who = f"{drawer} draws values"
-        if is_drawn_well:
-            who = "Losses are finite, but there are gradients" if is_judged_well else "The critic gives scores"
+        advice = ", or an objective with a penalty" if hasattr(self, "objective") else ""
+        if is_judged_well:
+            who = "Losses are finite, but there are gradients"
+            advice += ", or keep values from where functions have no slope, such as a root of 0"
+        else:
+            who = "The critic gives scores" if is_drawn_well else f"{drawer} draws values"
         owners = (program.owner, self.critic, None if state.guide is None else state.guide.call)
         layer = first_not_finite(owners, lambda: state.objectives[0].loss(data, False))
         where = "" if layer is None else f"; the first layer that does is {layer}"
-        advice = ", or an objective with a penalty" if hasattr(self, "objective") else ""
-        advice += ", or keep values from where functions have no slope, such as a root of 0" if "Losses" in who else ""
         raise ValueError(
             f"{who} that have not been finite since step {int(state.step) - int(state.streak)}{where}. Take a smaller "
             f"learning_rate{advice}; a checkpoint holds the last weights that were finite."

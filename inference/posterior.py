@@ -63,7 +63,7 @@ class Posterior:
         stats: ArviZ's names ("lp", "acceptance_rate", "diverging" ...; "log_q" of a guide) to (chain, draw).
         history: Name to what the steps reported: "loss" or "log_joint" (step,), of samplers (step, chain).
         plan: Which site was updated how; None if the back-end has no plan.
-        weights: Trained or fixed weights of the model.
+        weights: Trained or fixed weights of the model, and what a module with weights saves beside them.
         info: What json can hold: "backend", "config", "model", "source" (text of the program), "kind"
             ("samples", "variational" or "point"), "seed", "sampling_time" in seconds, "created_at", "versions", "processes",
             "warmup", "draws", "thin", the "structure" of the program ("fixed" or "changing"), and the run's "findings".

@@ -722,12 +722,14 @@ class Program:
     def _anew(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that ask for as many new rows, of which what is hidden is drawn, too: no data, the rest as it was."""
         own, named = self.arguments(self.data)
-        beside = [*own, *named.values()][1:]
+        is_given = any(isinstance(value, Tensor) for value in [*own, *named.values()][1:])
+        if not is_given and "size" not in inspect.signature(self.call).parameters:
+            return (), {}
         if own:
             own = (None, *own[1:])
         else:
             named = {name: None if place == 0 else value for place, (name, value) in enumerate(named.items())}
-        return own, named if any(isinstance(value, Tensor) for value in beside) else {**named, "size": self.rows}
+        return own, named if is_given else {**named, "size": self.rows}
 
     def prior(self, draws: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """See ``inference.predictive.prior_predictive``."""

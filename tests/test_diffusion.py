@@ -445,6 +445,6 @@ def test_tweedie_refuses_whole_numbers() -> None:
 
 @pytest.mark.parametrize("ends", [{"stop": 5.0}, {"start": -1.0, "spacing": "time"}])
 def test_a_grid_stays_within_the_times_of_its_schedule(ends: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="Times of VP lie between 0 and 1, but"):
+    with pytest.raises(ValueError, match="Times of VP lie between 0 and stop = 1, but the grid goes from"):
         VP().grid(3, **ends)
     assert len(VP().grid(np.int64(3))) == 4

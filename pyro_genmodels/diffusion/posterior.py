@@ -16,9 +16,8 @@ Alone, all three are heuristics: on data of several modes they get the weights o
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 import pyro
@@ -153,12 +152,11 @@ class Likelihood:
         generator = torch.Generator().manual_seed(0)
         scales = torch.tensor([0.0, 1.0, 1.0, 3.0, 3.0], dtype=dtype)[:, None]
         points = (scales * torch.randn(5, size, generator=generator, dtype=dtype)).to(self.device)
-        with _default(dtype):
-            curvatures = [-torch.func.jacrev(torch.func.grad(flat))(point).detach().double() for point in points]
-            with torch.no_grad():
-                values = self(points).double()
-            offset = torch.func.grad(flat)(points[0]).detach().double()
+        curvatures = [-torch.func.jacrev(torch.func.grad(flat))(point).detach().double() for point in points]
         curvature, digits = curvatures[0], torch.finfo(dtype).eps
+        with torch.no_grad():
+            values = self(points).double()
+        offset = torch.func.grad(flat)(points[0]).detach().double()
         wide = points.double()
         terms = values[0], wide @ offset, 0.5 * ((wide @ curvature) * wide).sum(1)
         largest = sum(term.abs() for term in terms)
@@ -195,17 +193,6 @@ class Likelihood:
         trace.compute_log_prob(lambda name, node: name != self.site)
         terms = [node["log_prob_sum"] for name, node in trace.nodes.items() if "log_prob_sum" in node and name != self.site]
         return torch.stack([torch.as_tensor(term, dtype=x.dtype, device=x.device) for term in terms]).sum()
-
-
-@contextlib.contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """Makes constants of the program in this precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _checked(likelihood: Any) -> Likelihood:

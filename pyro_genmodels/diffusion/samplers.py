@@ -125,12 +125,7 @@ def path(denoiser: Denoiser, x: Tensor, grid: Tensor) -> list[Step]:
             f"A grid falls from noise to data, but goes from {times[at]:g} to {times[at + 1]:g} at step {at}. "
             f"{type(denoiser.schedule).__name__}().grid(steps) makes one; the same time twice is a step that does nothing."
         )
-    stop = denoiser.schedule.stop
-    if not times[-1] >= 0.0 or times[0] > stop * (1.0 + 1e-6):
-        raise ValueError(
-            f"Times of {type(denoiser.schedule).__name__} lie between 0 and stop = {stop:g}, but the grid goes from "
-            f"{times[0]:g} to {times[-1]:g}."
-        )
+    denoiser.schedule.check_times(times)
     with torch.no_grad():
         snrs = denoiser.schedule.log_snr(times.to(grid.device)).double()
         alphas, sigmas = (level.cpu() for level in denoiser.schedule.levels(snrs))

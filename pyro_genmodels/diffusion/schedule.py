@@ -58,6 +58,15 @@ class Schedule(nn.Module, abc.ABC):
         return self.levels(self.log_snr(t))[1]
 
     @final
+    def check_times(self, times: Tensor) -> None:
+        """Raises ValueError unless falling times lie between 0 and ``stop``."""
+        if not times[-1] >= 0.0 or times[0] > self.stop * (1.0 + 1e-6):
+            raise ValueError(
+                f"Times of {type(self).__name__} lie between 0 and stop = {self.stop:g}, but the grid goes from "
+                f"{times[0]:g} to {times[-1]:g}."
+            )
+
+    @final
     def grid(
         self,
         steps: int,
@@ -100,11 +109,7 @@ class Schedule(nn.Module, abc.ABC):
         )
         if not ends[0] > ends[1]:
             raise ValueError(f"A grid begins at noise and ends at data, but stop is {ends[0]:g} and start is {ends[1]:g}.")
-        if ends[1] < 0.0 or ends[0] > self.stop * (1.0 + 1e-6):
-            raise ValueError(
-                f"Times of {type(self).__name__} lie between 0 and {self.stop:g}, but stop is {ends[0]:g} and start is "
-                f"{ends[1]:g}."
-            )
+        self.check_times(ends)
         share = torch.linspace(0.0, 1.0, int(steps) + 1, dtype=torch.float64)
         if spacing == "time":
             return ends[0] + share * (ends[1] - ends[0])
